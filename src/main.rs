@@ -1,0 +1,2 @@
+//! miosa: a self-hosted snapshot daemon for persistent sandboxes.
+fn main() {}
