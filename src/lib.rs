@@ -1,0 +1,2 @@
+//! The daemon and the command line of miosa.
+pub mod frontend;
