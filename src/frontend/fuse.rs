@@ -18,10 +18,12 @@ mod filesystem;
 
 use super::{Error, Result};
 use filesystem::{DiskDirectory, Exports};
-use fuser::{BackgroundSession, Config, MountOption, Session, SessionACL};
+use fuser::{BackgroundSession, Config, Session, SessionACL};
 use nix::errno::Errno;
-use nix::mount::{MntFlags, umount2};
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use std::fs::File;
 use std::io;
+use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use storage::Disk;
@@ -50,25 +52,13 @@ impl FuseMount {
         std::fs::create_dir_all(dir).map_err(failed)?;
         let dir = dir.canonicalize().map_err(failed)?;
 
-        let mut config = Config::default();
-        config.mount_options = vec![
-            MountOption::FSName("miosa".into()),
-            MountOption::Subtype("miosa".into()),
-            // With the modes below the kernel lets in root only, and whoever root hands a descriptor to, as a VMM that
-            // runs as a user of its own.
-            MountOption::DefaultPermissions,
-            MountOption::NoDev,
-            MountOption::NoSuid,
-            MountOption::NoExec,
-            MountOption::NoAtime,
-        ];
-        config.acl = SessionACL::All;
-        config.n_threads = Some(THREADS);
-        config.clone_fd = true;
+        let device = File::options().read(true).write(true).open("/dev/fuse").map_err(failed)?;
+        attach(&device, &dir).map_err(failed)?;
         let exports = Arc::new(Exports::default());
-        let session = Session::new(DiskDirectory::new(exports.clone()), &dir, &config)
-            .and_then(Session::spawn)
-            .map_err(|source| Error::Mount { dir: dir.clone(), source })?;
+        let session = serve(device, exports.clone()).map_err(|source| {
+            let _ = umount2(&dir, MntFlags::MNT_DETACH);
+            Error::Mount { dir: dir.clone(), source }
+        })?;
         Ok(Self { dir, exports, session: Some(session) })
     }
 
@@ -121,15 +111,29 @@ impl FuseMount {
                     Err(error) => return Err(error.into()),
                 }
             }
-            // Not root: the setuid helper unmounts, lazily. Without an abort there is nothing to wait for safely.
-            Err(Errno::EPERM) => {
-                drop(session);
-                return Ok(());
-            }
             Err(error) => return Err(error.into()),
         }
-        session.umount_and_join()
+        session.join()
     }
+}
+
+/// Mounts. Done here and not by the crate, which unmounts a second time when its threads end: by then the directory may be
+/// somebody else's mount.
+fn attach(device: &File, dir: &Path) -> io::Result<()> {
+    // With `default_permissions` and the modes of the files the kernel lets in root only, and with `allow_other` whoever
+    // root hands a descriptor to, as a VMM that runs as a user of its own.
+    let options =
+        format!("fd={},rootmode=40000,user_id=0,group_id=0,default_permissions,allow_other", device.as_raw_fd());
+    let flags = MsFlags::MS_NODEV | MsFlags::MS_NOSUID | MsFlags::MS_NOEXEC | MsFlags::MS_NOATIME;
+    Ok(mount(Some("miosa"), dir, Some("fuse.miosa"), flags, Some(options.as_str()))?)
+}
+
+/// Starts the threads.
+fn serve(device: File, exports: Arc<Exports>) -> io::Result<BackgroundSession> {
+    let mut config = Config::default();
+    config.n_threads = Some(THREADS);
+    config.clone_fd = true;
+    Session::from_fd(DiskDirectory::new(exports), device.into(), SessionACL::All, config)?.spawn()
 }
 
 impl Drop for FuseMount {

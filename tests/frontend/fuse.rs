@@ -215,27 +215,42 @@ fn fio_finds_no_wrong_block() {
             ],
         );
     }
-    // Several writers at a time, each in its part; with trims, which are punched holes.
-    for mode in ["--rw=randwrite", "--rw=randtrimwrite"] {
-        run(
-            "fio",
-            &[
-                "--name=parts",
-                &filename,
-                "--size=32m",
-                "--numjobs=4",
-                "--offset_increment=32m",
-                mode,
-                "--bs=16k",
-                "--direct=1",
-                "--ioengine=libaio",
-                "--iodepth=8",
-                "--verify=crc32c",
-                "--verify_fatal=1",
-                "--allow_file_create=0",
-            ],
-        );
-    }
+    // Several writers at a time, each in its part.
+    run(
+        "fio",
+        &[
+            "--name=parts",
+            &filename,
+            "--size=32m",
+            "--numjobs=4",
+            "--offset_increment=32m",
+            "--rw=randwrite",
+            "--bs=16k",
+            "--direct=1",
+            "--ioengine=libaio",
+            "--iodepth=8",
+            "--verify=crc32c",
+            "--verify_fatal=1",
+            "--allow_file_create=0",
+        ],
+    );
+    // Trims need a block device; a loop device makes punched holes of them.
+    let device = Loop::on(&path, &["--direct-io=on"]);
+    run(
+        "fio",
+        &[
+            "--name=trim",
+            &format!("--filename={}", device.0),
+            "--size=128m",
+            "--rw=randtrimwrite",
+            "--bs=64k",
+            "--direct=1",
+            "--ioengine=libaio",
+            "--iodepth=16",
+            "--verify=crc32c",
+            "--verify_fatal=1",
+        ],
+    );
 }
 
 /// A loop device, detached when dropped.
