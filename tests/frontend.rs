@@ -4,6 +4,8 @@
 //! These need root, /dev/fuse, fio, e2fsprogs, util-linux, qemu-utils and qemu-system-x86: a test that misses one says so
 //! and fails.
 
+#![allow(clippy::unwrap_used, reason = "helpers of tests are tests too")]
+
 #[path = "frontend/driver.rs"]
 mod driver;
 #[path = "frontend/fuse.rs"]

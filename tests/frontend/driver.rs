@@ -59,34 +59,40 @@ pub struct Driver {
     pub config: Vec<u8>,
     pub queues: Vec<Queue>,
     pub memory_file: File,
+    memory: Arc<GuestMemoryMmap<()>>,
+    settings: Settings,
 }
 
 fn protocol(error: impl std::fmt::Display) -> io::Error {
     io::Error::other(error.to_string())
 }
 
+/// Connects and agrees on features; also returns the features and the configuration.
+fn negotiate(socket: &Path, settings: Settings) -> io::Result<(Frontend, u64, Vec<u8>)> {
+    let mut frontend = Frontend::connect(socket, 64).map_err(protocol)?;
+    frontend.set_owner().map_err(protocol)?;
+    let offered = frontend.get_features().map_err(protocol)?;
+    let event_idx = if settings.event_idx { 0 } else { 1 << VIRTIO_RING_F_EVENT_IDX };
+    let features = offered & !event_idx & !settings.without;
+    assert!(features & (1 << VIRTIO_F_VERSION_1) != 0, "a modern device");
+    assert!(features & (1 << VIRTIO_RING_F_INDIRECT_DESC) != 0, "indirect descriptors");
+    assert!(features & VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits() != 0);
+    let wanted =
+        VhostUserProtocolFeatures::CONFIG | VhostUserProtocolFeatures::MQ | VhostUserProtocolFeatures::REPLY_ACK;
+    // get_protocol_features looks at what was acknowledged.
+    frontend.set_features(features).map_err(protocol)?;
+    let protocol_features = frontend.get_protocol_features().map_err(protocol)?;
+    frontend.set_protocol_features(protocol_features & wanted).map_err(protocol)?;
+    let queues = frontend.get_queue_num().map_err(protocol)?;
+    assert!(queues >= settings.queues as u64, "the back end has {queues} queues");
+    let blank = [0; CONFIG_BYTES as usize];
+    let (_, config) = frontend.get_config(0, CONFIG_BYTES, VhostUserConfigFlags::empty(), &blank).map_err(protocol)?;
+    Ok((frontend, features, config.to_vec()))
+}
+
 impl Driver {
     pub fn connect(socket: &Path, settings: Settings) -> io::Result<Self> {
-        let mut frontend = Frontend::connect(socket, 64).map_err(protocol)?;
-        frontend.set_owner().map_err(protocol)?;
-        let offered = frontend.get_features().map_err(protocol)?;
-        let event_idx = if settings.event_idx { 0 } else { 1 << VIRTIO_RING_F_EVENT_IDX };
-        let features = offered & !event_idx & !settings.without;
-        assert!(features & (1 << VIRTIO_F_VERSION_1) != 0, "a modern device");
-        assert!(features & (1 << VIRTIO_RING_F_INDIRECT_DESC) != 0, "indirect descriptors");
-        assert!(features & VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits() != 0);
-        let wanted =
-            VhostUserProtocolFeatures::CONFIG | VhostUserProtocolFeatures::MQ | VhostUserProtocolFeatures::REPLY_ACK;
-        // get_protocol_features looks at what was acknowledged.
-        frontend.set_features(features).map_err(protocol)?;
-        let protocol_features = frontend.get_protocol_features().map_err(protocol)?;
-        frontend.set_protocol_features(protocol_features & wanted).map_err(protocol)?;
-        let queues = frontend.get_queue_num().map_err(protocol)?;
-        assert!(queues >= settings.queues as u64, "the back end has {queues} queues");
-        let blank = [0; CONFIG_BYTES as usize];
-        let (_, config) =
-            frontend.get_config(0, CONFIG_BYTES, VhostUserConfigFlags::empty(), &blank).map_err(protocol)?;
-
+        let (frontend, features, config) = negotiate(socket, settings)?;
         let slots = u64::from(settings.ring_size / 4);
         let part = (RING_BYTES + slots * (SLOT_HEADER_BYTES + settings.slot_bytes as u64)).next_multiple_of(4096);
         let bytes = part * settings.queues as u64;
@@ -95,27 +101,46 @@ impl Driver {
         let offset = FileOffset::new(memory_file.try_clone()?, 0);
         let ranges = [(GuestAddress(GUEST_BASE), bytes as usize, Some(offset))];
         let memory = Arc::new(GuestMemoryMmap::<()>::from_ranges_with_files(ranges).map_err(protocol)?);
-        let host = memory.iter().next().expect("one region").as_ptr() as u64;
-        frontend
-            .set_mem_table(&[VhostUserMemoryRegionInfo {
-                guest_phys_addr: GUEST_BASE,
-                memory_size: bytes,
-                userspace_addr: host,
-                mmap_offset: 0,
-                mmap_handle: memory_file.as_raw_fd(),
-            }])
-            .map_err(protocol)?;
-
-        let mut driver = Self { frontend, features, config: config.to_vec(), queues: Vec::new(), memory_file };
+        let mut driver = Self { frontend, features, config, queues: Vec::new(), memory_file, memory, settings };
+        driver.share_memory()?;
         for index in 0..settings.queues {
-            let queue = Queue::new(memory.clone(), GUEST_BASE + part * index as u64, settings)?;
-            driver.start(index, &queue, host, 0)?;
+            let queue = Queue::new(driver.memory.clone(), GUEST_BASE + part * index as u64, settings)?;
+            driver.start(index, &queue, 0)?;
             driver.queues.push(queue);
         }
         Ok(driver)
     }
 
-    fn start(&mut self, index: usize, queue: &Queue, host: u64, base: u16) -> io::Result<()> {
+    /// Connects anew after the back end has gone, as a VMM does: the rings go on where they were answered last.
+    pub fn reconnect(&mut self, socket: &Path) -> io::Result<()> {
+        (self.frontend, self.features, self.config) = negotiate(socket, self.settings)?;
+        self.share_memory()?;
+        let queues = std::mem::take(&mut self.queues);
+        for (index, queue) in queues.iter().enumerate() {
+            self.start(index, queue, queue.raw.load(queue.raw.used + 2))?;
+        }
+        self.queues = queues;
+        Ok(())
+    }
+
+    fn host(&self) -> u64 {
+        self.memory.iter().next().expect("one region").as_ptr() as u64
+    }
+
+    fn share_memory(&self) -> io::Result<()> {
+        let region = VhostUserMemoryRegionInfo {
+            guest_phys_addr: GUEST_BASE,
+            memory_size: self.memory_file.metadata()?.len(),
+            userspace_addr: self.host(),
+            mmap_offset: 0,
+            mmap_handle: self.memory_file.as_raw_fd(),
+        };
+        self.frontend.set_mem_table(&[region]).map_err(protocol)?;
+        Ok(())
+    }
+
+    fn start(&mut self, index: usize, queue: &Queue, base: u16) -> io::Result<()> {
+        let host = self.host();
         let at = |guest: u64| guest - GUEST_BASE + host;
         let frontend = &mut self.frontend;
         frontend.set_vring_num(index, queue.size).map_err(protocol)?;
@@ -143,8 +168,7 @@ impl Driver {
     pub fn restart(&mut self, index: usize) -> io::Result<u16> {
         let base = self.frontend.get_vring_base(index).map_err(protocol)? as u16;
         let queue = self.queues.remove(index);
-        let host = queue.memory.iter().next().expect("one region").as_ptr() as u64;
-        let result = self.start(index, &queue, host, base);
+        let result = self.start(index, &queue, base);
         self.queues.insert(index, queue);
         result.map(|()| base)
     }

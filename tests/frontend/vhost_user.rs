@@ -166,6 +166,34 @@ fn a_server_outlives_connections_and_restarts_of_queues() {
 }
 
 #[test]
+fn a_driver_that_reconnects_loses_no_request() {
+    let mut setup = serve(64 * MIB);
+    let settings = Settings { queues: 2, ring_size: 256, slot_bytes: 64 << 10, ..Settings::default() };
+    let mut driver = setup.connect(settings);
+    let data = |round: u64, queue: usize, i: u64| pattern(round * 1000 + queue as u64 * 100 + i, 64 << 10);
+    let sector = |queue: usize, i: u64| (queue as u64 * 64 + i) * 128;
+    for round in 0..10 {
+        for (index, queue) in driver.queues.iter_mut().enumerate() {
+            for i in 0..queue.depth() as u64 {
+                queue.submit(VIRTIO_BLK_T_OUT, sector(index, i), &data(round, index, i), 0).unwrap();
+            }
+        }
+        // Some of these are answered, some are not; one of each queue may be under way.
+        setup.server.stop();
+        setup.server = VhostUserServer::start(setup.disk.clone(), &setup.socket).unwrap();
+        driver.reconnect(&setup.socket).unwrap();
+        for (index, queue) in driver.queues.iter_mut().enumerate() {
+            for _ in 0..queue.depth() {
+                assert_eq!(queue.complete().unwrap().status, OK);
+            }
+            for i in 0..queue.depth() as u64 {
+                assert!(queue.read(sector(index, i), 64 << 10).unwrap() == (OK, data(round, index, i)));
+            }
+        }
+    }
+}
+
+#[test]
 fn connections_do_not_leak_descriptors_or_threads() {
     let setup = serve(16 * MIB);
     let count = |what: &str| std::fs::read_dir(format!("/proc/self/{what}")).unwrap().count();
@@ -309,7 +337,7 @@ fn hostile_chains_are_answered_or_dropped_and_the_next_request_works() {
         assert_eq!(answer_to(queue, &[d(header, 16, NEXT, 201), d(nowhere, 1, WRITE, 0)]), (200, 0));
     }
     // Data that runs out of memory at its end; lengths that add up to more than 2^32.
-    let chain = [d(header, 16, NEXT, 201), d(data, u32::MAX & !511, NEXT, 202), d(status, 1, WRITE, 0)];
+    let chain = [d(header, 16, NEXT, 201), d(data, !511, NEXT, 202), d(status, 1, WRITE, 0)];
     assert_eq!(status_after(queue, &chain), IOERR);
     let chain = [d(header, 16, NEXT, 201), d(data, u32::MAX, NEXT, 202), d(status, 1, WRITE, 0)];
     assert_eq!(answer_to(queue, &chain).0, 200);
@@ -320,7 +348,7 @@ fn hostile_chains_are_answered_or_dropped_and_the_next_request_works() {
     let indirect = VRING_DESC_F_INDIRECT;
     assert_eq!(answer_to(queue, &[d(table, 17, indirect, 0)]), (200, 0));
     assert_eq!(answer_to(queue, &[d(1 << 40, 32, indirect, 0)]), (200, 0));
-    assert_eq!(answer_to(queue, &[d(table, u32::MAX & !15, indirect, 0)]), (200, 0));
+    assert_eq!(answer_to(queue, &[d(table, !15, indirect, 0)]), (200, 0));
     raw.write_descriptor(table, 0, d(header, 16, NEXT, 0));
     assert_eq!(answer_to(queue, &[d(table, 1 << 19, indirect, 0)]), (200, 0));
     raw.write_descriptor(table, 0, d(table, 16, indirect, 0));
@@ -370,8 +398,9 @@ fn a_vmm_that_takes_its_memory_away_loses_only_its_own_device() {
     let data = pattern(1, 4096);
     let mut driver = setup.connect(Settings::default());
     assert_eq!(driver.queues[0].write(0, &data).unwrap(), OK);
-    // Not through our own mapping, which would fault here.
     driver.memory_file.set_len(0).unwrap();
+    // The driver's side of this touches no memory; the server's reads the ring.
+    driver.restart(0).unwrap();
     driver.queues[0].kick.write(1).unwrap();
     drop(driver);
     let mut driver = setup.connect(Settings::default());
