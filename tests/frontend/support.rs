@@ -98,11 +98,56 @@ pub fn boot_sector() -> Vec<u8> {
 /// Exit code of a machine that booted [`boot_sector`] and could write.
 pub const BOOTED: i32 = (0x2a << 1) | 1;
 
-/// Boots a machine with the given disk arguments and returns its exit code.
+/// A boot sector that writes itself to sector 4, with a counter in it, and reads sector 5, over and over until that begins
+/// with something else than zero. Ends with [`BOOTED`].
+pub fn busy_boot_sector() -> Vec<u8> {
+    let mut sector = vec![
+        0x31, 0xc0, // xor ax, ax
+        0x8e, 0xc0, // mov es, ax
+        0x8e, 0xd8, // mov ds, ax
+        0xff, 0x06, 0xfc, 0x7d, // again: inc word [0x7dfc]: the counter
+        0xbb, 0x00, 0x7c, // mov bx, 0x7c00
+        0xb8, 0x01, 0x03, // mov ax, 0x0301: write one sector
+        0xb9, 0x05, 0x00, // mov cx, 5: the fifth
+        0x30, 0xf6, // xor dh, dh
+        0xcd, 0x13, // int 0x13
+        0x72, 0x1a, // jc failed
+        0xbb, 0x00, 0x7e, // mov bx, 0x7e00
+        0xb8, 0x01, 0x02, // mov ax, 0x0201: read one sector
+        0xb9, 0x06, 0x00, // mov cx, 6: the sixth
+        0x30, 0xf6, // xor dh, dh
+        0xcd, 0x13, // int 0x13
+        0x72, 0x0b, // jc failed
+        0x80, 0x3e, 0x00, 0x7e, 0x00, // cmp byte [0x7e00], 0
+        0x74, 0xd7, // je again
+        0xb0, 0x2a, // mov al, 0x2a
+        0xeb, 0x02, // jmp out
+        0xb0, 0x29, // failed: mov al, 0x29
+        0xba, 0xf4, 0x00, // out: mov dx, 0xf4
+        0xee, // out dx, al
+        0xf4, // hlt
+    ];
+    sector.resize(512, 0);
+    sector[510] = 0x55;
+    sector[511] = 0xaa;
+    sector
+}
+
+/// Where [`busy_boot_sector`] counts.
+pub const COUNTER: std::ops::Range<usize> = 508..510;
+
+/// A command that boots a machine with the given disk arguments. It is ended after two minutes.
+pub fn machine(disk: &[&str]) -> Command {
+    let mut command = Command::new("timeout");
+    command.args(["120", "qemu-system-x86_64", "-accel", "tcg", "-nodefaults", "-display", "none", "-no-reboot"]);
+    command.args(["-device", "isa-debug-exit,iobase=0xf4,iosize=1"]).args(disk);
+    command
+}
+
+/// Boots a machine and waits for its end.
 pub fn boot(disk: &[&str]) -> Output {
-    let mut arguments =
-        vec!["120", "qemu-system-x86_64", "-accel", "tcg", "-nodefaults", "-display", "none", "-no-reboot"];
-    arguments.extend(["-device", "isa-debug-exit,iobase=0xf4,iosize=1"]);
-    arguments.extend(disk);
-    attempt("timeout", &arguments)
+    match machine(disk).output() {
+        Ok(output) => output,
+        Err(error) => panic!("this test needs timeout and qemu-system-x86_64: {error}"),
+    }
 }

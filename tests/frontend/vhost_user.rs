@@ -1,9 +1,10 @@
 //! vhost-user-blk, driven by our own driver, well-behaved and hostile, and by QEMU.
 
 use crate::driver::{Descriptor, Driver, Queue, Settings};
-use crate::support::{BOOTED, MIB, TestStore, boot, boot_sector, pattern};
+use crate::support::{BOOTED, COUNTER, MIB, TestStore, boot, boot_sector, busy_boot_sector, machine, pattern};
 use miosa::frontend::VhostUserServer;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::process::Child;
 use storage::Disk;
 use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_RO, VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP,
@@ -408,29 +409,79 @@ fn a_vmm_that_takes_its_memory_away_loses_only_its_own_device() {
     check_alive(&mut driver.queues[0], 2);
 }
 
+/// Arguments for a machine whose disk is at `socket`.
+fn machine_on(socket: &Path) -> Vec<String> {
+    let chardev = format!("socket,id=disk,reconnect=1,path={}", socket.display());
+    [
+        "-machine",
+        "pc,memory-backend=ram",
+        "-m",
+        "64",
+        "-object",
+        "memory-backend-memfd,id=ram,size=64M,share=on",
+        "-chardev",
+        &chardev,
+        "-device",
+        "vhost-user-blk-pci,chardev=disk,bootindex=0,num-queues=4",
+    ]
+    .map(str::to_owned)
+    .to_vec()
+}
+
 #[test]
 fn qemu_boots_from_it_and_writes_to_it() {
     let setup = serve(16 * MIB);
     setup.disk.write(0, &boot_sector()).unwrap();
+    let arguments = machine_on(&setup.socket);
+    let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
     for round in 0..2 {
         setup.disk.write_zeroes(4 * 512, 512).unwrap();
-        let chardev = format!("socket,id=disk,path={}", setup.socket.display());
-        let output = boot(&[
-            "-machine",
-            "pc,memory-backend=ram",
-            "-m",
-            "64",
-            "-object",
-            "memory-backend-memfd,id=ram,size=64M,share=on",
-            "-chardev",
-            &chardev,
-            "-device",
-            "vhost-user-blk-pci,chardev=disk,bootindex=0,num-queues=4",
-        ]);
-        assert_eq!(output.status.code(), Some(BOOTED), "round {round}: {}", String::from_utf8_lossy(&output.stderr));
+        let output = boot(&arguments);
+        let errors = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(BOOTED), "round {round}: {errors}");
         let mut written = vec![0; 512];
         setup.disk.read(4 * 512, &mut written).unwrap();
         assert_eq!(written, boot_sector());
     }
-    drop(setup.store);
+}
+
+/// A process that does not outlive its test.
+struct Running(Child);
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+#[test]
+fn a_machine_does_not_notice_that_its_server_was_restarted() {
+    let mut setup = serve(16 * MIB);
+    setup.disk.write(0, &busy_boot_sector()).unwrap();
+    let arguments = machine_on(&setup.socket);
+    let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    let mut machine = Running(machine(&arguments).spawn().unwrap());
+    let disk = setup.disk.clone();
+    let count = || {
+        let mut sector = [0; 512];
+        disk.read(4 * 512, &mut sector).unwrap();
+        u16::from_le_bytes(sector[COUNTER].try_into().unwrap())
+    };
+    let mut busy = |from: u16| {
+        // Ends with the machine, which does not live for ever.
+        while count().wrapping_sub(from) < 100 {
+            assert!(machine.0.try_wait().unwrap().is_none(), "the machine ended");
+            std::thread::yield_now();
+        }
+    };
+    busy(0);
+    for _ in 0..3 {
+        setup.server.stop();
+        let stopped_at = count();
+        setup.server = VhostUserServer::start(setup.disk.clone(), &setup.socket).unwrap();
+        busy(stopped_at);
+    }
+    setup.disk.write(5 * 512, &[1]).unwrap();
+    assert_eq!(machine.0.wait().unwrap().code(), Some(BOOTED), "no I/O of the machine failed");
 }
