@@ -210,6 +210,7 @@ fn fio_finds_no_wrong_block() {
                 &format!("--iodepth={depth}"),
                 "--verify=crc32c",
                 "--verify_fatal=1",
+                "--verify_state_save=0",
                 "--fsync=64",
                 "--allow_file_create=0",
             ],
@@ -231,6 +232,7 @@ fn fio_finds_no_wrong_block() {
             "--iodepth=8",
             "--verify=crc32c",
             "--verify_fatal=1",
+            "--verify_state_save=0",
             "--allow_file_create=0",
         ],
     );
@@ -249,6 +251,7 @@ fn fio_finds_no_wrong_block() {
             "--iodepth=16",
             "--verify=crc32c",
             "--verify_fatal=1",
+            "--verify_state_save=0",
         ],
     );
 }
