@@ -31,8 +31,8 @@ use std::os::fd::AsFd;
 use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, PoisonError};
 use std::thread::JoinHandle;
 use storage::Disk;
 use vhost::VhostUserMemoryRegionBase;
@@ -122,9 +122,10 @@ impl VhostUserServer {
     fn shut_down(&mut self) {
         let Some(thread) = self.thread.take() else { return };
         self.shared.stopping.store(true, Ordering::SeqCst);
-        // Either the thread sees the flag after it has stored its connection, or we see the connection here.
+        // Either the thread sees the flag after it has stored its connection, or we see the connection here. Only our
+        // side hears of the end; the VMM's does when the rings have stopped.
         if let Some(connection) = self.shared.connection.lock().as_ref() {
-            let _ = connection.shutdown(Shutdown::Both);
+            let _ = connection.shutdown(Shutdown::Read);
         }
         let _ = self.shared.wake.shutdown(Shutdown::Both);
         if thread.join().is_err() {
@@ -209,17 +210,22 @@ impl Acceptor {
         }
         let session = Session::new(self.disk.clone(), self.serial).map_err(ProtocolError::ReqHandlerError)?;
         // The crate asks for the lock; only this thread takes it.
-        let mut messages = BackendReqHandler::from_stream(stream, Arc::new(std::sync::Mutex::new(session)));
-        loop {
+        let session = Arc::new(std::sync::Mutex::new(session));
+        let mut messages = BackendReqHandler::from_stream(stream, session.clone());
+        let outcome = loop {
             match messages.handle_request() {
                 Ok(()) => {}
                 Err(ProtocolError::Disconnected | ProtocolError::PartialMessage | ProtocolError::SocketBroken(_)) => {
-                    return Ok(());
+                    break Ok(());
                 }
-                Err(_) if self.shared.stopping.load(Ordering::SeqCst) => return Ok(()),
-                Err(error) => return Err(error),
+                Err(_) if self.shared.stopping.load(Ordering::SeqCst) => break Ok(()),
+                Err(error) => break Err(error),
             }
-        }
+        };
+        // Before the VMM can notice: it takes the used index of that moment for the place to go on from, so no request
+        // may be answered after it.
+        session.lock().unwrap_or_else(PoisonError::into_inner).rings.clear();
+        outcome
     }
 }
 

@@ -23,7 +23,7 @@ struct Setup {
     server: VhostUserServer,
     socket: PathBuf,
     disk: Disk,
-    store: TestStore,
+    _store: TestStore,
 }
 
 fn serve(size_bytes: u64) -> Setup {
@@ -31,7 +31,7 @@ fn serve(size_bytes: u64) -> Setup {
     let disk = store.disk("disk", size_bytes);
     let socket = store.dir.path().join("disk-7.sock");
     let server = VhostUserServer::start(disk.clone(), &socket).unwrap();
-    Setup { server, socket, disk, store }
+    Setup { server, socket, disk, _store: store }
 }
 
 impl Setup {
@@ -77,7 +77,7 @@ fn reads_and_writes_of_any_sector_arrive_and_the_configuration_tells_the_geometr
 }
 
 #[test]
-fn discard_and_write_zeroes_clear_exactly_their_ranges() {
+fn discard_clears_whole_blocks_and_write_zeroes_exactly_its_ranges() {
     let setup = serve(16 * MIB);
     let mut driver = setup.connect(Settings::default());
     let queue = &mut driver.queues[0];
@@ -88,7 +88,9 @@ fn discard_and_write_zeroes_clear_exactly_their_ranges() {
         assert_eq!(queue.request(kind, 0, &two, 0).unwrap().0, OK);
         let mut expected = data.clone();
         expected[8 * 512..24 * 512].fill(0);
-        expected[103 * 512..153 * 512].fill(0);
+        // Of a discard the device may leave what is not a whole block, and does.
+        let second = if kind == VIRTIO_BLK_T_DISCARD { 104..152 } else { 103..153 };
+        expected[second.start * 512..second.end * 512].fill(0);
         assert!(queue.read(0, data.len()).unwrap() == (OK, expected));
     }
     assert_eq!(queue.request(VIRTIO_BLK_T_WRITE_ZEROES, 0, &range(0, 8, 1), 0).unwrap().0, OK, "may unmap");
@@ -471,7 +473,8 @@ fn a_machine_does_not_notice_that_its_server_was_restarted() {
     let mut busy = |from: u16| {
         // Ends with the machine, which does not live for ever.
         while count().wrapping_sub(from) < 100 {
-            assert!(machine.0.try_wait().unwrap().is_none(), "the machine ended");
+            let ended = machine.0.try_wait().unwrap();
+            assert!(ended.is_none(), "the machine ended: {ended:?}");
             std::thread::yield_now();
         }
     };
