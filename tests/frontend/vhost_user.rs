@@ -3,6 +3,10 @@
 use crate::driver::{Descriptor, Driver, Queue, Settings};
 use crate::support::{BOOTED, COUNTER, MIB, TestStore, boot, boot_sector, busy_boot_sector, machine, pattern};
 use miosa::frontend::VhostUserServer;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use std::io::Write;
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::Child;
 use storage::Disk;
@@ -166,6 +170,22 @@ fn a_server_outlives_connections_and_restarts_of_queues() {
     // A driver that does not take FLUSH gets a write-through disk, which looks the same from here.
     let mut driver = setup.connect(Settings { without: 1 << VIRTIO_BLK_F_FLUSH, ..Settings::default() });
     check_alive(&mut driver.queues[0], 99);
+}
+
+#[test]
+fn a_vmm_that_does_not_read_its_answers_cannot_hold_the_server() {
+    let setup = serve(16 * MIB);
+    let mut stream = UnixStream::connect(&setup.socket).unwrap();
+    // GET_FEATURES, version 1, no payload; until the server is stuck with its answers and takes no more.
+    let message = [1_u32, 1, 0].map(u32::to_le_bytes).concat();
+    stream.set_nonblocking(true).unwrap();
+    let mut events = [PollFd::new(stream.as_fd(), PollFlags::POLLOUT)];
+    while poll(&mut events, PollTimeout::from(500_u16)).unwrap() == 1 {
+        let _ = (&stream).write(&message);
+    }
+    setup.server.stop();
+    assert!(!setup.socket.exists());
+    let _ = stream.write(&message);
 }
 
 #[test]
