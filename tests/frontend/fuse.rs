@@ -173,6 +173,23 @@ fn a_snapshot_is_a_file_that_cannot_be_written() {
 }
 
 #[test]
+fn fsync_and_synchronous_writes_reach_the_log_on_disk() {
+    let setup = mounted();
+    let path = setup.add("disk", MIB);
+    let (file, store) = (open(&path), &setup.store.store);
+    let syncs = store.log_syncs();
+    file.write_all_at(&pattern(1, 5000), 0).unwrap();
+    file.sync_data().unwrap();
+    assert!(store.log_syncs() > syncs);
+    for flag in [libc::O_DSYNC, libc::O_SYNC] {
+        let file = OpenOptions::new().write(true).custom_flags(flag).open(&path).unwrap();
+        let syncs = store.log_syncs();
+        file.write_all_at(&pattern(2, 5000), 0).unwrap();
+        assert!(store.log_syncs() > syncs);
+    }
+}
+
+#[test]
 fn mapped_memory_works() {
     let setup = mounted();
     let file = open(&setup.add("disk", MIB));

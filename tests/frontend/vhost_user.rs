@@ -27,7 +27,7 @@ struct Setup {
     server: VhostUserServer,
     socket: PathBuf,
     disk: Disk,
-    _store: TestStore,
+    store: TestStore,
 }
 
 fn serve(size_bytes: u64) -> Setup {
@@ -35,7 +35,7 @@ fn serve(size_bytes: u64) -> Setup {
     let disk = store.disk("disk", size_bytes);
     let socket = store.dir.path().join("disk-7.sock");
     let server = VhostUserServer::start(disk.clone(), &socket).unwrap();
-    Setup { server, socket, disk, _store: store }
+    Setup { server, socket, disk, store }
 }
 
 impl Setup {
@@ -167,8 +167,22 @@ fn a_server_outlives_connections_and_restarts_of_queues() {
         driver.restart(0).unwrap();
         check_alive(&mut driver.queues[0], round + 50);
     }
-    // A driver that does not take FLUSH gets a write-through disk, which looks the same from here.
+}
+
+#[test]
+fn a_flush_reaches_the_log_on_disk_and_without_that_feature_every_write_does() {
+    let setup = serve(16 * MIB);
+    let store = &setup.store.store;
+    let mut driver = setup.connect(Settings::default());
+    let syncs = store.log_syncs();
+    assert_eq!(driver.queues[0].write(3, &pattern(1, 4096)).unwrap(), OK);
+    assert_eq!(driver.queues[0].request(VIRTIO_BLK_T_FLUSH, 0, &[], 0).unwrap().0, OK);
+    assert!(store.log_syncs() > syncs);
+    drop(driver);
     let mut driver = setup.connect(Settings { without: 1 << VIRTIO_BLK_F_FLUSH, ..Settings::default() });
+    let syncs = store.log_syncs();
+    assert_eq!(driver.queues[0].write(3, &pattern(2, 4096)).unwrap(), OK);
+    assert!(store.log_syncs() > syncs);
     check_alive(&mut driver.queues[0], 99);
 }
 
