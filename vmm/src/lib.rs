@@ -1,1 +1,25 @@
-//! Supervisor for machines.
+//! Supervisor for machines: it starts, watches and ends virtual machines, and talks to the agent inside.
+//!
+//! | module | what it is |
+//! | --- | --- |
+//! | [`machine`] | the traits [`Vmm`] and [`Machine`], and what a machine is made of |
+//! | [`agent`] | the async client of the guest agent: programs, files, freeze, clock |
+//! | [`qemu`] | machines as QEMU processes, over [`qmp`] |
+//! | [`process`] | child processes that are never left behind |
+//! | [`fake`] | a scripted stand-in for tests: real agent protocol, no virtual machine |
+//! | [`image`] | what guests boot: kernel, initramfs, base root file system |
+//!
+//! The crate knows nothing of storage, sandboxes or snapshots: a disk is a path. Everything has a deadline, and a guest
+//! is never trusted: its frames, its answers and its console are bounded in size and time.
+
+pub mod agent;
+pub mod error;
+pub mod fake;
+pub mod machine;
+pub mod process;
+
+pub use agent::Agent;
+pub use error::{Error, ErrorKind, Result};
+pub use fake::FakeVmm;
+pub use machine::{Accel, BootTiming, DiskAttachment, ExitReason, Machine, MachineSpec, Network, Reaped, Vmm};
+pub use miosa_agent::wire::{ErrorKind as GuestErrorKind, ExecRequest, ExitStatus, FileKind, FileStat, GuestInfo};

@@ -1,0 +1,151 @@
+//! From the initramfs to a mounted root: the kernel's file systems, modules, the root disk, the move into it.
+
+use std::fs::{self, File};
+use std::io::{Error, Result};
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use nix::kmod::{ModuleInitFlags, finit_module};
+use nix::mount::{MsFlags, mount};
+
+use crate::{guest, log, network, read_line};
+
+/// How long the root disk may take to appear.
+const DISK_PATIENCE: Duration = Duration::from_secs(30);
+const NEW_ROOT: &str = "/newroot";
+
+/// Runs once; after it `/` is the root disk.
+pub(crate) fn boot() -> Result<()> {
+    make_mount("devtmpfs", "/dev", MsFlags::MS_NOSUID, "mode=0755")?;
+    make_mount("proc", "/proc", MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC, "")?;
+    make_mount("sysfs", "/sys", MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC, "")?;
+    load_modules();
+    let command_line = read_line("/proc/cmdline");
+    let argument = |name: &str| -> Option<String> {
+        command_line.split_whitespace().find_map(|word| word.strip_prefix(name)?.strip_prefix('=').map(str::to_owned))
+    };
+
+    let disk = argument("miosa.root").unwrap_or_else(|| "/dev/vda".into());
+    wait_for(Path::new(&disk))?;
+    fs::create_dir_all(NEW_ROOT)?;
+    // Reading a file must not write to the disk: snapshots would differ for nothing. Discard gives space back.
+    let flags = argument("miosa.rootflags").unwrap_or_else(|| "discard,errors=remount-ro".into());
+    mount(Some(disk.as_str()), NEW_ROOT, Some("ext4"), MsFlags::MS_NOATIME, Some(flags.as_str()))
+        .map_err(|errno| error(&format!("mount {disk}"), errno.into()))?;
+    grow_root(&disk);
+    switch_root()?;
+
+    let network = argument("miosa.net").is_none_or(|net| net != "none");
+    furnish(argument("miosa.hostname").as_deref(), network);
+    Ok(())
+}
+
+fn error(what: &str, error: Error) -> Error {
+    Error::new(error.kind(), format!("{what}: {error}"))
+}
+
+fn make_mount(kind: &str, at: &str, flags: MsFlags, options: &str) -> Result<()> {
+    fs::create_dir_all(at)?;
+    match mount(Some(kind), at, Some(kind), flags, Some(options)) {
+        // The kernel may have mounted devtmpfs itself.
+        Ok(()) | Err(nix::errno::Errno::EBUSY) => Ok(()),
+        Err(errno) => Err(error(&format!("mount {kind} on {at}"), errno.into())),
+    }
+}
+
+/// Loads what the initramfs lists, in its order. A module that fails is told and skipped: the wait for the disk decides.
+fn load_modules() {
+    for name in read_line("/modules/order").lines() {
+        let loaded = File::open(format!("/modules/{name}"))
+            .and_then(|file| Ok(finit_module(&file, c"", ModuleInitFlags::empty())?));
+        match loaded {
+            Ok(()) => {}
+            Err(error) if error.raw_os_error() == Some(libc::EEXIST) => {}
+            Err(error) => log(&format!("module {name}: {error}")),
+        }
+    }
+}
+
+fn wait_for(disk: &Path) -> Result<()> {
+    let until = Instant::now() + DISK_PATIENCE;
+    while !disk.exists() {
+        if Instant::now() >= until {
+            let message = format!("no {} after {} s", disk.display(), DISK_PATIENCE.as_secs());
+            return Err(Error::new(std::io::ErrorKind::TimedOut, message));
+        }
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    Ok(())
+}
+
+/// A disk larger than its file system: grow it, for this is a fork that was given more room.
+fn grow_root(disk: &str) {
+    let Some(name) = disk.strip_prefix("/dev/") else { return };
+    let sectors: u64 = read_line(&format!("/sys/class/block/{name}/size")).parse().unwrap_or(0);
+    if let Err(error) = guest::grow_ext4(NEW_ROOT, sectors * 512) {
+        log(&format!("cannot grow the root file system: {error}"));
+    }
+}
+
+/// Makes the disk the root, with the kernel's file systems moved into it. The initramfs stays below, unreachable but
+/// for the running agent; its files are removed first, for they are memory.
+fn switch_root() -> Result<()> {
+    for dir in ["dev", "proc", "sys"] {
+        let target = format!("{NEW_ROOT}/{dir}");
+        // A root without these directories gets them.
+        fs::create_dir_all(&target)?;
+        mount(Some(format!("/{dir}").as_str()), target.as_str(), None::<&str>, MsFlags::MS_MOVE, None::<&str>)
+            .map_err(|errno| error(&format!("move /{dir}"), errno.into()))?;
+    }
+    let _ = fs::remove_dir_all("/modules");
+    let _ = fs::remove_file("/init");
+    std::env::set_current_dir(NEW_ROOT)?;
+    mount(Some("."), "/", None::<&str>, MsFlags::MS_MOVE, None::<&str>)?;
+    nix::unistd::chroot(".")?;
+    std::env::set_current_dir("/")
+}
+
+/// What programs expect to find. Nothing here is needed to serve the host, so nothing here stops the boot.
+fn furnish(hostname: Option<&str>, with_network: bool) {
+    let tell = |what: &str, result: Result<()>| {
+        if let Err(error) = result {
+            log(&format!("{what}: {error}"));
+        }
+    };
+    let quiet = MsFlags::MS_NOSUID | MsFlags::MS_NODEV;
+    tell(
+        "/dev/pts",
+        make_mount("devpts", "/dev/pts", MsFlags::MS_NOSUID | MsFlags::MS_NOEXEC, "mode=620,gid=5,ptmxmode=666"),
+    );
+    tell("/dev/shm", make_mount("tmpfs", "/dev/shm", quiet, "mode=1777"));
+    tell("/run", make_mount("tmpfs", "/run", quiet, "mode=0755,size=20%"));
+    tell("/run/lock", fs::create_dir_all("/run/lock"));
+    for (link, target) in [
+        ("fd", "/proc/self/fd"),
+        ("stdin", "/proc/self/fd/0"),
+        ("stdout", "/proc/self/fd/1"),
+        ("stderr", "/proc/self/fd/2"),
+    ] {
+        let _ = std::os::unix::fs::symlink(target, format!("/dev/{link}"));
+    }
+    if !Path::new("/tmp").exists() {
+        use std::os::unix::fs::PermissionsExt;
+        tell(
+            "/tmp",
+            fs::create_dir("/tmp").and_then(|()| fs::set_permissions("/tmp", fs::Permissions::from_mode(0o1777))),
+        );
+    }
+    if Path::new("/sys/fs/cgroup").is_dir() {
+        tell("/sys/fs/cgroup", make_mount("cgroup2", "/sys/fs/cgroup", quiet | MsFlags::MS_NOEXEC, ""));
+    }
+    let hostname = hostname.map(str::to_owned).unwrap_or_else(|| read_line("/etc/hostname"));
+    if !hostname.is_empty() {
+        tell("hostname", nix::unistd::sethostname(&hostname).map_err(Error::from));
+    }
+    tell("lo", network::bring_up_loopback());
+    if with_network && Path::new("/sys/class/net/eth0").exists() {
+        tell("eth0", network::bring_up_user_network("eth0"));
+    }
+    // What programs leave on the console must not stop them when nobody reads it.
+    let _ = std::env::set_current_dir("/");
+}

@@ -1,0 +1,473 @@
+//! The guest's end of the protocol: one thread reads frames, one writes them, each stream has its own.
+//!
+//! The reading thread never waits for a stream: data goes to the stream's inbox, which the host's credit bounds. So a
+//! program that does not read its input, or whose output nobody takes, holds up its own stream only.
+
+mod exec;
+mod files;
+mod freezer;
+mod users;
+
+use std::collections::{HashMap, VecDeque};
+use std::io::{Read, Write};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use parking_lot::{Condvar, Mutex};
+
+use crate::wire::{self, AgentError, Decoder, ErrorKind, Frame, GuestInfo, Kind, Outcome, Reply, Request};
+pub use exec::Children;
+use freezer::Freezer;
+
+/// Bytes of output that may wait for the pipe before streams wait.
+const QUEUE_BYTES: usize = 256 * 1024;
+
+/// What differs between a real guest and one that tests run in process.
+pub trait System: Send + Sync + 'static {
+    /// The path that the guest's `path` is at.
+    ///
+    /// # Errors
+    /// `Invalid` for a path that is not absolute.
+    fn path(&self, path: &str) -> Result<PathBuf, AgentError>;
+    /// The programs that run for streams.
+    fn children(&self) -> &Children;
+    /// Who this is.
+    fn info(&self) -> GuestInfo;
+    /// Writes everything back and stops writes to the root file system.
+    ///
+    /// # Errors
+    /// Of the system.
+    fn freeze(&self) -> Result<(), AgentError>;
+    /// Allows writes again.
+    ///
+    /// # Errors
+    /// Of the system.
+    fn thaw(&self) -> Result<(), AgentError>;
+    /// Sets the wall clock.
+    ///
+    /// # Errors
+    /// Of the system.
+    fn set_clock(&self, unix_nanos: u64) -> Result<(), AgentError>;
+    /// Sets the host name, already checked.
+    ///
+    /// # Errors
+    /// Of the system.
+    fn set_hostname(&self, name: &str) -> Result<(), AgentError>;
+    /// Writes back all dirty data.
+    fn sync(&self);
+    /// Ends all processes, with `grace` between asking and killing, and leaves the disk flushed and clean.
+    ///
+    /// # Errors
+    /// Of the system.
+    fn shutdown(&self, grace: Duration) -> Result<(), AgentError>;
+    /// Powers off, after the answer to a shutdown has been sent.
+    fn power_off(&self);
+    /// Says something on the console.
+    fn log(&self, message: &str);
+}
+
+/// A server: what is needed to read frames and to answer them.
+pub struct Server {
+    system: Arc<dyn System>,
+    output: Arc<Output>,
+    streams: Mutex<HashMap<u32, Arc<Stream>>>,
+    freezer: Arc<Freezer>,
+}
+
+impl Server {
+    /// A server that writes to `pipe` from a thread of its own.
+    ///
+    /// # Errors
+    /// When no thread can be made.
+    pub fn new(system: Arc<dyn System>, pipe: impl Write + Send + 'static) -> std::io::Result<Arc<Server>> {
+        let output = Arc::new(Output::default());
+        let (writer, log) = (output.clone(), system.clone());
+        thread("agent-write", move || writer.write_to(pipe, &*log))?;
+        let freezer = Freezer::start(system.clone())?;
+        Ok(Arc::new(Server { system, output, streams: Mutex::default(), freezer }))
+    }
+
+    /// Reads frames until the pipe ends and `at_end` says to give up, or reading fails. Then all streams are over.
+    pub fn serve(self: &Arc<Self>, mut pipe: impl Read, mut at_end: impl FnMut() -> bool) -> std::io::Result<()> {
+        let mut decoder = Decoder::guest();
+        let mut bytes = vec![0; wire::MAX_PAYLOAD];
+        let result = loop {
+            match pipe.read(&mut bytes) {
+                Ok(0) if at_end() => break Ok(()),
+                Ok(0) => continue,
+                Ok(len) => decoder.push(&bytes[..len]),
+                Err(error) if error.kind() == std::io::ErrorKind::Interrupted => continue,
+                Err(error) => break Err(error),
+            }
+            loop {
+                match decoder.next_frame() {
+                    Ok(None) => break,
+                    Ok(Some(frame)) => self.take(frame),
+                    Err(violation) => self.system.log(&format!("{violation}; waiting for a greeting")),
+                }
+            }
+        };
+        self.cancel_all();
+        self.output.close();
+        result
+    }
+
+    fn cancel_all(&self) {
+        for (_, stream) in self.streams.lock().drain() {
+            stream.cancel();
+        }
+    }
+
+    fn take(self: &Arc<Self>, frame: Frame) {
+        let stream = || self.streams.lock().get(&frame.stream).cloned();
+        match frame.kind {
+            Kind::Hello => {
+                let Ok((nonce, _)) = frame.hello() else { return };
+                self.cancel_all();
+                self.freezer.thaw_if_frozen();
+                self.output.start_over(wire::hello_ack(nonce));
+            }
+            Kind::Open => self.open(&frame),
+            Kind::Data => {
+                if let Some(stream) = stream() {
+                    stream.receive(frame.payload);
+                }
+            }
+            Kind::Window => {
+                if let (Some(stream), Ok(credit)) = (stream(), frame.credit()) {
+                    stream.add_credit(credit);
+                }
+            }
+            Kind::Eof => {
+                if let Some(stream) = stream() {
+                    stream.change(|state| state.eof = true);
+                }
+            }
+            Kind::Cancel => {
+                if let Some(stream) = stream() {
+                    stream.cancel();
+                }
+            }
+            Kind::HelloAck | Kind::ErrData | Kind::End => self.system.log("ignoring a frame that only a guest sends"),
+        }
+    }
+
+    fn open(self: &Arc<Self>, frame: &Frame) {
+        let stream = Arc::new(Stream::new(frame.stream, self.output.clone()));
+        let request: Request = match frame.parse() {
+            Ok(request) => request,
+            Err(violation) => {
+                return stream.end(&Err(AgentError::new(ErrorKind::Invalid, violation.to_string())));
+            }
+        };
+        let mut streams = self.streams.lock();
+        if streams.len() >= wire::MAX_STREAMS || streams.contains_key(&frame.stream) {
+            drop(streams);
+            return stream.end(&Err(AgentError::new(ErrorKind::Busy, "the guest serves too many requests at once")));
+        }
+        streams.insert(frame.stream, stream.clone());
+        drop(streams);
+        let (server, served) = (self.clone(), stream.clone());
+        let spawned = thread("agent-stream", move || {
+            let shutdown = matches!(request, Request::Shutdown { .. });
+            let outcome = server.handle(&served, request);
+            server.forget(&served);
+            let power_off = shutdown && outcome.is_ok();
+            served.end(&outcome);
+            if power_off {
+                server.output.flush(Duration::from_secs(2));
+                server.system.power_off();
+            }
+        });
+        if let Err(error) = spawned {
+            self.forget(&stream);
+            stream.end(&Err(AgentError::io("the guest cannot start a thread", &error)));
+        }
+    }
+
+    /// Only the stream itself: a new connection may have given its number to another.
+    fn forget(&self, stream: &Arc<Stream>) {
+        let mut streams = self.streams.lock();
+        if streams.get(&stream.id).is_some_and(|there| Arc::ptr_eq(there, stream)) {
+            streams.remove(&stream.id);
+        }
+    }
+
+    fn handle(&self, stream: &Arc<Stream>, request: Request) -> Outcome {
+        let system = &*self.system;
+        match request {
+            Request::Ping => return Ok(Reply::Pong(system.info())),
+            Request::Exec(request) => return exec::run(system, stream, &request).map(Reply::Exit),
+            Request::WriteFile { path, mode } => files::write(system, stream, &path, mode)?,
+            Request::ReadFile { path } => files::read(system, stream, &path)?,
+            Request::Stat { path } => return files::stat(system, &path).map(Reply::Stat),
+            Request::Freeze { auto_thaw_ms } => self.freezer.freeze(auto_thaw_ms)?,
+            Request::Thaw => return Ok(Reply::Thawed { was_frozen: self.freezer.thaw()? }),
+            Request::SetClock { unix_nanos } => system.set_clock(unix_nanos)?,
+            Request::SetHostname { name } => {
+                let allowed = |c: char| c.is_ascii_alphanumeric() || c == '-' || c == '.';
+                if name.is_empty() || name.len() > 64 || !name.chars().all(allowed) {
+                    return Err(AgentError::new(ErrorKind::Invalid, "a host name is 1-64 of a-z, 0-9, '-' and '.'"));
+                }
+                system.set_hostname(&name)?;
+            }
+            Request::Sync => system.sync(),
+            Request::Shutdown { grace_ms } => {
+                self.freezer.thaw_if_frozen();
+                system.shutdown(Duration::from_millis(grace_ms.min(30_000)))?;
+            }
+        }
+        Ok(Reply::Done)
+    }
+}
+
+/// Starts a named thread with a small stack.
+pub(crate) fn thread(name: &str, body: impl FnOnce() + Send + 'static) -> std::io::Result<()> {
+    std::thread::Builder::new().name(name.into()).stack_size(256 * 1024).spawn(body).map(drop)
+}
+
+/// The stream's host is gone or does not want it any more.
+#[derive(Debug)]
+pub(crate) struct Cancelled;
+
+impl From<Cancelled> for AgentError {
+    fn from(_: Cancelled) -> AgentError {
+        AgentError::new(ErrorKind::Cancelled, "cancelled by the host")
+    }
+}
+
+/// The guest's end of a stream.
+pub struct Stream {
+    id: u32,
+    generation: u64,
+    output: Arc<Output>,
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+#[derive(Default)]
+struct State {
+    inbox: VecDeque<Bytes>,
+    /// What the host may still send.
+    granted: u32,
+    /// Taken from the inbox and not yet given back.
+    owed: u32,
+    /// What we may still send.
+    credit: u32,
+    eof: bool,
+    cancelled: bool,
+    /// How the stream's program ended: `wait` status.
+    exit: Option<i32>,
+}
+
+impl Stream {
+    fn new(id: u32, output: Arc<Output>) -> Stream {
+        let state = State { granted: wire::WINDOW, credit: wire::WINDOW, ..State::default() };
+        let generation = output.queue.lock().generation;
+        Stream { id, generation, output, state: Mutex::new(state), changed: Condvar::new() }
+    }
+
+    fn change(&self, change: impl FnOnce(&mut State)) {
+        change(&mut self.state.lock());
+        self.changed.notify_all();
+    }
+
+    fn cancel(&self) {
+        self.change(|state| state.cancelled = true);
+    }
+
+    fn receive(&self, bytes: Bytes) {
+        self.change(|state| match state.granted.checked_sub(wire::cost(bytes.len())) {
+            // What comes after the program's end is of no interest.
+            _ if state.exit.is_some() || state.eof => {}
+            Some(granted) => {
+                state.granted = granted;
+                state.inbox.push_back(bytes);
+            }
+            None => state.cancelled = true,
+        });
+    }
+
+    fn add_credit(&self, credit: u32) {
+        self.change(|state| state.credit = state.credit.saturating_add(credit).min(wire::WINDOW));
+    }
+
+    pub(crate) fn exited(&self, status: i32) {
+        self.change(|state| state.exit = Some(status));
+    }
+
+    /// Sends data as the host gives credit for it.
+    pub(crate) fn send(&self, kind: Kind, mut bytes: &[u8]) -> Result<(), Cancelled> {
+        while !bytes.is_empty() {
+            let mut state = self.state.lock();
+            let len = loop {
+                if state.cancelled {
+                    return Err(Cancelled);
+                }
+                match wire::sendable(state.credit, bytes.len()) {
+                    0 => self.changed.wait(&mut state),
+                    len => break len,
+                }
+            };
+            state.credit -= wire::cost(len);
+            drop(state);
+            let (now, later) = bytes.split_at(len);
+            self.output.push(self.generation, Frame::new(self.id, kind, Bytes::copy_from_slice(now)), true);
+            bytes = later;
+        }
+        Ok(())
+    }
+
+    /// The next data from the host; `None` when there is no more, or the stream's program has ended.
+    pub(crate) fn receive_next(&self) -> Result<Option<Bytes>, Cancelled> {
+        let mut state = self.state.lock();
+        loop {
+            if state.cancelled {
+                return Err(Cancelled);
+            }
+            if state.exit.is_some() {
+                return Ok(None);
+            }
+            if let Some(bytes) = state.inbox.pop_front() {
+                state.owed += wire::cost(bytes.len());
+                if state.owed >= wire::WINDOW / 4 {
+                    let owed = std::mem::take(&mut state.owed);
+                    state.granted += owed;
+                    drop(state);
+                    self.output.push(self.generation, Frame::window(self.id, owed), false);
+                }
+                return Ok(Some(bytes));
+            }
+            if state.eof {
+                return Ok(None);
+            }
+            self.changed.wait(&mut state);
+        }
+    }
+
+    /// Waits until the program has ended, the stream is cancelled, or `until` has come.
+    pub(crate) fn wait_exit(&self, until: Option<Instant>, mind_cancel: bool) -> Waited {
+        let mut state = self.state.lock();
+        loop {
+            if let Some(status) = state.exit {
+                return Waited::Exited(status);
+            }
+            if mind_cancel && state.cancelled {
+                return Waited::Cancelled;
+            }
+            match until {
+                Some(until) if Instant::now() >= until => return Waited::TimedOut,
+                Some(until) => drop(self.changed.wait_until(&mut state, until)),
+                None => self.changed.wait(&mut state),
+            }
+        }
+    }
+
+    fn end(&self, outcome: &Outcome) {
+        let frame = Frame::with(self.id, Kind::End, outcome).or_else(|_| {
+            let error: Outcome = Err(AgentError::new(ErrorKind::Io, "the answer is too large"));
+            Frame::with(self.id, Kind::End, &error)
+        });
+        if let Ok(frame) = frame {
+            self.output.push(self.generation, frame, false);
+        }
+    }
+}
+
+/// What a wait for a program came to.
+pub(crate) enum Waited {
+    Exited(i32),
+    Cancelled,
+    TimedOut,
+}
+
+/// Frames on their way to the host.
+#[derive(Default)]
+struct Output {
+    queue: Mutex<Queue>,
+    changed: Condvar,
+}
+
+#[derive(Default)]
+struct Queue {
+    frames: VecDeque<Frame>,
+    bytes: usize,
+    /// Which greeting the frames answer; frames of streams from before it are dropped.
+    generation: u64,
+    writing: bool,
+    closed: bool,
+}
+
+impl Output {
+    /// Adds a frame; with `wait`, once there is room. Frames without are few: one end a stream, one window each 64 KiB.
+    fn push(&self, generation: u64, frame: Frame, wait: bool) {
+        let mut queue = self.queue.lock();
+        while wait && queue.bytes >= QUEUE_BYTES && queue.generation == generation && !queue.closed {
+            self.changed.wait(&mut queue);
+        }
+        if queue.generation == generation && !queue.closed {
+            queue.bytes += frame.payload.len();
+            queue.frames.push_back(frame);
+            self.changed.notify_all();
+        }
+    }
+
+    fn start_over(&self, ack: Frame) {
+        let mut queue = self.queue.lock();
+        queue.generation += 1;
+        queue.frames.clear();
+        queue.bytes = 0;
+        queue.frames.push_back(ack);
+        self.changed.notify_all();
+    }
+
+    fn close(&self) {
+        self.queue.lock().closed = true;
+        self.changed.notify_all();
+    }
+
+    /// Waits until everything is written, or `limit` is over.
+    fn flush(&self, limit: Duration) {
+        let until = Instant::now() + limit;
+        let mut queue = self.queue.lock();
+        while (queue.writing || !queue.frames.is_empty()) && !queue.closed {
+            if self.changed.wait_until(&mut queue, until).timed_out() {
+                return;
+            }
+        }
+    }
+
+    fn write_to(&self, mut pipe: impl Write, system: &dyn System) {
+        let mut bytes = Vec::new();
+        loop {
+            let mut queue = self.queue.lock();
+            queue.writing = false;
+            self.changed.notify_all();
+            while queue.frames.is_empty() {
+                if queue.closed {
+                    return;
+                }
+                self.changed.wait(&mut queue);
+            }
+            bytes.clear();
+            while bytes.len() < wire::MAX_PAYLOAD
+                && let Some(frame) = queue.frames.pop_front()
+            {
+                queue.bytes = queue.bytes.saturating_sub(frame.payload.len());
+                frame.encode(&mut bytes);
+            }
+            queue.writing = true;
+            drop(queue);
+            if let Err(error) = pipe.write_all(&bytes).and_then(|()| pipe.flush()) {
+                system.log(&format!("cannot write to the host: {error}"));
+                // Whatever was lost, the next greeting starts over; until then do not spin.
+                std::thread::sleep(Duration::from_millis(100));
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,456 @@
+//! The async client of the guest agent.
+//!
+//! An [`Agent`] is a cheap handle on one connection; any number of calls run over it at once, each on its own stream
+//! with its own credit (see [`miosa_agent::wire`]), so a slow reader of one never holds up another. The guest is not
+//! trusted: whatever it sends beyond its credit, or that does not parse, ends the connection with `AgentLost`.
+
+mod connection;
+
+use std::path::Path;
+use std::time::Duration;
+
+use bytes::{Bytes, BytesMut};
+use miosa_agent::wire::{ExecRequest, ExitStatus, FileStat, GuestInfo, Reply, Request};
+use tokio::net::UnixStream;
+use tokio::time::Instant;
+
+use crate::{Error, ErrorKind, Result};
+use connection::{Connection, Event, Input, Stream};
+
+/// How long a single answer may take unless [`Agent::with_timeout`] says otherwise.
+pub const DEFAULT_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// A client of one guest's agent. Clones share the connection; it closes when the last clone and stream are dropped.
+#[derive(Clone, Debug)]
+pub struct Agent {
+    connection: Connection,
+    timeout: Duration,
+}
+
+impl Agent {
+    /// Connects to the agent's socket and greets the guest, waiting for socket and guest until `deadline` is over. All
+    /// streams of an earlier connection are ended by this, and a frozen guest is thawed.
+    ///
+    /// # Errors
+    /// `AgentTimeout`; `AgentLost` when the connection breaks or the guest speaks another version; `Invalid` for a
+    /// socket path that is too long.
+    pub async fn connect(socket: &Path, deadline: Duration) -> Result<Agent> {
+        let at = crate::machine::deadline_at(deadline);
+        crate::process::check_socket_path(socket)?;
+        let stream = loop {
+            match UnixStream::connect(socket).await {
+                Ok(stream) => break stream,
+                Err(error) if Instant::now() >= at => {
+                    let message = format!("cannot connect to the agent's socket {}: {error}", socket.display());
+                    return Err(Error::new(ErrorKind::AgentTimeout, message));
+                }
+                Err(_) => tokio::time::sleep(Duration::from_millis(10)).await,
+            }
+        };
+        Agent::over(stream, at.saturating_duration_since(Instant::now())).await
+    }
+
+    /// Greets the guest over a connected socket.
+    ///
+    /// # Errors
+    /// As [`Agent::connect`].
+    pub async fn over(stream: UnixStream, deadline: Duration) -> Result<Agent> {
+        let at = crate::machine::deadline_at(deadline);
+        match tokio::time::timeout_at(at, Connection::open(stream)).await {
+            Ok(connection) => Ok(Agent { connection: connection?, timeout: DEFAULT_TIMEOUT }),
+            Err(_) => Err(Error::new(ErrorKind::AgentTimeout, "the guest's agent did not answer the greeting in time")),
+        }
+    }
+
+    /// The same connection with another limit on single answers (not on the running time of programs).
+    #[must_use]
+    pub fn with_timeout(mut self, timeout: Duration) -> Agent {
+        self.timeout = timeout;
+        self
+    }
+
+    /// Asks whether the agent is there, and who it is.
+    ///
+    /// # Errors
+    /// As every call: `AgentTimeout`, `AgentLost`.
+    pub async fn ping(&self) -> Result<GuestInfo> {
+        match self.call(Request::Ping).await? {
+            Reply::Pong(info) => Ok(info),
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    /// Starts a program. Errors of starting it (`NotFound`, `Permission`, …) come from the first
+    /// [`ExecStream::next_event`]. Dropping the stream kills the program's whole process group.
+    ///
+    /// # Errors
+    /// `Invalid` when the request is larger than 64 KiB; `AgentLost`.
+    pub async fn exec(&self, request: ExecRequest) -> Result<ExecStream> {
+        let limit = request.timeout_ms.map(Duration::from_millis);
+        let has_stdin = request.stdin;
+        let stream = self.open(Request::Exec(request)).await?;
+        let stdin = has_stdin.then(|| Stdin { input: stream.input() });
+        let deadline = limit.map(|limit| crate::machine::deadline_at(limit.saturating_add(self.timeout)));
+        Ok(ExecStream { stream, stdin, deadline, grace: self.timeout, over: false })
+    }
+
+    /// Runs a program to its end and keeps at most `max_output` bytes of each of its outputs; the rest is read and
+    /// dropped.
+    ///
+    /// # Errors
+    /// Those of [`Agent::exec`] and [`ExecStream::next_event`].
+    pub async fn run(&self, request: ExecRequest, max_output: usize) -> Result<ExecOutput> {
+        self.exec(request).await?.collect(max_output).await
+    }
+
+    /// Reads a file of any size in pieces. Dropping the reader stops the guest.
+    ///
+    /// # Errors
+    /// `AgentLost` here; errors of the file come from [`FileReader::next`].
+    pub async fn read_file(&self, path: impl Into<String>) -> Result<FileReader> {
+        let stream = self.open(Request::ReadFile { path: path.into() }).await?;
+        Ok(FileReader { stream, timeout: self.timeout, over: false })
+    }
+
+    /// Writes a file of any size: the file at `path` is the old one until [`FileWriter::finish`] has returned, then
+    /// the new one. Missing parent directories are made. `mode` are permission bits; `None` keeps those of the file
+    /// that is there (else 0644). The owner of a replaced file is kept. Dropping the writer leaves the old file.
+    ///
+    /// # Errors
+    /// `AgentLost` here; errors of the file come from the writer's methods.
+    pub async fn write_file(&self, path: impl Into<String>, mode: Option<u32>) -> Result<FileWriter> {
+        let stream = self.open(Request::WriteFile { path: path.into(), mode }).await?;
+        Ok(FileWriter { input: stream.input(), stream, timeout: self.timeout })
+    }
+
+    /// Looks at a file; follows symbolic links.
+    ///
+    /// # Errors
+    /// `Guest(NotFound)` and other guest errors.
+    pub async fn stat(&self, path: impl Into<String>) -> Result<FileStat> {
+        match self.call(Request::Stat { path: path.into() }).await? {
+            Reply::Stat(stat) => Ok(stat),
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    /// Writes everything back and stops writes to the guest's root file system until [`Agent::thaw`], but no longer
+    /// than `auto_thaw` (capped at a minute). When it returns, the disk holds a clean file system state. Freezing a
+    /// frozen guest only moves the limit.
+    ///
+    /// # Errors
+    /// Guest errors; the guest is then not frozen.
+    pub async fn freeze(&self, auto_thaw: Duration) -> Result<()> {
+        let auto_thaw_ms = u64::try_from(auto_thaw.as_millis()).unwrap_or(u64::MAX);
+        self.done(Request::Freeze { auto_thaw_ms }).await
+    }
+
+    /// Allows writes again. False when the guest had thawed by itself before: what was taken meanwhile is only as
+    /// consistent as after a crash.
+    ///
+    /// # Errors
+    /// Guest errors.
+    pub async fn thaw(&self) -> Result<bool> {
+        match self.call(Request::Thaw).await? {
+            Reply::Thawed { was_frozen } => Ok(was_frozen),
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    /// Sets the guest's wall clock to the host's.
+    ///
+    /// # Errors
+    /// Guest errors.
+    pub async fn set_clock(&self, to: std::time::SystemTime) -> Result<()> {
+        let since = to.duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
+        self.done(Request::SetClock { unix_nanos: u64::try_from(since.as_nanos()).unwrap_or(u64::MAX) }).await
+    }
+
+    /// Sets the guest's host name.
+    ///
+    /// # Errors
+    /// `Guest(Invalid)` for a name that is none.
+    pub async fn set_hostname(&self, name: impl Into<String>) -> Result<()> {
+        self.done(Request::SetHostname { name: name.into() }).await
+    }
+
+    /// Writes back all the guest's dirty data.
+    ///
+    /// # Errors
+    /// Guest errors; `AgentTimeout` when the disk is too slow for the call's limit.
+    pub async fn sync(&self) -> Result<()> {
+        self.done(Request::Sync).await
+    }
+
+    /// Ends all processes (SIGTERM, and SIGKILL after `grace`), writes everything back and powers the guest off. Ok
+    /// means that the disk is flushed and its file system clean; the power goes right after.
+    ///
+    /// # Errors
+    /// Guest errors; `AgentTimeout`, `AgentLost`.
+    pub async fn shutdown(&self, grace: Duration) -> Result<()> {
+        let grace_ms = u64::try_from(grace.as_millis()).unwrap_or(u64::MAX);
+        let stream = self.open(Request::Shutdown { grace_ms }).await?;
+        self.finish(stream, self.timeout.saturating_add(grace)).await.map(drop)
+    }
+
+    async fn done(&self, request: Request) -> Result<()> {
+        match self.call(request).await? {
+            Reply::Done => Ok(()),
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    async fn call(&self, request: Request) -> Result<Reply> {
+        let stream = self.open(request).await?;
+        self.finish(stream, self.timeout).await
+    }
+
+    async fn finish(&self, mut stream: Stream, timeout: Duration) -> Result<Reply> {
+        within(crate::machine::deadline_at(timeout), async {
+            loop {
+                if let Event::End(outcome) = stream.next().await? {
+                    return Ok(outcome?);
+                }
+            }
+        })
+        .await
+    }
+
+    async fn open(&self, request: Request) -> Result<Stream> {
+        within(crate::machine::deadline_at(self.timeout), self.connection.stream(&request)).await
+    }
+}
+
+async fn within<T>(at: Instant, what: impl Future<Output = Result<T>>) -> Result<T> {
+    match tokio::time::timeout_at(at, what).await {
+        Ok(result) => result,
+        Err(_) => Err(Error::new(ErrorKind::AgentTimeout, "the guest's agent did not answer in time")),
+    }
+}
+
+fn unexpected(reply: &Reply) -> Error {
+    Error::new(ErrorKind::AgentLost, format!("the guest's agent gave a wrong kind of answer: {reply:?}"))
+}
+
+/// What a running program does.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum ExecEvent {
+    /// Bytes of its standard output.
+    Stdout(Bytes),
+    /// Bytes of its standard error.
+    Stderr(Bytes),
+    /// Its end; exactly one of `code` and `signal` is set.
+    Exit {
+        /// Exit code.
+        code: Option<i32>,
+        /// Signal that ended it.
+        signal: Option<i32>,
+        /// Whether it was killed because its time was over.
+        timed_out: bool,
+    },
+}
+
+/// A running program. Dropping it kills the program's process group.
+#[derive(Debug)]
+pub struct ExecStream {
+    stream: Stream,
+    stdin: Option<Stdin>,
+    deadline: Option<Instant>,
+    grace: Duration,
+    over: bool,
+}
+
+impl ExecStream {
+    /// The next thing the program does; `None` after its exit. All output written before the exit comes before it;
+    /// within one of the two outputs the order is kept, between them it is not. What a process left behind in the
+    /// background writes after the program's own exit is not delivered. Safe to cancel.
+    ///
+    /// # Errors
+    /// Guest errors when the program could not be started; `AgentLost`; `AgentTimeout` when the program's own time
+    /// limit is long over.
+    pub async fn next_event(&mut self) -> Result<Option<ExecEvent>> {
+        if self.over {
+            return Ok(None);
+        }
+        let event = match self.deadline {
+            // A caller that was slow itself still gets the grace for each answer.
+            Some(at) => within(at.max(Instant::now() + self.grace), self.stream.next()).await?,
+            None => self.stream.next().await?,
+        };
+        Ok(Some(match event {
+            Event::Data(bytes) => ExecEvent::Stdout(bytes),
+            Event::ErrData(bytes) => ExecEvent::Stderr(bytes),
+            Event::End(outcome) => {
+                self.over = true;
+                match outcome? {
+                    Reply::Exit(ExitStatus { code, signal, timed_out }) => ExecEvent::Exit { code, signal, timed_out },
+                    other => return Err(unexpected(&other)),
+                }
+            }
+        }))
+    }
+
+    /// The program's standard input, once, if it was asked for. Dropping it closes the input.
+    pub fn take_stdin(&mut self) -> Option<Stdin> {
+        self.stdin.take()
+    }
+
+    /// Reads to the end, keeping at most `max_output` bytes of each output. Standard input is closed first unless it
+    /// was taken.
+    ///
+    /// # Errors
+    /// Those of [`ExecStream::next_event`].
+    pub async fn collect(mut self, max_output: usize) -> Result<ExecOutput> {
+        drop(self.stdin.take());
+        let (mut stdout, mut stderr) = (BytesMut::new(), BytesMut::new());
+        let mut truncated = false;
+        let mut keep = |kept: &mut BytesMut, bytes: Bytes| {
+            let room = max_output.saturating_sub(kept.len());
+            truncated |= bytes.len() > room;
+            kept.extend_from_slice(&bytes[..bytes.len().min(room)]);
+        };
+        while let Some(event) = self.next_event().await? {
+            match event {
+                ExecEvent::Stdout(bytes) => keep(&mut stdout, bytes),
+                ExecEvent::Stderr(bytes) => keep(&mut stderr, bytes),
+                ExecEvent::Exit { code, signal, timed_out } => {
+                    let status = ExitStatus { code, signal, timed_out };
+                    return Ok(ExecOutput { status, stdout: stdout.freeze(), stderr: stderr.freeze(), truncated });
+                }
+            }
+        }
+        Err(Error::new(ErrorKind::AgentLost, "the program's stream ended without an exit status"))
+    }
+}
+
+/// A program that has ended, with its output.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ExecOutput {
+    /// How it ended.
+    pub status: ExitStatus,
+    /// The beginning of its standard output.
+    pub stdout: Bytes,
+    /// The beginning of its standard error.
+    pub stderr: Bytes,
+    /// Whether either was longer than what was kept.
+    pub truncated: bool,
+}
+
+/// A program's standard input. Dropping it closes the input.
+#[derive(Debug)]
+pub struct Stdin {
+    input: Input,
+}
+
+impl Stdin {
+    /// Sends bytes; waits while the program does not read.
+    ///
+    /// # Errors
+    /// `AgentLost` when the program or the connection is gone.
+    pub async fn write(&mut self, bytes: &[u8]) -> Result<()> {
+        self.input.send(bytes).await
+    }
+
+    /// Closes the input, as dropping does.
+    pub fn close(self) {}
+}
+
+impl Drop for Stdin {
+    fn drop(&mut self) {
+        self.input.eof();
+    }
+}
+
+/// A file being read.
+#[derive(Debug)]
+pub struct FileReader {
+    stream: Stream,
+    timeout: Duration,
+    over: bool,
+}
+
+impl FileReader {
+    /// The next piece, at most 64 KiB; `None` at the end of the file.
+    ///
+    /// # Errors
+    /// `Guest(NotFound)`, `Guest(IsDirectory)` and other guest errors; `AgentLost`, `AgentTimeout`.
+    // Not an iterator: it is async.
+    #[allow(clippy::should_implement_trait)]
+    pub async fn next(&mut self) -> Result<Option<Bytes>> {
+        if self.over {
+            return Ok(None);
+        }
+        match within(crate::machine::deadline_at(self.timeout), self.stream.next()).await? {
+            Event::Data(bytes) | Event::ErrData(bytes) => Ok(Some(bytes)),
+            Event::End(outcome) => {
+                self.over = true;
+                outcome?;
+                Ok(None)
+            }
+        }
+    }
+
+    /// The whole rest of the file.
+    ///
+    /// # Errors
+    /// Those of [`FileReader::next`], and `Invalid` when there are more than `max` bytes.
+    pub async fn read_to_end(mut self, max: usize) -> Result<Bytes> {
+        let mut all = BytesMut::new();
+        while let Some(piece) = self.next().await? {
+            if all.len() + piece.len() > max {
+                return Err(Error::new(ErrorKind::Invalid, format!("the file is larger than {max} bytes")));
+            }
+            all.extend_from_slice(&piece);
+        }
+        Ok(all.freeze())
+    }
+}
+
+/// A file being written. Dropped before [`FileWriter::finish`], it leaves the old file in place.
+#[derive(Debug)]
+pub struct FileWriter {
+    stream: Stream,
+    input: Input,
+    timeout: Duration,
+}
+
+impl FileWriter {
+    /// Sends bytes; waits while the guest's disk is slow.
+    ///
+    /// # Errors
+    /// `Guest(NoSpace)`, `Guest(IsDirectory)` and other guest errors; `AgentLost`, `AgentTimeout`.
+    pub async fn write(&mut self, bytes: &[u8]) -> Result<()> {
+        for piece in bytes.chunks(64 * 1024) {
+            let sent = within(crate::machine::deadline_at(self.timeout), self.input.send(piece)).await;
+            if let Err(error) = sent {
+                // The guest ended the stream early: its reason is better than ours.
+                return Err(match error.kind {
+                    ErrorKind::AgentLost => self.outcome().await.err().unwrap_or(error),
+                    _ => error,
+                });
+            }
+        }
+        Ok(())
+    }
+
+    /// Puts the file in its place; it is there and durable on the guest's disk when this returns.
+    ///
+    /// # Errors
+    /// As [`FileWriter::write`].
+    pub async fn finish(mut self) -> Result<()> {
+        self.input.eof();
+        self.outcome().await
+    }
+
+    async fn outcome(&mut self) -> Result<()> {
+        within(crate::machine::deadline_at(self.timeout), async {
+            loop {
+                if let Event::End(outcome) = self.stream.next().await? {
+                    outcome?;
+                    return Ok(());
+                }
+            }
+        })
+        .await
+    }
+}

@@ -1,0 +1,308 @@
+//! A stand-in for tests of what is built on machines: no virtual machine, but the real agent protocol and server, run
+//! in this process against a directory that plays the guest's root file system.
+//!
+//! Programs are the host's own, started with a working directory inside that directory. The directory is
+//! `root/<machine id>`: it outlives the machine, as a disk would. What should go wrong is scripted with [`Script`].
+
+use std::collections::{HashMap, VecDeque};
+use std::os::unix::net::UnixStream;
+use std::path::{Component, Path, PathBuf};
+use std::sync::{Arc, Weak};
+use std::time::Duration;
+
+use async_trait::async_trait;
+use miosa_agent::server::{Children, Server, System};
+use miosa_agent::wire::{AgentError, ErrorKind as GuestErrorKind, GuestInfo};
+use parking_lot::Mutex;
+use tokio::time::Instant;
+
+use crate::machine::Exit;
+use crate::{Agent, BootTiming, Error, ErrorKind, ExitReason, Machine, MachineSpec, Reaped, Result, Vmm};
+
+/// What one start of a fake machine does.
+#[derive(Clone, Debug, Default)]
+pub struct Script {
+    /// The start fails with this.
+    pub fail_start: Option<Error>,
+    /// The guest never answers: the start ends with `BootTimeout`.
+    pub hang_at_boot: bool,
+    /// The boot takes so long.
+    pub boot_delay: Duration,
+    /// The machine dies so long after its start.
+    pub die_after: Option<Duration>,
+    /// Freezing fails with this message.
+    pub fail_freeze: Option<String>,
+    /// The agent does not go through with a shutdown: only killing helps.
+    pub hang_at_shutdown: bool,
+}
+
+/// A [`Vmm`] whose machines are threads of this process.
+pub struct FakeVmm {
+    root: PathBuf,
+    state: Arc<Mutex<State>>,
+}
+
+#[derive(Default)]
+struct State {
+    scripts: VecDeque<Script>,
+    machines: HashMap<String, Weak<FakeMachine>>,
+    starts: u64,
+}
+
+impl FakeVmm {
+    /// Machines whose root file systems are directories under `root`.
+    pub fn new(root: impl Into<PathBuf>) -> FakeVmm {
+        FakeVmm { root: root.into(), state: Arc::default() }
+    }
+
+    /// What the next start without a script of its own does; scripts are used up in order.
+    pub fn script(&self, script: Script) {
+        self.state.lock().scripts.push_back(script);
+    }
+
+    /// The directory that is the root file system of the machine with this id.
+    pub fn root_of(&self, id: &str) -> PathBuf {
+        self.root.join(id)
+    }
+
+    /// How often a start was tried.
+    pub fn starts(&self) -> u64 {
+        self.state.lock().starts
+    }
+
+    /// The running machine with this id.
+    pub fn machine(&self, id: &str) -> Option<Arc<FakeMachine>> {
+        self.state.lock().machines.get(id).and_then(Weak::upgrade).filter(|machine| machine.exit.told().is_none())
+    }
+}
+
+#[async_trait]
+impl Vmm for FakeVmm {
+    async fn start(&self, spec: MachineSpec, deadline: Duration) -> Result<Arc<dyn Machine>> {
+        let started = Instant::now();
+        let script = {
+            let mut state = self.state.lock();
+            state.starts += 1;
+            state.scripts.pop_front().unwrap_or_default()
+        };
+        if let Some(error) = script.fail_start {
+            return Err(error);
+        }
+        let boot_timeout = || Error::new(ErrorKind::BootTimeout, "the fake guest did not answer in time");
+        if script.hang_at_boot || script.boot_delay > deadline {
+            tokio::time::sleep(deadline).await;
+            return Err(boot_timeout());
+        }
+        tokio::time::sleep(script.boot_delay).await;
+
+        let root = self.root_of(&spec.id);
+        std::fs::create_dir_all(root.join("workspace")).map_err(|e| Error::io(root.display(), e))?;
+        let failed = |e: std::io::Error| Error::new(ErrorKind::StartFailed, format!("fake machine: {e}"));
+        let (host, guest) = UnixStream::pair().map_err(failed)?;
+        let guest = Arc::new(guest);
+        let exit = Arc::new(Exit::new());
+        let system = Arc::new(FakeGuest {
+            root,
+            children: Children::of_process(),
+            pipe: guest.clone(),
+            exit: exit.clone(),
+            fail_freeze: script.fail_freeze,
+            hang_at_shutdown: script.hang_at_shutdown,
+            seen: Mutex::new(Seen { hostname: spec.hostname, ..Seen::default() }),
+        });
+        let server = Server::new(system.clone(), guest.try_clone().map_err(failed)?).map_err(failed)?;
+        let served = guest.clone();
+        let serve = move || server.serve(&*served, || true);
+        std::thread::Builder::new().name("fake-guest".into()).spawn(serve).map_err(failed)?;
+
+        host.set_nonblocking(true).map_err(failed)?;
+        let host = tokio::net::UnixStream::from_std(host).map_err(failed)?;
+        let agent = Agent::over(host, deadline).await.map_err(|_| boot_timeout())?;
+        let agent_ms = started.elapsed().as_millis() as u64;
+        let timing = BootTiming { process_ms: 0, agent_ms };
+        let machine = Arc::new(FakeMachine { agent, exit, system, timing });
+        if let Some(after) = script.die_after {
+            let machine = Arc::downgrade(&machine);
+            tokio::spawn(async move {
+                tokio::time::sleep(after).await;
+                if let Some(machine) = machine.upgrade() {
+                    machine.die("scripted");
+                }
+            });
+        }
+        self.state.lock().machines.insert(spec.id, Arc::downgrade(&machine));
+        Ok(machine)
+    }
+
+    async fn reap_orphans(&self, run_root: &Path) -> Result<Vec<Reaped>> {
+        crate::process::reap_orphans(run_root)
+    }
+
+    async fn version(&self) -> Result<String> {
+        Ok("fake".into())
+    }
+}
+
+/// A fake machine; tests may make it die and look at what its guest was told.
+pub struct FakeMachine {
+    agent: Agent,
+    exit: Arc<Exit>,
+    system: Arc<FakeGuest>,
+    timing: BootTiming,
+}
+
+impl FakeMachine {
+    /// The machine's process ends by itself.
+    pub fn die(&self, why: &str) {
+        self.system.end(ExitReason::Failed { message: why.into() });
+    }
+
+    /// Whether the file system is frozen now.
+    pub fn is_frozen(&self) -> bool {
+        self.system.seen.lock().frozen
+    }
+
+    /// How often it was frozen.
+    pub fn freezes(&self) -> u64 {
+        self.system.seen.lock().freezes
+    }
+
+    /// The host name it was given last.
+    pub fn hostname(&self) -> String {
+        self.system.seen.lock().hostname.clone()
+    }
+
+    /// The time its clock was set to last, nanoseconds since the Unix epoch.
+    pub fn clock(&self) -> Option<u64> {
+        self.system.seen.lock().clock
+    }
+}
+
+#[async_trait]
+impl Machine for FakeMachine {
+    fn agent(&self) -> Agent {
+        self.agent.clone()
+    }
+
+    async fn shutdown(&self, deadline: Duration) -> Result<ExitReason> {
+        let asked = async {
+            let _ = self.agent.shutdown(deadline / 2).await;
+            self.exit.wait().await
+        };
+        match tokio::time::timeout(deadline, asked).await {
+            Ok(reason) => Ok(reason),
+            Err(_) => self.kill().await,
+        }
+    }
+
+    async fn kill(&self) -> Result<ExitReason> {
+        self.system.end(ExitReason::Killed);
+        Ok(self.exit.wait().await)
+    }
+
+    async fn wait(&self) -> ExitReason {
+        self.exit.wait().await
+    }
+
+    fn pid(&self) -> Option<i32> {
+        None
+    }
+
+    fn boot_timing(&self) -> BootTiming {
+        self.timing
+    }
+
+    fn console_tail(&self, _max_bytes: usize) -> String {
+        String::new()
+    }
+}
+
+impl Drop for FakeMachine {
+    fn drop(&mut self) {
+        self.system.end(ExitReason::Killed);
+    }
+}
+
+struct FakeGuest {
+    root: PathBuf,
+    children: Children,
+    pipe: Arc<UnixStream>,
+    exit: Arc<Exit>,
+    fail_freeze: Option<String>,
+    hang_at_shutdown: bool,
+    seen: Mutex<Seen>,
+}
+
+#[derive(Default)]
+struct Seen {
+    frozen: bool,
+    freezes: u64,
+    hostname: String,
+    clock: Option<u64>,
+}
+
+impl FakeGuest {
+    fn end(&self, reason: ExitReason) {
+        self.exit.tell(reason);
+        let _ = self.pipe.shutdown(std::net::Shutdown::Both);
+    }
+}
+
+impl System for FakeGuest {
+    fn path(&self, path: &str) -> Result<PathBuf, AgentError> {
+        let invalid = || AgentError::new(GuestErrorKind::Invalid, format!("{path:?}: paths must be absolute"));
+        let inside = Path::new(path).strip_prefix("/").map_err(|_| invalid())?;
+        let plain = inside.components().all(|part| matches!(part, Component::Normal(_) | Component::CurDir));
+        if plain && !path.contains('\0') { Ok(self.root.join(inside)) } else { Err(invalid()) }
+    }
+
+    fn children(&self) -> &Children {
+        &self.children
+    }
+
+    fn info(&self) -> GuestInfo {
+        GuestInfo { agent_version: env!("CARGO_PKG_VERSION").into(), kernel: "fake".into(), uptime_ms: 0 }
+    }
+
+    fn freeze(&self) -> Result<(), AgentError> {
+        if let Some(message) = &self.fail_freeze {
+            return Err(AgentError::new(GuestErrorKind::Io, message.clone()));
+        }
+        let mut seen = self.seen.lock();
+        seen.frozen = true;
+        seen.freezes += 1;
+        Ok(())
+    }
+
+    fn thaw(&self) -> Result<(), AgentError> {
+        self.seen.lock().frozen = false;
+        Ok(())
+    }
+
+    fn set_clock(&self, unix_nanos: u64) -> Result<(), AgentError> {
+        self.seen.lock().clock = Some(unix_nanos);
+        Ok(())
+    }
+
+    fn set_hostname(&self, name: &str) -> Result<(), AgentError> {
+        self.seen.lock().hostname = name.to_owned();
+        Ok(())
+    }
+
+    fn sync(&self) {}
+
+    fn shutdown(&self, _grace: Duration) -> Result<(), AgentError> {
+        while self.hang_at_shutdown && self.exit.told().is_none() {
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        Ok(())
+    }
+
+    fn power_off(&self) {
+        self.end(ExitReason::Shutdown);
+    }
+
+    fn log(&self, message: &str) {
+        tracing::debug!(message, "fake guest");
+    }
+}

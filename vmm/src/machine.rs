@@ -1,0 +1,174 @@
+//! What a machine is, and the two traits everything above works with.
+
+mod exit;
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use async_trait::async_trait;
+use tokio::time::Instant;
+
+use crate::{Agent, Result};
+pub(crate) use exit::Exit;
+
+/// Everything needed to start a machine.
+#[derive(Clone, Debug)]
+pub struct MachineSpec {
+    /// Name of the machine; for logs and process names. Letters, digits, `-`, `_`, `.`; at most 64.
+    pub id: String,
+    /// A directory for this machine alone: sockets, console log, process record. Made if missing, mode 0700. Its
+    /// path plus 12 bytes must fit a Unix socket address (107 bytes).
+    pub run_dir: PathBuf,
+    /// Virtual CPUs.
+    pub cpus: u32,
+    /// Guest memory in MiB.
+    pub memory_mib: u32,
+    /// Kernel image (bzImage).
+    pub kernel: PathBuf,
+    /// Initramfs made by [`crate::image::build_initramfs`].
+    pub initramfs: PathBuf,
+    /// The root disk, `/dev/vda` in the guest: a whole ext4 file system without partitions.
+    pub disk: DiskAttachment,
+    /// What runs the guest's instructions.
+    pub accel: Accel,
+    /// Host name in the guest.
+    pub hostname: String,
+    /// What the guest's network reaches.
+    pub network: Network,
+    /// Further words for the kernel's command line.
+    pub kernel_args: Vec<String>,
+}
+
+/// Where a machine's root disk comes from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum DiskAttachment {
+    /// A vhost-user-blk back end that listens on this socket. The guest survives a restart of the back end.
+    VhostUserBlk {
+        /// The socket's path.
+        socket: PathBuf,
+    },
+    /// A file with the disk's bytes; it is never probed for another format.
+    RawFile {
+        /// The file's path.
+        path: PathBuf,
+    },
+}
+
+/// What runs the guest's instructions.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Accel {
+    /// QEMU's translator: works everywhere, several times slower.
+    Tcg,
+    /// The host kernel's KVM. Whether it works is only known by booting a guest.
+    Kvm,
+}
+
+/// What a guest's network reaches.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Network {
+    /// Outgoing connections through the host's user; `eth0` is 10.0.2.15/24.
+    User,
+    /// No network device.
+    None,
+}
+
+/// How a machine ended. The first reason seen is kept.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum ExitReason {
+    /// The guest powered itself off, or the orderly shutdown was asked for and went through: its disk is flushed.
+    Shutdown,
+    /// It was killed by us: nothing was flushed.
+    Killed,
+    /// The guest reset or panicked; it is not started again.
+    GuestReset,
+    /// The process ended by itself.
+    Failed {
+        /// What its process said last.
+        message: String,
+    },
+}
+
+/// What a start took.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BootTiming {
+    /// From the call to the process being under control, in milliseconds.
+    pub process_ms: u64,
+    /// From the call to the agent's first answer, in milliseconds.
+    pub agent_ms: u64,
+}
+
+/// A machine that a dead daemon left behind and that was dealt with.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Reaped {
+    /// The machine's run directory.
+    pub run_dir: PathBuf,
+    /// The process it had.
+    pub pid: i32,
+    /// True when a live process was killed; false when only its record was left.
+    pub killed: bool,
+}
+
+/// A kind of virtual machine monitor.
+#[async_trait]
+pub trait Vmm: Send + Sync {
+    /// Starts a machine and waits until its agent answers. When the future is dropped or fails, the machine's process
+    /// is dead before anything else can see it.
+    ///
+    /// # Errors
+    /// `QemuMissing`, `Invalid`, `StartFailed` (with what the process wrote last), `BootTimeout` (with the console's
+    /// end) once `deadline` is over.
+    async fn start(&self, spec: MachineSpec, deadline: Duration) -> Result<Arc<dyn Machine>>;
+
+    /// Kills every machine that an earlier daemon left under `run_root` (one directory each, see
+    /// [`MachineSpec::run_dir`]) and removes its record. A process is only killed if it is the very one the record was
+    /// written for. Must not be called while machines of this daemon run there.
+    ///
+    /// # Errors
+    /// `Io` when `run_root` exists but cannot be listed. A single unreadable record is logged and left.
+    async fn reap_orphans(&self, run_root: &std::path::Path) -> Result<Vec<Reaped>>;
+
+    /// Name and version of what runs machines, for `doctor`.
+    ///
+    /// # Errors
+    /// `QemuMissing` when it cannot be run.
+    async fn version(&self) -> Result<String>;
+}
+
+/// A running machine. Dropping the last handle kills it.
+#[async_trait]
+pub trait Machine: Send + Sync {
+    /// A client of the guest's agent; clones share one connection.
+    fn agent(&self) -> Agent;
+
+    /// Ends the machine in order: the agent ends processes and flushes the disk, then the VMM is told to quit, and
+    /// when `deadline` is over it is killed. Returns when the process is gone. A second call waits for the first.
+    ///
+    /// # Errors
+    /// `Io` when even the killed process does not go away.
+    async fn shutdown(&self, deadline: Duration) -> Result<ExitReason>;
+
+    /// Kills the machine at once and returns when its process is gone. What the guest had not flushed is lost.
+    ///
+    /// # Errors
+    /// `Io` when the process does not go away.
+    async fn kill(&self) -> Result<ExitReason>;
+
+    /// Waits for the machine's end; any number of waiters, at once or later, get the same reason.
+    async fn wait(&self) -> ExitReason;
+
+    /// The process, if the machine is one.
+    fn pid(&self) -> Option<i32>;
+
+    /// What the start took.
+    fn boot_timing(&self) -> BootTiming;
+
+    /// The last `max_bytes` of the guest's console, control characters removed.
+    fn console_tail(&self, max_bytes: usize) -> String;
+}
+
+/// A point in time to be done by.
+pub(crate) fn deadline_at(deadline: Duration) -> Instant {
+    // A century is as good as for ever, and cannot overflow.
+    Instant::now() + deadline.min(Duration::from_secs(100 * 365 * 24 * 3600))
+}
