@@ -85,8 +85,10 @@ fn misused(error: &clap::Error) -> ExitCode {
     }
     // The arguments did not parse, so whether JSON is wanted is seen without them.
     let said = std::env::args_os().skip(1).take_while(|a| a != "--").any(|a| a == "--json");
-    let falsy = |v: &std::ffi::OsString| matches!(v.to_ascii_lowercase().to_str(), Some("" | "0" | "n" | "no" | "f" | "false" | "off"));
-    if !said && !std::env::var_os("MIOSA_JSON").is_some_and(|v| !falsy(&v)) {
+    let falsy = |v: &std::ffi::OsString| {
+        matches!(v.to_ascii_lowercase().to_str(), Some("" | "0" | "n" | "no" | "f" | "false" | "off"))
+    };
+    if !said && std::env::var_os("MIOSA_JSON").is_none_or(|v| falsy(&v)) {
         let _ = error.print();
         return ExitCode::from(1);
     }

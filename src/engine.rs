@@ -45,7 +45,7 @@ pub use checkpoint::ForkRequest;
 pub(crate) use guest::check_env;
 pub use guest::{ExecSpec, GuestReader, GuestWriter, RunningExec};
 pub use template::{BASE, BootFiles, BuildRequest, ImageSource, Progress, TemplateBuilder};
-pub use vmm::ExecEvent;
+pub use vmm::agent::ExecEvent;
 
 /// Settings of the engine that do not change while it runs.
 #[derive(Debug, Clone)]
@@ -242,7 +242,7 @@ impl Engine {
             }
             let id = records::new_id("sb");
             let name = request.name.clone().unwrap_or_else(|| id.clone());
-            let reservation = shared.registry.reserve_names(&[name.clone()])?;
+            let reservation = shared.registry.reserve_names(std::slice::from_ref(&name))?;
             let record = SandboxRecord {
                 id,
                 name,
@@ -292,7 +292,10 @@ impl Engine {
                 async move { sandbox.start_first(owner).await }
             });
             if request.wait {
-                starting.await.unwrap_or_else(|e| Err(Error::internal(format!("the first start did not end: {e}"))))?;
+                let started = starting.await;
+                started
+                    .unwrap_or_else(|e| Err(Error::internal(format!("the first start did not end: {e}"))))
+                    .map_err(|e| e.about_sandbox(sandbox.id()))?;
             }
             Ok(sandbox.view())
         })

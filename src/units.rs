@@ -89,22 +89,34 @@ mod tests {
 
     #[test]
     fn durations_follow_the_grammar() {
-        for (text, ms) in
-            [("0", 0), ("90", 90_000), ("250ms", 250), ("45s", 45_000), ("10m", 600_000), ("1h", 3_600_000), ("7d", 604_800_000)]
-        {
+        for (text, ms) in [
+            ("0", 0),
+            ("90", 90_000),
+            ("250ms", 250),
+            ("45s", 45_000),
+            ("10m", 600_000),
+            ("1h", 3_600_000),
+            ("7d", 604_800_000),
+        ] {
             assert_eq!(parse_duration(text), Ok(Duration::from_millis(ms)), "{text}");
         }
-        for text in ["", "h", "1w", "1.5h", "-1s", "1 h", "1h30m", " 1h", "1H", "999999999999d", "99999999999999999999s", "١h"] {
+        for text in
+            ["", "h", "1w", "1.5h", "-1s", "1 h", "1h30m", " 1h", "1H", "999999999999d", "99999999999999999999s", "١h"]
+        {
             assert!(parse_duration(text).is_err(), "{text:?} was accepted");
         }
     }
 
     #[test]
     fn sizes_follow_the_grammar() {
-        for (text, mib) in [("1", 1), ("512", 512), ("512mb", 512), ("512m", 512), ("4gb", 4_096), ("4g", 4_096), ("4GB", 4_096)] {
+        for (text, mib) in
+            [("1", 1), ("512", 512), ("512mb", 512), ("512m", 512), ("4gb", 4_096), ("4g", 4_096), ("4GB", 4_096)]
+        {
             assert_eq!(parse_size_mib(text), Ok(mib), "{text}");
         }
-        for text in ["", "gb", "4tb", "4kb", "1.5gb", "-4gb", "4 gb", "0", "0gb", "999999999999gb", "99999999999999999999"] {
+        for text in
+            ["", "gb", "4tb", "4kb", "1.5gb", "-4gb", "4 gb", "0", "0gb", "999999999999gb", "99999999999999999999"]
+        {
             assert!(parse_size_mib(text).is_err(), "{text:?} was accepted");
         }
     }
@@ -112,7 +124,10 @@ mod tests {
     #[test]
     fn people_read_short_forms() {
         let shown = |s| show_duration(Duration::from_secs(s));
-        assert_eq!([shown(0), shown(45), shown(600), shown(3_900), shown(90_000)], ["0ms", "45s", "10m", "1h 5m", "1d 1h"]);
+        assert_eq!(
+            [shown(0), shown(45), shown(600), shown(3_900), shown(90_000)],
+            ["0ms", "45s", "10m", "1h 5m", "1d 1h"]
+        );
         assert_eq!(show_bytes(512), "512 B");
         assert_eq!(show_bytes(4_096), "4.0 KiB");
         assert_eq!(show_bytes(1_400_000_000), "1.3 GiB");

@@ -165,7 +165,8 @@ fn empty() -> Body {
 }
 
 fn encode(body: &impl Serialize) -> Result<Body> {
-    let bytes = serde_json::to_vec(body).map_err(|e| Error::Broken(format!("the request could not be encoded: {e}")))?;
+    let bytes =
+        serde_json::to_vec(body).map_err(|e| Error::Broken(format!("the request could not be encoded: {e}")))?;
     Ok(Full::from(bytes).map_err(|e: std::convert::Infallible| match e {}).boxed_unsync())
 }
 
@@ -183,8 +184,7 @@ async fn collect(response: Response<Incoming>) -> Result<Bytes> {
 
 async fn decode<T: DeserializeOwned>(response: Response<Incoming>) -> Result<T> {
     let bytes = collect(response).await?;
-    let mut value: Value =
-        serde_json::from_slice(&bytes).map_err(|e| Error::Broken(format!("it is not JSON: {e}")))?;
+    let mut value: Value = serde_json::from_slice(&bytes).map_err(|e| Error::Broken(format!("it is not JSON: {e}")))?;
     serde_json::from_value(value["data"].take()).map_err(|e| Error::Broken(format!("it has another shape: {e}")))
 }
 

@@ -203,7 +203,9 @@ async fn by_name(AppState(api): AppState<Api>, Path(name): Path<String>) -> Answ
 
 async fn readiness(AppState(api): AppState<Api>, Path(id): Path<String>) -> Answer<serde_json::Value> {
     let record = api.engine.show(&id)?.record;
-    data(serde_json::json!({ "ready": record.state == State::Running, "state": record.state, "last_error": record.last_error }))
+    data(
+        serde_json::json!({ "ready": record.state == State::Running, "state": record.state, "last_error": record.last_error }),
+    )
 }
 
 async fn destroy(AppState(api): AppState<Api>, Path(id): Path<String>) -> Answer<SandboxBody> {
@@ -338,7 +340,9 @@ async fn exec_stream(
         None | Some("lines") => Encoding::Lines,
         Some("base64") => Encoding::Base64,
         Some(other) => {
-            return Err(Error::new(Kind::InvalidInput, format!("there is no encoding {other:?}")).hint("lines, base64").into());
+            return Err(Error::new(Kind::InvalidInput, format!("there is no encoding {other:?}"))
+                .hint("lines, base64")
+                .into());
         }
     };
     let mut exec = start_exec(&api, &id, &body).await?;
@@ -389,12 +393,17 @@ async fn exec_stdin(
     request: Request,
 ) -> Answer<serde_json::Value> {
     let Some(mut stdin) = api.stdins.lock().remove(&exec) else {
-        return Err(ApiError::new(404, "exec_not_found", "no running command waits for a standard input under this id"));
+        return Err(ApiError::new(
+            404,
+            "exec_not_found",
+            "no running command waits for a standard input under this id",
+        ));
     };
     let mut content = request.into_body().into_data_stream();
     let mut taken = 0;
     while let Some(piece) = content.next().await {
-        let piece = piece.map_err(|e| ApiError::new(400, "body_broken", format!("the request's body broke off: {e}")))?;
+        let piece =
+            piece.map_err(|e| ApiError::new(400, "body_broken", format!("the request's body broke off: {e}")))?;
         if stdin.write(&piece).await.is_err() {
             // The command has ended or closed its input, as `head` does. That is no error of the caller's.
             break;
@@ -477,7 +486,8 @@ async fn write_file(
     let mut size_bytes = 0;
     while let Some(piece) = content.next().await {
         // A body that breaks off leaves the guest's old file: the writer is dropped unfinished.
-        let piece = piece.map_err(|e| ApiError::new(400, "body_broken", format!("the request's body broke off: {e}")))?;
+        let piece =
+            piece.map_err(|e| ApiError::new(400, "body_broken", format!("the request's body broke off: {e}")))?;
         writer.write(&piece).await?;
         size_bytes += piece.len() as u64;
     }
@@ -526,7 +536,9 @@ async fn build_template(
 ) -> Result<Response, ApiError> {
     let source = match (body.image_path, body.disk_size_mb) {
         (Some(_), Some(_)) => {
-            return Err(Error::new(Kind::InvalidInput, "an image has its own size").hint("give an image or a size").into());
+            return Err(Error::new(Kind::InvalidInput, "an image has its own size")
+                .hint("give an image or a size")
+                .into());
         }
         (Some(path), None) => ImageSource::Raw { path: path.into() },
         (None, size) if body.name == crate::engine::BASE => {
@@ -585,7 +597,8 @@ async fn store_seal(AppState(api): AppState<Api>) -> Answer<storage::SealReport>
 
 async fn no_route(request: Request) -> ApiError {
     let message = format!("there is no {} {}", request.method(), request.uri().path());
-    ApiError::new(404, "route_not_found", message).hint("this daemon serves /api/v1/sandboxes, snapshots and sandbox-templates")
+    ApiError::new(404, "route_not_found", message)
+        .hint("this daemon serves /api/v1/sandboxes, snapshots and sandbox-templates")
 }
 
 async fn no_method(request: Request) -> ApiError {
@@ -691,7 +704,8 @@ async fn parse_json<T: DeserializeOwned>(request: Request, most: usize) -> Resul
     let mut content = request.into_body().into_data_stream();
     let mut bytes = BytesMut::new();
     while let Some(piece) = content.next().await {
-        let piece = piece.map_err(|e| ApiError::new(400, "body_broken", format!("the request's body broke off: {e}")))?;
+        let piece =
+            piece.map_err(|e| ApiError::new(400, "body_broken", format!("the request's body broke off: {e}")))?;
         if bytes.len() + piece.len() > most {
             let message = format!("the request's body is larger than {most} bytes");
             return Err(ApiError::new(413, "body_too_large", message));

@@ -25,7 +25,8 @@ pub(super) async fn write(client: &Client, out: Out, args: WriteFileArgs) -> Res
     check_guest_path(&args.path)?;
     let mode = args.mode.map(|m| format!("&mode={m:o}")).unwrap_or_default();
     let route = path(&args.target.sandbox, &format!("/fs/write?path={}{mode}", escape(&args.path)));
-    let content = if args.file == Path::new("-") { stdin_pieces().boxed() } else { file_pieces(&args.file).await?.boxed() };
+    let content =
+        if args.file == Path::new("-") { stdin_pieces().boxed() } else { file_pieces(&args.file).await?.boxed() };
     let written: WrittenBody = client.upload(&route, content).await?;
     out.answer(&written, &written.path, |out| {
         let next = format!("miosa sandbox exec {} -- COMMAND", args.target.sandbox);
@@ -35,7 +36,8 @@ pub(super) async fn write(client: &Client, out: Out, args: WriteFileArgs) -> Res
 
 pub(super) async fn read(client: &Client, out: Out, args: ReadFileArgs) -> Result<()> {
     check_guest_path(&args.path)?;
-    let mut download = client.download(&path(&args.target.sandbox, &format!("/fs/download?path={}", escape(&args.path)))).await?;
+    let mut download =
+        client.download(&path(&args.target.sandbox, &format!("/fs/download?path={}", escape(&args.path)))).await?;
     match args.output {
         Some(output) => {
             let size = save(&mut download, &output).await?;
@@ -56,7 +58,9 @@ pub(super) async fn read(client: &Client, out: Out, args: ReadFileArgs) -> Resul
             let size = bytes.len();
             let answer = match String::from_utf8(bytes) {
                 Ok(text) => json!({ "path": args.path, "size_bytes": size, "content": text }),
-                Err(e) => json!({ "path": args.path, "size_bytes": size, "content_base64": BASE64.encode(e.as_bytes()) }),
+                Err(e) => {
+                    json!({ "path": args.path, "size_bytes": size, "content_base64": BASE64.encode(e.as_bytes()) })
+                }
             };
             out.answer(&answer, "", |_| String::new())
         }
@@ -80,7 +84,9 @@ fn check_guest_path(path: &str) -> Result<()> {
 }
 
 async fn file_pieces(path: &Path) -> Result<impl futures_util::Stream<Item = std::io::Result<Bytes>> + Send + 'static> {
-    let unreadable = |e: std::io::Error| Failure::user("local_file", format!("the local file {} cannot be read: {e}", path.display()));
+    let unreadable = |e: std::io::Error| {
+        Failure::user("local_file", format!("the local file {} cannot be read: {e}", path.display()))
+    };
     let file = tokio::fs::File::open(path).await.map_err(unreadable)?;
     if file.metadata().await.map_err(unreadable)?.is_dir() {
         return Err(Failure::user("local_file", format!("{} is a directory", path.display())).hint("name one file"));
@@ -102,15 +108,19 @@ async fn file_pieces(path: &Path) -> Result<impl futures_util::Stream<Item = std
 /// Writes beside the file and then in its place, so that what breaks off leaves what was there. A device or a pipe is
 /// written to directly.
 async fn save(download: &mut Download, output: &Path) -> Result<u64> {
-    let failed = |e: std::io::Error| Failure::user("local_file", format!("{} cannot be written: {e}", output.display()));
+    let failed =
+        |e: std::io::Error| Failure::user("local_file", format!("{} cannot be written: {e}", output.display()));
     let special = std::fs::metadata(output).is_ok_and(|m| !m.is_file());
     let partial: PathBuf = if special {
         output.to_owned()
     } else {
-        let name = output.file_name().ok_or_else(|| Failure::user("local_file", format!("{} names no file", output.display())))?;
+        let name = output
+            .file_name()
+            .ok_or_else(|| Failure::user("local_file", format!("{} names no file", output.display())))?;
         output.with_file_name(format!(".{}.{}.part", name.to_string_lossy(), std::process::id()))
     };
-    let mut file = std::fs::OpenOptions::new().write(true).create(!special).truncate(!special).open(&partial).map_err(failed)?;
+    let mut file =
+        std::fs::OpenOptions::new().write(true).create(!special).truncate(!special).open(&partial).map_err(failed)?;
     let mut size = 0;
     let copied = async {
         while let Some(piece) = download.next_piece().await? {

@@ -73,8 +73,12 @@ impl From<client::Error> for Failure {
         match error {
             client::Error::Refused { status, body } => Self::refused(status, *body),
             client::Error::Unreachable { socket, source } if source.kind() == std::io::ErrorKind::PermissionDenied => {
-                Self::new(3, "permission_denied", format!("the daemon's socket {} is not yours to use", socket.display()))
-                    .hint("run this as the user that runs the daemon")
+                Self::new(
+                    3,
+                    "permission_denied",
+                    format!("the daemon's socket {} is not yours to use", socket.display()),
+                )
+                .hint("run this as the user that runs the daemon")
             }
             client::Error::Unreachable { .. } => Self::new(2, "daemon_unreachable", message)
                 .hint("start it with: miosa daemon (or name its state directory: --state-dir DIR)")
@@ -181,7 +185,8 @@ impl Out {
     /// `key  value` lines.
     pub fn fields(&self, fields: &[(&str, String)]) -> String {
         let width = fields.iter().map(|(k, _)| k.len()).max().unwrap_or(0);
-        let lines: Vec<_> = fields.iter().map(|(k, v)| format!("{}  {v}", self.faint(&format!("{k:<width$}")))).collect();
+        let lines: Vec<_> =
+            fields.iter().map(|(k, v)| format!("{}  {v}", self.faint(&format!("{k:<width$}")))).collect();
         lines.join("\n")
     }
 }
@@ -223,7 +228,8 @@ mod tests {
 
     #[test]
     fn a_status_maps_to_one_exit_code() {
-        let exit = |status, code: &str| Failure::refused(status, ErrorBody { code: code.into(), ..Default::default() }).exit;
+        let exit =
+            |status, code: &str| Failure::refused(status, ErrorBody { code: code.into(), ..Default::default() }).exit;
         assert_eq!(exit(404, "sandbox_not_found"), 1);
         assert_eq!(exit(409, "name_taken"), 1);
         assert_eq!(exit(403, "forbidden"), 3);

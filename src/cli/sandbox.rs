@@ -108,7 +108,10 @@ async fn list(client: &Client, out: Out, state: Option<String>) -> Result<()> {
     let ids: Vec<_> = sandboxes.iter().map(|s| s.id.as_str()).collect();
     out.answer(&sandboxes, &ids.join("\n"), |out| {
         if sandboxes.is_empty() {
-            return format!("no sandboxes\n{}", out.next_step("miosa sandbox create --template base --name NAME --wait"));
+            return format!(
+                "no sandboxes\n{}",
+                out.next_step("miosa sandbox create --template base --name NAME --wait")
+            );
         }
         let rows: Vec<_> = sandboxes
             .iter()
@@ -175,7 +178,10 @@ async fn snapshot(client: &Client, out: Out, args: SnapshotArgs) -> Result<()> {
         if snapshot.consistency == Consistency::Crash {
             text.push_str("\nnote: the guest was not frozen; the state is as after a power cut");
         }
-        format!("{text}\n{}", out.next_step(&format!("miosa sandbox create --snapshot {} --name NAME --wait", snapshot.id)))
+        format!(
+            "{text}\n{}",
+            out.next_step(&format!("miosa sandbox create --snapshot {} --name NAME --wait", snapshot.id))
+        )
     })
 }
 
@@ -199,7 +205,14 @@ async fn snapshots(client: &Client, out: Out, command: SnapshotsCommand) -> Resu
                         Consistency::Crash => "crash",
                     };
                     let name = s.comment.clone().unwrap_or_default();
-                    vec![s.id.clone(), name, s.sandbox_id.clone(), s.status.clone(), consistency.to_owned(), age(s.created_at)]
+                    vec![
+                        s.id.clone(),
+                        name,
+                        s.sandbox_id.clone(),
+                        s.status.clone(),
+                        consistency.to_owned(),
+                        age(s.created_at),
+                    ]
                 };
                 let rows: Vec<_> = snapshots.iter().map(row).collect();
                 out.table(&["ID", "NAME", "SANDBOX", "STATUS", "CONSISTENCY", "AGE"], &rows)
@@ -214,13 +227,20 @@ async fn snapshots(client: &Client, out: Out, command: SnapshotsCommand) -> Resu
                     Value::Null => String::new(),
                     other => other.to_string(),
                 };
-                out.fields(&["id", "comment", "sandbox_id", "status", "consistency", "created_at", "size_bytes"].map(|k| (k, field(k))))
+                out.fields(
+                    &["id", "comment", "sandbox_id", "status", "consistency", "created_at", "size_bytes"]
+                        .map(|k| (k, field(k))),
+                )
             })
         }
         SnapshotsCommand::Delete(target) => {
             let snapshot: SnapshotBody = client.delete(&route(&target)).await?;
             out.answer(&snapshot, &snapshot.id, |out| {
-                format!("{} is deleted\n{}", snapshot.id, out.next_step(&format!("miosa sandbox snapshots list {}", snapshot.sandbox_id)))
+                format!(
+                    "{} is deleted\n{}",
+                    snapshot.id,
+                    out.next_step(&format!("miosa sandbox snapshots list {}", snapshot.sandbox_id))
+                )
             })
         }
     }
@@ -245,7 +265,11 @@ async fn fork(client: &Client, out: Out, args: ForkArgs) -> Result<()> {
         return out.answer(&children, &ids.join("\n"), |out| {
             let rows: Vec<_> =
                 children.iter().map(|s| vec![s.id.clone(), s.name.clone(), s.state.name().to_owned()]).collect();
-            format!("{}\n{}", out.table(&["ID", "NAME", "STATE"], &rows), out.next_step("miosa sandbox exec ID -- COMMAND"))
+            format!(
+                "{}\n{}",
+                out.table(&["ID", "NAME", "STATE"], &rows),
+                out.next_step("miosa sandbox exec ID -- COMMAND")
+            )
         });
     }
     let child: SandboxBody = client.post(&route, &body).await?;

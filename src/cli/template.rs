@@ -11,7 +11,8 @@ use crate::units::show_bytes;
 pub(super) async fn run(client: &Client, out: Out, command: TemplateCommand) -> Result<()> {
     match command {
         TemplateCommand::Build { name, image, disk } => {
-            let image_path = image.map(|path| super::absolute(path).map(|p| p.to_string_lossy().into_owned())).transpose()?;
+            let image_path =
+                image.map(|path| super::absolute(path).map(|p| p.to_string_lossy().into_owned())).transpose()?;
             build(client, out, TemplateRequestBody { name, image_path, disk_size_mb: disk }).await
         }
         TemplateCommand::List => {

@@ -16,7 +16,7 @@ pub trait DiskFrontend: Send + Sync + 'static {
 }
 
 /// A disk being shown.
-pub trait AttachedDisk: Send + 'static {
+pub trait AttachedDisk: Send + Sync + 'static {
     /// How the machine finds it.
     fn attachment(&self) -> DiskAttachment;
 

@@ -39,16 +39,13 @@ pub struct ForkRequest {
 
 impl Sandbox {
     /// Commits at one consistent point. Consistent means that of the file system, unless told otherwise.
-    async fn at_one_point<T: Send + 'static>(
+    async fn at_one_point<T: Clone + Send + 'static>(
         self: &Arc<Self>,
         owner: &mut OwnerGuard,
         request: Request,
         commit: impl FnOnce(&Store, Consistency) -> Result<T> + Send + 'static,
         amend: impl FnOnce(&Store, &T) -> Result<()> + Send + 'static,
-    ) -> Result<(T, Consistency)>
-    where
-        T: Clone,
-    {
+    ) -> Result<(T, Consistency)> {
         let Some(next) = self.decide(request)? else {
             // At rest: the disk is all there is.
             let consistency = if self.record().unclean { Consistency::Crash } else { Consistency::Filesystem };
@@ -115,7 +112,8 @@ impl Sandbox {
         let mut owner = self.own().await;
         let shared = self.shared.clone();
         let parent = self.record();
-        let from = request.snapshot.as_deref().map(|key| shared.registry.snapshot(key, Some(&parent.id))).transpose()?;
+        let from =
+            request.snapshot.as_deref().map(|key| shared.registry.snapshot(key, Some(&parent.id))).transpose()?;
 
         let ids: Vec<String> = (0..request.count).map(|_| new_id("sb")).collect();
         let names: Vec<String> = match (&request.name, request.count) {
@@ -183,11 +181,8 @@ impl Sandbox {
         shared.registry.insert_all(children.clone(), reservation);
         // A child that would not outlive its session has one from the start.
         if request.wait || !parent.persistent {
-            let starts: Vec<_> = children
-                .iter()
-                .cloned()
-                .map(|child| tokio::spawn(async move { child.resume().await }))
-                .collect();
+            let starts: Vec<_> =
+                children.iter().cloned().map(|child| tokio::spawn(async move { child.resume().await })).collect();
             if request.wait {
                 for start in starts {
                     start.await.map_err(|e| Error::internal(format!("a child's start did not end: {e}")))??;

@@ -138,6 +138,16 @@ impl Error {
         self
     }
 
+    /// Adds that the sandbox is there all the same.
+    pub(crate) fn about_sandbox(mut self, id: &str) -> Self {
+        let kept = format!("sandbox {id} was created; start it again with: miosa sandbox resume {id}");
+        self.hint = Some(match self.hint {
+            Some(hint) => format!("{hint}; {kept}"),
+            None => kept,
+        });
+        self
+    }
+
     /// The stable kind.
     pub fn kind(&self) -> Kind {
         self.kind

@@ -9,8 +9,8 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use tokio::time::Instant;
-use vmm::agent::{ExecStream, FileReader, FileWriter, Stdin};
-use vmm::{Agent, ExecEvent, ExecRequest};
+use vmm::agent::{ExecEvent, ExecStream, FileReader, FileWriter, Stdin};
+use vmm::{Agent, ExecRequest};
 
 use super::Engine;
 use super::error::{Error, Kind, Result};
@@ -181,8 +181,9 @@ impl GuestWriter {
 fn exec_error(error: vmm::Error) -> Error {
     use vmm::{ErrorKind, GuestErrorKind};
     match error.kind {
-        ErrorKind::Guest(GuestErrorKind::NotFound) => Error::new(Kind::CommandNotFound, error.message)
-            .hint("shell syntax needs a shell: -- sh -lc \"…\""),
+        ErrorKind::Guest(GuestErrorKind::NotFound) => {
+            Error::new(Kind::CommandNotFound, error.message).hint("shell syntax needs a shell: -- sh -lc \"…\"")
+        }
         ErrorKind::Guest(
             GuestErrorKind::Permission
             | GuestErrorKind::IsDirectory

@@ -163,7 +163,13 @@ pub fn decide(state: State, request: Request, persistent: bool) -> Decision {
         (Request::Destroy, Running | Paused | Error) => Next(Destroyed),
 
         (
-            Request::Resume | Request::Use | Request::Stop | Request::Snapshot | Request::Fork | Request::Extend | Request::Destroy,
+            Request::Resume
+            | Request::Use
+            | Request::Stop
+            | Request::Snapshot
+            | Request::Fork
+            | Request::Extend
+            | Request::Destroy,
             Creating | Snapshotting,
         ) => Wait,
 

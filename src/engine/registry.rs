@@ -145,7 +145,8 @@ impl Registry {
             _ => None,
         };
         found.ok_or_else(|| {
-            Error::new(Kind::SandboxNotFound, format!("there is no sandbox {name:?}")).hint("list them: miosa sandbox list")
+            Error::new(Kind::SandboxNotFound, format!("there is no sandbox {name:?}"))
+                .hint("list them: miosa sandbox list")
         })
     }
 

@@ -15,7 +15,6 @@ use std::time::Duration;
 
 use jiff::Timestamp;
 use parking_lot::RwLock;
-use storage::Disk;
 use tokio::sync::{Mutex, OwnedMutexGuard};
 use tokio::time::Instant;
 
@@ -101,8 +100,9 @@ impl Sandbox {
         match decide(state, request, persistent) {
             Decision::Next(next) => Ok(Some(next)),
             Decision::Stay => Ok(None),
-            Decision::Wait => Err(Error::new(Kind::Busy, format!("sandbox {name} is {}", state.name()))
-                .hint("try again in a moment")),
+            Decision::Wait => {
+                Err(Error::new(Kind::Busy, format!("sandbox {name} is {}", state.name())).hint("try again in a moment"))
+            }
             Decision::Refuse(Refusal::Destroyed) => {
                 Err(Error::new(Kind::SandboxDestroyed, format!("sandbox {} has been destroyed", self.id))
                     .hint("its state is gone; create a new one: miosa sandbox create --template NAME"))
@@ -256,7 +256,13 @@ impl Sandbox {
     }
 
     /// Ends the session, if there is one, and brings the sandbox to rest in `next`.
-    async fn rest(self: &Arc<Self>, owner: &mut OwnerGuard, next: State, how: Ending, note: Option<String>) -> Result<()> {
+    async fn rest(
+        self: &Arc<Self>,
+        owner: &mut OwnerGuard,
+        next: State,
+        how: Ending,
+        note: Option<String>,
+    ) -> Result<()> {
         if next == State::Destroyed {
             return self.remove(owner, how).await;
         }
@@ -376,12 +382,6 @@ impl Sandbox {
         if let Err(error) = self.end_session(&mut owner, Ending::Kill).await {
             tracing::error!(sandbox = %self.id, %error, "the disk of a killed machine");
         }
-    }
-
-    /// The sandbox's disk.
-    pub(super) async fn disk(&self) -> Result<Disk> {
-        let id = self.record().disk;
-        self.shared.with_store(move |store| Ok(store.disk(id)?)).await
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime};
 
 use storage::Disk;
 use tokio::sync::watch;
@@ -106,9 +106,7 @@ impl Session {
     async fn settle(&self, shared: &Shared, record: &SandboxRecord) -> Result<()> {
         let agent = self.machine.agent();
         within(shared.settings.agent_deadline, "setting the guest's clock", async {
-            let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-            agent.set_clock(now).await?;
-            Ok(())
+            Ok(agent.set_clock(SystemTime::now()).await?)
         })
         .await?;
         within(shared.settings.agent_deadline, "giving the guest its machine id", async {

@@ -138,7 +138,8 @@ fn check_raw_image(path: &Path) -> Result<()> {
 }
 
 fn import(store: &Store, name: &str, image: &Path, origin: String, progress: &Progress) -> Result<TemplateRecord> {
-    let unreadable = |e: std::io::Error| Error::new(Kind::ImageMissing, format!("could not read {}: {e}", image.display()));
+    let unreadable =
+        |e: std::io::Error| Error::new(Kind::ImageMissing, format!("could not read {}: {e}", image.display()));
     let file = File::open(image).map_err(unreadable)?;
     let size = file.metadata().map_err(unreadable)?.len();
     let mut tx = store.begin();
