@@ -15,6 +15,7 @@
 pub mod agent;
 pub mod error;
 pub mod fake;
+pub mod image;
 pub mod machine;
 pub mod process;
 
