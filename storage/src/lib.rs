@@ -1,5 +1,35 @@
-//! The block store: content-addressed, deduplicated, compressed, and a live block device.
+//! The block store: content-addressed, deduplicated, compressed, and at the same time a live block device.
+//!
+//! A [`Store`] is a directory. It holds disks and snapshots; a [`Disk`] handle reads, writes, flushes and discards.
+//! Snapshots and forks are O(1): a [`Transaction`] clones a map root and a persistent overlay and writes one record.
+//!
+//! Layers, none of which knows one above it: `store` → `seal`, `recover`, `registry`, `disk` → `state`, `overlay`, `map`,
+//! `index`, `blocks`, `pack`, `log`, `catalogue` → `format`, `block` → `medium`. `docs/ARCHITECTURE.md` follows a write
+//! and a fork through them; `docs/format.md` has every byte on disk.
+
+mod block;
+mod blocks;
+pub mod catalogue;
+mod check;
+mod disk;
 mod error;
-mod skeleton;
+mod format;
+mod index;
+mod log;
+mod map;
+pub mod medium;
+mod overlay;
+mod pack;
+mod recover;
+mod registry;
+mod seal;
+mod state;
+mod store;
+
+pub use block::{BLOCK_SIZE, DiskId, SnapshotId, Source};
+pub use check::CheckReport;
+pub use disk::Disk;
 pub use error::{Error, ErrorKind, Result};
-pub use skeleton::*;
+pub use medium::file::Backend;
+pub use seal::SealReport;
+pub use store::{Commit, DiskInfo, Options, SnapshotInfo, Stats, Store, Transaction};

@@ -1,0 +1,228 @@
+//! Reading stored blocks: group table, pack files, and the caches of decoded groups and map nodes.
+//!
+//! Caches are keyed by address, not by disk, so that a hundred forks share one copy.
+
+use crate::block::{BLOCK_SIZE, BlockId, GROUP_BLOCKS, GroupId, PackId};
+use crate::catalogue::{Catalogue, Table};
+use crate::error::{Error, Result};
+use crate::format::{Codec, FrameHeader, Node};
+use crate::map::NodeSource;
+use crate::medium::{File, Medium, Mode};
+use crate::pack::{self, Digest, GroupPlace, PackFacts};
+use quick_cache::Weighter;
+use quick_cache::sync::Cache;
+use std::sync::Arc;
+
+/// A group's blocks, decoded and verified.
+pub(crate) struct Group {
+    slots: u16,
+    bytes: Vec<u8>,
+}
+
+impl Group {
+    /// The block in `slot`, if the group has it.
+    fn block(&self, slot: u32) -> Option<&[u8]> {
+        if self.slots >> slot & 1 == 0 {
+            return None;
+        }
+        let before = (self.slots & ((1 << slot) - 1)).count_ones() as usize;
+        self.bytes.get(before * BLOCK_SIZE..(before + 1) * BLOCK_SIZE)
+    }
+}
+
+#[derive(Clone)]
+struct Weigh;
+
+impl Weighter<GroupId, Arc<Group>> for Weigh {
+    fn weight(&self, _: &GroupId, group: &Arc<Group>) -> u64 {
+        group.bytes.len() as u64 + 100
+    }
+}
+
+impl Weighter<BlockId, Arc<Node>> for Weigh {
+    fn weight(&self, _: &BlockId, node: &Arc<Node>) -> u64 {
+        100 + match &**node {
+            Node::Leaf(extents) => 16 * extents.len() as u64,
+            Node::Inner { children, .. } => 16 * children.len() as u64,
+        }
+    }
+}
+
+/// See the module.
+pub(crate) struct Blocks {
+    medium: Arc<dyn Medium>,
+    catalogue: Arc<dyn Catalogue>,
+    groups: Cache<GroupId, Arc<Group>, Weigh>,
+    nodes: Cache<BlockId, Arc<Node>, Weigh>,
+    files: Cache<PackId, Arc<dyn File>>,
+}
+
+impl Blocks {
+    /// `group_bytes` and `node_bytes` bound the two caches.
+    pub fn new(medium: Arc<dyn Medium>, catalogue: Arc<dyn Catalogue>, group_bytes: u64, node_bytes: u64) -> Self {
+        Self {
+            medium,
+            catalogue,
+            groups: Cache::with_weighter((group_bytes >> 16) as usize, group_bytes, Weigh),
+            nodes: Cache::with_weighter((node_bytes >> 10) as usize, node_bytes, Weigh),
+            files: Cache::new(512),
+        }
+    }
+
+    /// Fills `out` (whole blocks) from the stored blocks that follow `first`.
+    pub fn read(&self, first: BlockId, out: &mut [u8]) -> Result<()> {
+        let mut id = first;
+        let mut group = self.group(id.group())?;
+        for block in out.chunks_mut(BLOCK_SIZE) {
+            if id.slot() == 0 && id != first {
+                group = self.group(id.group())?;
+            }
+            let found = group.block(id.slot()).ok_or_else(|| missing(id))?;
+            block.copy_from_slice(found);
+            id = id.plus(1);
+        }
+        Ok(())
+    }
+
+    /// Brings the groups of `runs` (address, blocks) into the cache, reading what is missing in as few round trips as
+    /// the medium allows. Pays when several groups are missing; a failure shows again at [`Blocks::read`].
+    pub fn prefetch(&self, runs: &[(BlockId, u64)]) -> Result<()> {
+        let mut wanted = Vec::new();
+        for (first, blocks) in runs {
+            for group in first.group().0..=first.plus(blocks - 1).group().0 {
+                if wanted.last() != Some(&GroupId(group)) && !self.groups.contains_key(&GroupId(group)) {
+                    wanted.push(GroupId(group));
+                }
+            }
+        }
+        if wanted.len() < 2 {
+            return Ok(());
+        }
+        let mut places = Vec::with_capacity(wanted.len());
+        for group in wanted {
+            places.push((group, self.place(group)?));
+        }
+        places.sort_by_key(|(_, place)| (place.pack, place.offset));
+        for run in places.chunk_by(|a, b| a.1.pack == b.1.pack) {
+            let file = self.file(run[0].1.pack)?;
+            let mut buffers: Vec<Vec<u8>> = run.iter().map(|(_, p)| vec![0; p.bytes as usize]).collect();
+            let mut reads: Vec<_> = buffers.iter_mut().zip(run).map(|(b, (_, p))| (&mut b[..], p.offset)).collect();
+            file.read_many(&mut reads).map_err(|e| unreadable(run[0].1.pack, e))?;
+            for (bytes, (group, place)) in buffers.iter().zip(run) {
+                self.groups.insert(*group, Arc::new(decode(*group, place, bytes)?));
+            }
+        }
+        Ok(())
+    }
+
+    fn group(&self, id: GroupId) -> Result<Arc<Group>> {
+        self.groups.get_or_insert_with(&id, || Ok(Arc::new(self.load(id, &self.place(id)?)?)))
+    }
+
+    fn load(&self, id: GroupId, place: &GroupPlace) -> Result<Group> {
+        let mut bytes = vec![0; place.bytes as usize];
+        self.file(place.pack)?.read_at(&mut bytes, place.offset).map_err(|e| unreadable(place.pack, e))?;
+        decode(id, place, &bytes)
+    }
+
+    /// A group's blocks from the medium, whatever the cache has.
+    pub fn read_group_uncached(&self, id: GroupId, place: &GroupPlace) -> Result<Vec<u8>> {
+        Ok(self.load(id, place)?.bytes)
+    }
+
+    /// Where a group is.
+    pub fn place(&self, id: GroupId) -> Result<GroupPlace> {
+        let value =
+            self.catalogue.get(Table::Groups, &id.0.to_be_bytes())?.ok_or_else(|| missing(BlockId::new(id, 0)))?;
+        self.parse_place(id, &value)
+    }
+
+    /// Decodes a row of the group table.
+    pub fn parse_place(&self, id: GroupId, row: &[u8]) -> Result<GroupPlace> {
+        postcard::from_bytes(row).map_err(|e| Error::damaged(format!("the place of group {}: {e}", id.0)))
+    }
+
+    /// What the catalogue knows of a pack.
+    pub fn facts(&self, pack: PackId) -> Result<PackFacts> {
+        let value = self.catalogue.get(Table::Packs, &pack.0.to_be_bytes())?;
+        let value = value.ok_or_else(|| Error::damaged(format!("{pack} is referred to but not in the catalogue")))?;
+        postcard::from_bytes(&value).map_err(|e| Error::damaged(format!("the catalogue's row of {pack}: {e}")))
+    }
+
+    /// The digests of `count` blocks of a pack, from the one with index `first` on.
+    pub fn digests(&self, pack: PackId, first: u32, count: u32) -> Result<Vec<Digest>> {
+        let facts = self.facts(pack)?;
+        let mut bytes = vec![0; count as usize * size_of::<Digest>()];
+        let at = facts.digests_at + u64::from(first) * size_of::<Digest>() as u64;
+        if at + bytes.len() as u64 > facts.contents_at {
+            return Err(Error::damaged(format!("{pack} has fewer digests than its groups say")));
+        }
+        self.file(pack)?.read_at(&mut bytes, at).map_err(|e| unreadable(pack, e))?;
+        Ok(bytes.as_chunks::<32>().0.to_vec())
+    }
+
+    fn file(&self, pack: PackId) -> Result<Arc<dyn File>> {
+        let open = || self.medium.open(&pack::file_name(pack), Mode::Read).map_err(|e| unreadable(pack, e));
+        self.files.get_or_insert_with(&pack, open)
+    }
+
+    /// Empties the caches, so that reads come from the medium again.
+    pub fn drop_caches(&self) {
+        self.groups.clear();
+        self.nodes.clear();
+    }
+}
+
+impl NodeSource for Blocks {
+    fn node(&self, id: BlockId) -> Result<Arc<Node>> {
+        self.nodes.get_or_insert_with(&id, || {
+            let group = self.group(id.group())?;
+            let block = group.block(id.slot()).ok_or_else(|| missing(id))?;
+            let node =
+                Node::decode(block).ok_or_else(|| Error::damaged(format!("block {} is not a map node", id.0)))?;
+            Ok(Arc::new(node))
+        })
+    }
+}
+
+fn missing(id: BlockId) -> Error {
+    Error::damaged(format!("block {} (group {}) is referred to but stored nowhere", id.0, id.0 / GROUP_BLOCKS))
+}
+
+fn unreadable(pack: PackId, e: std::io::Error) -> Error {
+    if matches!(e.kind(), std::io::ErrorKind::NotFound | std::io::ErrorKind::UnexpectedEof) {
+        return Error::caused(crate::ErrorKind::Damaged, format!("{pack} is missing or too short"), e);
+    }
+    Error::io(format!("cannot read {pack}"), e)
+}
+
+/// Verifies a frame and takes one group out of it.
+fn decode(id: GroupId, place: &GroupPlace, bytes: &[u8]) -> Result<Group> {
+    let damaged = |what: &str| Error::damaged(format!("{} is damaged at byte {}: {what}", place.pack, place.offset));
+    let (header, payload) = FrameHeader::decode(bytes).ok_or_else(|| damaged("the frame's checksum is wrong"))?;
+    let mut skip = 0;
+    let entry = header.groups.iter().find(|g| {
+        let found = g.group == id;
+        skip += if found { 0 } else { g.blocks() };
+        found
+    });
+    let entry = *entry.ok_or_else(|| damaged("the frame has other groups"))?;
+    if entry.slots != place.slots || entry.kind != place.kind {
+        return Err(damaged("the frame and the catalogue tell of different blocks"));
+    }
+    let raw_bytes = header.raw_bytes();
+    let mut raw = match header.codec {
+        Codec::Raw => payload.to_vec(),
+        Codec::Zstd => {
+            zstd::bulk::decompress(payload, raw_bytes).map_err(|_| damaged("the frame does not decompress"))?
+        }
+    };
+    if raw.len() != raw_bytes {
+        return Err(damaged("the frame decodes to another length"));
+    }
+    if header.groups.len() > 1 {
+        let from = skip as usize * BLOCK_SIZE;
+        raw = raw[from..from + entry.blocks() as usize * BLOCK_SIZE].to_vec();
+    }
+    Ok(Group { slots: entry.slots, bytes: raw })
+}

@@ -1,0 +1,557 @@
+//! The shared write-ahead log: segment files that take every disk's writes and every transaction, in one order.
+//!
+//! # Durability
+//! [`Log::append`] puts a record into a buffer in memory and gives it a position; readers see it from then on.
+//! [`Log::flush`] makes everything before a position durable. Whoever flushes first leads: it writes all that is
+//! buffered with one append and one sync, for all who wait (group commit); who comes meanwhile shares the next round.
+//!
+//! The order on disk is the order of positions: a segment is synced before anything is written to the next, so that
+//! what recovery finds is always a prefix. Crash cases, by the last step that was done:
+//! 1. appended: the record is lost; nobody was told that it is durable;
+//! 2. written, not synced: any part of it may be there; a record counts only whole, so it is there or not;
+//! 3. synced: it is there. `flush` answers only now.
+//!
+//! A write that fails (no space, I/O error) leaves the buffer as it was and is tried again at the next flush. A *sync*
+//! that fails poisons the log: what the kernel dropped cannot be known, so nothing is accepted until it is reopened.
+//!
+//! Space is reserved before a record is accepted, so a full file system refuses new writes rather than lose old ones.
+
+use crate::block::LogPos;
+use crate::error::{Error, ErrorKind, Result};
+use crate::format::{RecordHeader, RecordKind, SegmentHeader, StoreUuid};
+use crate::medium::{File, Medium, Mode, WriteSyncError};
+use parking_lot::{Condvar, Mutex, MutexGuard, RwLock};
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+/// The log's directory on the medium.
+pub(crate) const DIR: &str = "log";
+/// Bytes after which a new segment begins. A segment can be longer by one record.
+const SEGMENT_BYTES: u64 = 64 << 20;
+/// Space is reserved in steps of this many bytes.
+const ALLOCATE_BYTES: u64 = 4 << 20;
+/// Buffered bytes at which a writer hands the buffer to the file without waiting for a flush.
+const WRITE_BYTES: usize = 1 << 20;
+/// Buffered bytes at which a writer waits for the file.
+const BUFFER_BYTES: usize = 16 << 20;
+
+struct Segment {
+    number: u64,
+    base: LogPos,
+    file: Arc<dyn File>,
+}
+
+/// Bytes of one segment that are not known to be in its file.
+struct Tail {
+    segment: Arc<Segment>,
+    base: LogPos,
+    bytes: Vec<u8>,
+}
+
+impl Tail {
+    fn end(&self) -> LogPos {
+        self.base.plus(self.bytes.len() as u64)
+    }
+}
+
+struct Open {
+    segment: Arc<Segment>,
+    /// Bytes of the file that are reserved.
+    allocated: u64,
+}
+
+struct State {
+    /// Where the next record goes.
+    end: LogPos,
+    /// Everything before is durable.
+    durable: LogPos,
+    /// The segment that takes records; `None` after a rotation, until the next record.
+    open: Option<Open>,
+    next_number: u64,
+    /// Appended, not yet taken by a leader. Only the last one grows.
+    tails: Vec<Tail>,
+    /// Taken by a leader; stays here until it is in the file, also when the write fails.
+    writing: Vec<Arc<Tail>>,
+    /// A segment with writes that were not synced.
+    unsynced: Option<Arc<Segment>>,
+    /// Segments made since the log was opened, and how many of their names are durable.
+    made: u64,
+    names_durable: u64,
+    leader: bool,
+    poison: Option<Error>,
+}
+
+/// See the module.
+pub(crate) struct Log {
+    medium: Arc<dyn Medium>,
+    store: StoreUuid,
+    state: Mutex<State>,
+    led: Condvar,
+    segments: RwLock<BTreeMap<LogPos, Arc<Segment>>>,
+    syncs: AtomicU64,
+}
+
+/// Where a record and its payload are.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Appended {
+    pub record: LogPos,
+    pub payload: LogPos,
+}
+
+/// Takes a recovered record: header, checksums, where its payload is, the payload.
+pub(crate) type Apply<'a> = dyn FnMut(&RecordHeader, Vec<u32>, LogPos, &[u8]) -> Result<()> + 'a;
+
+/// A record to append. Its checksum table is computed by the caller, outside of the log's lock.
+pub(crate) struct Record<'a> {
+    pub kind: RecordKind,
+    pub disk: u64,
+    pub block: u64,
+    pub count: u64,
+    pub checksums: &'a [u32],
+    pub payload: &'a [u8],
+}
+
+impl Log {
+    /// Position just behind the last record.
+    pub fn end(&self) -> LogPos {
+        self.state.lock().end
+    }
+
+    /// Bytes between the oldest segment and the end.
+    pub fn live_bytes(&self) -> u64 {
+        let oldest = self.segments.read().keys().next().copied();
+        oldest.map_or(0, |oldest| self.end().0 - oldest.0)
+    }
+
+    /// Syncs done so far: what a group commit costs.
+    pub fn syncs(&self) -> u64 {
+        self.syncs.load(Ordering::Relaxed)
+    }
+
+    /// Fails when the log is poisoned.
+    pub fn healthy(&self) -> Result<()> {
+        self.state.lock().poison.clone().map_or(Ok(()), Err)
+    }
+
+    /// Appends a record: visible to readers at once, durable after a [`Log::flush`] beyond it.
+    pub fn append(&self, record: &Record<'_>) -> Result<Appended> {
+        let mut state = self.state.lock();
+        loop {
+            if let Some(poison) = &state.poison {
+                return Err(poison.clone());
+            }
+            if state.buffered() < BUFFER_BYTES {
+                break;
+            }
+            state = if state.leader { self.wait(state) } else { self.lead(state, false)? };
+        }
+        let mut header = RecordHeader {
+            kind: record.kind,
+            pos: state.end,
+            durable: state.durable,
+            disk: record.disk,
+            block: record.block,
+            count: record.count,
+            payload: record.payload.len() as u32,
+        };
+        self.make_room(&mut state, header.record_bytes())?;
+        header.pos = state.end;
+        let tail = state.tail()?;
+        header.encode(record.checksums, &mut tail.bytes);
+        tail.bytes.extend_from_slice(record.payload);
+        state.end = header.pos.plus(header.record_bytes());
+        Ok(Appended { record: header.pos, payload: header.pos.plus(header.payload_offset() as u64) })
+    }
+
+    /// Hands the buffer to the file if it has grown large, so that a long run of writes without a flush neither fills
+    /// memory nor makes the next flush slow. Called without any lock held. Its errors come up again at the next flush.
+    pub fn write_behind(&self) {
+        let state = self.state.lock();
+        if state.buffered() >= WRITE_BYTES && !state.leader && state.poison.is_none() {
+            drop(self.lead(state, false));
+        }
+    }
+
+    /// Makes everything before `upto` durable; see the module.
+    pub fn flush(&self, upto: LogPos) -> Result<()> {
+        let mut state = self.state.lock();
+        loop {
+            if state.durable >= upto {
+                return Ok(());
+            }
+            if let Some(poison) = &state.poison {
+                return Err(poison.clone());
+            }
+            state = if state.leader { self.wait(state) } else { self.lead(state, true)? };
+        }
+    }
+
+    /// Fills `buf` with log bytes from `pos` on, all of them within one record. `false`: that segment has been released,
+    /// so what the caller knows of the disk is out of date.
+    pub fn read(&self, pos: LogPos, buf: &mut [u8]) -> Result<bool> {
+        {
+            let state = self.state.lock();
+            let writing = state.writing.iter().map(|t| &**t);
+            if let Some(tail) = writing.chain(&state.tails).find(|t| t.base <= pos && pos < t.end()) {
+                let at = (pos.0 - tail.base.0) as usize;
+                buf.copy_from_slice(&tail.bytes[at..at + buf.len()]);
+                return Ok(true);
+            }
+        }
+        let Some(segment) = self.segments.read().range(..=pos).next_back().map(|(_, s)| s.clone()) else {
+            return Ok(false);
+        };
+        match segment.file.read_at(buf, pos.0 - segment.base.0) {
+            Ok(()) => Ok(true),
+            Err(e) if e.kind() == std::io::ErrorKind::UnexpectedEof => {
+                Err(Error::damaged(format!("log segment {:016x} is shorter than what it holds", segment.number)))
+            }
+            Err(e) => Err(Error::io(format!("cannot read log segment {:016x}", segment.number), e)),
+        }
+    }
+
+    /// Ends the current segment: records from now on go to a new one. Returns where that begins.
+    pub fn rotate(&self) -> LogPos {
+        let mut state = self.state.lock();
+        state.open = None;
+        state.end
+    }
+
+    /// Forgets everything before `upto`, a position that [`Log::rotate`] returned and up to which all is kept elsewhere,
+    /// durably. Returns the bytes given back.
+    pub fn release(&self, upto: LogPos) -> Result<u64> {
+        {
+            let mut state = self.state.lock();
+            state.durable = state.durable.max(upto);
+        }
+        let released: Vec<_> = {
+            let mut segments = self.segments.write();
+            let kept = segments.split_off(&upto);
+            std::mem::replace(&mut *segments, kept).into_values().collect()
+        };
+        let mut bytes = 0;
+        for segment in released {
+            bytes += segment.file.file_bytes().unwrap_or(0);
+            self.medium
+                .remove(&file_name(segment.number))
+                .map_err(|e| Error::io(format!("cannot remove log segment {:016x}", segment.number), e))?;
+        }
+        Ok(bytes)
+    }
+
+    fn wait<'a>(&self, mut state: MutexGuard<'a, State>) -> MutexGuard<'a, State> {
+        self.led.wait(&mut state);
+        state
+    }
+
+    /// Makes the open segment take `bytes` more, reserving space and starting a segment as needed.
+    fn make_room(&self, state: &mut State, bytes: u64) -> Result<()> {
+        if let Some(open) = &state.open
+            && state.end.0 - open.segment.base.0 + bytes > SEGMENT_BYTES
+        {
+            state.open = None;
+        }
+        let no_room = |e| Error::io("the log cannot grow; free some space and try again", e);
+        if state.open.is_none() {
+            let number = state.next_number;
+            let file = self.medium.open(&file_name(number), Mode::Create).map_err(no_room)?;
+            // From here on the number is taken, also when the next step fails.
+            state.next_number += 1;
+            state.made += 1;
+            let first = ALLOCATE_BYTES.max(SegmentHeader::BYTES + bytes);
+            if let Err(e) = file.allocate(0, first) {
+                drop(self.medium.remove(&file_name(number)));
+                return Err(no_room(e));
+            }
+            let segment = Arc::new(Segment { number, base: state.end, file });
+            self.segments.write().insert(segment.base, segment.clone());
+            let header = SegmentHeader { store: self.store, number, base: state.end };
+            state.tails.push(Tail { segment: segment.clone(), base: state.end, bytes: header.encode().to_vec() });
+            state.end = state.end.plus(SegmentHeader::BYTES);
+            state.open = Some(Open { segment, allocated: first });
+        }
+        if let Some(open) = &mut state.open {
+            let need = state.end.0 - open.segment.base.0 + bytes;
+            if need > open.allocated {
+                let more = (need - open.allocated).max(ALLOCATE_BYTES);
+                open.segment.file.allocate(open.allocated, more).map_err(no_room)?;
+                open.allocated += more;
+            }
+        }
+        Ok(())
+    }
+
+    /// Writes everything buffered, and syncs it if asked to. The caller has seen that there is no leader.
+    fn lead<'a>(&'a self, mut state: MutexGuard<'a, State>, sync: bool) -> Result<MutexGuard<'a, State>> {
+        state.leader = true;
+        let taken = std::mem::take(&mut state.tails);
+        state.writing.extend(taken.into_iter().map(Arc::new));
+        let tails = state.writing.clone();
+        let goal = state.end;
+        let unsynced = state.unsynced.clone();
+        let made = state.made;
+        let sync_names = state.made > state.names_durable;
+        drop(state);
+
+        let outcome = self.write_out(&tails, unsynced, sync, sync_names);
+
+        let mut state = self.state.lock();
+        state.leader = false;
+        self.led.notify_all();
+        match outcome {
+            Ok(()) => {
+                if let Some(last) = tails.last() {
+                    state.unsynced = Some(last.segment.clone());
+                }
+                state.writing.clear();
+                if sync {
+                    state.unsynced = None;
+                    state.durable = state.durable.max(goal);
+                    state.names_durable = made;
+                }
+                Ok(state)
+            }
+            Err(WriteSyncError::Write(e)) => Err(Error::io("cannot write the log", e)),
+            Err(WriteSyncError::Sync(e)) => {
+                let poison = Error::caused(
+                    ErrorKind::Poisoned,
+                    "a sync of the log failed: the store takes no writes until it is opened again",
+                    e,
+                );
+                state.poison = Some(poison.clone());
+                Err(poison)
+            }
+        }
+    }
+
+    fn write_out(
+        &self,
+        tails: &[Arc<Tail>],
+        mut unsynced: Option<Arc<Segment>>,
+        sync: bool,
+        sync_names: bool,
+    ) -> std::result::Result<(), WriteSyncError> {
+        for (i, tail) in tails.iter().enumerate() {
+            if let Some(previous) = unsynced.take_if(|s| s.number != tail.segment.number) {
+                self.sync_file(&previous)?;
+            }
+            let offset = tail.base.0 - tail.segment.base.0;
+            if sync && i + 1 == tails.len() {
+                self.syncs.fetch_add(1, Ordering::Relaxed);
+                tail.segment.file.write_sync(&tail.bytes, offset)?;
+                unsynced = None;
+            } else {
+                tail.segment.file.write_at(&tail.bytes, offset).map_err(WriteSyncError::Write)?;
+                unsynced = Some(tail.segment.clone());
+            }
+        }
+        if sync {
+            if let Some(segment) = unsynced {
+                self.sync_file(&segment)?;
+            }
+            if sync_names {
+                self.medium.sync_dir(DIR).map_err(WriteSyncError::Sync)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn sync_file(&self, segment: &Segment) -> std::result::Result<(), WriteSyncError> {
+        self.syncs.fetch_add(1, Ordering::Relaxed);
+        segment.file.sync().map_err(WriteSyncError::Sync)
+    }
+
+    /// Reads the log from `start` on, calls `apply` with each whole record (header, checksums, where its payload is, the
+    /// payload), and returns the log, ready for more. `next_number` is above every segment that was ever released.
+    ///
+    /// The end is the first record that is not whole. If a later record says that the log was durable beyond that point,
+    /// this is damage and an error: acknowledged writes would be lost.
+    pub fn recover(
+        medium: Arc<dyn Medium>,
+        store: StoreUuid,
+        start: LogPos,
+        next_number: u64,
+        apply: &mut Apply<'_>,
+    ) -> Result<Self> {
+        let mut found = Vec::new();
+        let mut next_number = next_number;
+        let mut removed = false;
+        for (name, bytes) in medium.list(DIR).map_err(|e| Error::io("cannot list the log", e))? {
+            let Some(number) = parse_name(&name) else { continue };
+            next_number = next_number.max(number + 1);
+            let open_error = |e| Error::io(format!("cannot open log segment {number:016x}"), e);
+            let file = medium.open(&file_name(number), Mode::Read).map_err(open_error)?;
+            let mut head = [0; SegmentHeader::BYTES as usize];
+            let header = match file.read_at(&mut head, 0) {
+                Ok(()) => SegmentHeader::decode(&head)?,
+                Err(e) if e.kind() == std::io::ErrorKind::UnexpectedEof => None,
+                Err(e) => return Err(open_error(e)),
+            };
+            match header {
+                Some(h) if h.store != store => {
+                    return Err(Error::damaged(format!("log segment {number:016x} belongs to another store")));
+                }
+                Some(h) if h.number == number && h.base >= start => {
+                    found.push((Arc::new(Segment { number, base: h.base, file }), bytes));
+                }
+                // Released before the crash, or never finished.
+                _ => {
+                    medium.remove(&file_name(number)).map_err(|e| Error::io("cannot remove an old log segment", e))?;
+                    removed = true;
+                }
+            }
+        }
+        found.sort_by_key(|(segment, _)| segment.number);
+
+        let mut end = start;
+        let mut kept = BTreeMap::new();
+        let mut stop: Option<(Arc<Segment>, Vec<u8>)> = None;
+        let mut rest = found.into_iter();
+        for (segment, bytes) in rest.by_ref() {
+            if segment.base != end {
+                let data = read_all(&segment, bytes)?;
+                stop = Some((segment, data));
+                break;
+            }
+            let data = read_all(&segment, bytes)?;
+            end = replay(&segment, &data, apply)?;
+            // Not known to be synced if only the process died.
+            segment.file.sync().map_err(|e| Error::io("cannot sync the log", e))?;
+            kept.insert(segment.base, segment.clone());
+            stop = Some((segment, data));
+        }
+        // Everything behind the end: the stopping segment's remainder, and segments that do not continue it.
+        let stopped = stop.into_iter().map(Ok);
+        let others = rest.map(|(segment, bytes)| read_all(&segment, bytes).map(|data| (segment, data)));
+        for item in stopped.chain(others) {
+            let (segment, data) = item?;
+            if let Some(durable) = latest_durable(&segment, &data, end)
+                && durable > end
+            {
+                return Err(Error::damaged(format!(
+                    "the log is damaged at position {} (segment {:016x}): writes up to {} had been made durable; \
+                     restore the state directory from a backup, or run `miosa store repair` to go on without them",
+                    end.0, segment.number, durable.0
+                )));
+            }
+            if !kept.contains_key(&segment.base) || kept[&segment.base].number != segment.number {
+                medium.remove(&file_name(segment.number)).map_err(|e| Error::io("cannot remove a log segment", e))?;
+                removed = true;
+            }
+        }
+        if removed || !kept.is_empty() {
+            medium.sync_dir(DIR).map_err(|e| Error::io("cannot sync the log's directory", e))?;
+        }
+        let state = State {
+            end,
+            durable: end,
+            open: None,
+            next_number,
+            tails: Vec::new(),
+            writing: Vec::new(),
+            unsynced: None,
+            made: 0,
+            names_durable: 0,
+            leader: false,
+            poison: None,
+        };
+        Ok(Self {
+            medium,
+            store,
+            state: Mutex::new(state),
+            led: Condvar::new(),
+            segments: RwLock::new(kept),
+            syncs: AtomicU64::new(0),
+        })
+    }
+
+    /// The number the next segment will have.
+    pub fn next_number(&self) -> u64 {
+        self.state.lock().next_number
+    }
+}
+
+impl State {
+    fn buffered(&self) -> usize {
+        self.tails.iter().map(|t| t.bytes.len()).sum::<usize>()
+            + self.writing.iter().map(|t| t.bytes.len()).sum::<usize>()
+    }
+
+    /// The tail that takes the next record.
+    fn tail(&mut self) -> Result<&mut Tail> {
+        let Some(open) = &self.open else { return Err(Error::new(ErrorKind::Closed, "the log has no open segment")) };
+        let fits = self.tails.last().is_some_and(|t| t.segment.number == open.segment.number && t.end() == self.end);
+        if !fits {
+            self.tails.push(Tail { segment: open.segment.clone(), base: self.end, bytes: Vec::new() });
+        }
+        self.tails.last_mut().ok_or_else(|| Error::new(ErrorKind::Closed, "the log has no tail"))
+    }
+}
+
+fn file_name(number: u64) -> String {
+    format!("{DIR}/{number:016x}.log")
+}
+
+fn parse_name(name: &str) -> Option<u64> {
+    u64::from_str_radix(name.strip_suffix(".log")?, 16).ok()
+}
+
+fn read_all(segment: &Segment, bytes: u64) -> Result<Vec<u8>> {
+    let mut data = vec![0; bytes as usize];
+    segment
+        .file
+        .read_at(&mut data, 0)
+        .map_err(|e| Error::io(format!("cannot read log segment {:016x}", segment.number), e))?;
+    Ok(data)
+}
+
+/// Is the payload what the checksum table says?
+fn intact(header: &RecordHeader, checksums: &[u32], payload: &[u8]) -> bool {
+    match header.kind {
+        RecordKind::Zero => true,
+        RecordKind::Transaction => checksums == [crc32c::crc32c(payload)],
+        RecordKind::Write => {
+            let blocks = payload.chunks(crate::block::BLOCK_SIZE).map(crc32c::crc32c);
+            blocks.eq(checksums.iter().copied())
+        }
+    }
+}
+
+/// The whole record at `at`, if there is one.
+fn record_at(segment: &Segment, data: &[u8], at: usize) -> Option<(RecordHeader, Vec<u32>, usize)> {
+    let (header, checksums) = RecordHeader::decode(data.get(at..)?, segment.base.plus(at as u64))?;
+    let payload_at = at + header.payload_offset();
+    let payload = data.get(payload_at..payload_at + header.payload as usize)?;
+    intact(&header, &checksums, payload).then_some((header, checksums, payload_at))
+}
+
+/// Applies a segment's records; returns where they end.
+fn replay(segment: &Segment, data: &[u8], apply: &mut Apply<'_>) -> Result<LogPos> {
+    let mut at = SegmentHeader::BYTES as usize;
+    while let Some((header, checksums, payload_at)) = record_at(segment, data, at) {
+        let payload = &data[payload_at..payload_at + header.payload as usize];
+        apply(&header, checksums, segment.base.plus(payload_at as u64), payload)?;
+        at += header.record_bytes() as usize;
+    }
+    Ok(segment.base.plus(at as u64))
+}
+
+/// The furthest durable position that any intact record behind `end` testifies to.
+fn latest_durable(segment: &Segment, data: &[u8], end: LogPos) -> Option<LogPos> {
+    let from = end.0.saturating_sub(segment.base.0).max(SegmentHeader::BYTES) as usize;
+    let magic = RecordHeader::magic();
+    let tail = data.get(from..)?;
+    let mut found = None;
+    let mut at = 0;
+    while let Some(skip) = tail.get(at..).and_then(|t| t.windows(4).position(|w| w == magic)) {
+        at += skip;
+        if let Some((header, ..)) = record_at(segment, data, from + at) {
+            found = found.max(Some(header.durable));
+            at += header.record_bytes() as usize;
+        } else {
+            at += 1;
+        }
+    }
+    found
+}

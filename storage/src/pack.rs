@@ -1,0 +1,264 @@
+//! Writing packs: immutable files of frames that say themselves what they hold.
+//!
+//! A pack is header, frames, digests, contents, manifest, footer (`docs/format.md`). Nothing refers to it before it is
+//! synced and its name is durable; a pack without a footer is the remainder of a crash.
+
+use crate::block::{BLOCK_SIZE, BlockId, GROUP_BLOCKS, GroupId, PackId};
+use crate::error::{Error, Result};
+use crate::format::{
+    Codec, FrameEntry, FrameHeader, GroupEntry, GroupKind, PackContents, PackFooter, PackHeader, StoreUuid,
+};
+use crate::medium::{File, Medium, Mode};
+use serde::{Deserialize, Serialize};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+/// The packs' directory on the medium.
+pub(crate) const DIR: &str = "packs";
+/// A pack that has grown to this many bytes is finished and the next one begun.
+const PACK_BYTES: u64 = 64 << 20;
+/// Bytes handed to the file at a time.
+const WRITE_BYTES: usize = 1 << 20;
+
+/// A block's BLAKE3 hash.
+pub(crate) type Digest = [u8; 32];
+
+/// Where a group's bytes are: the value of the group table.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct GroupPlace {
+    pub pack: PackId,
+    /// The frame: offset in the pack and bytes with its header.
+    pub offset: u64,
+    pub bytes: u32,
+    pub slots: u16,
+    pub kind: GroupKind,
+    /// Index of the first block's digest among the pack's.
+    pub digest: u32,
+}
+
+/// What the catalogue knows of a pack.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct PackFacts {
+    pub bytes: u64,
+    pub digests_at: u64,
+    pub contents_at: u64,
+    pub manifest_at: u64,
+    pub data_blocks: u64,
+    pub node_blocks: u64,
+    /// Bytes of the frames with map nodes.
+    pub node_bytes: u64,
+}
+
+/// A finished pack and what the catalogue has to learn of it.
+pub(crate) struct Finished {
+    pub pack: PackId,
+    pub facts: PackFacts,
+    pub groups: Vec<(GroupId, GroupPlace)>,
+    /// Digest and address of each data block.
+    pub data: Vec<(Digest, BlockId)>,
+}
+
+/// Where the next ids come from; shared by everything that writes packs.
+#[derive(Debug, Default)]
+pub(crate) struct Counters {
+    pub group: AtomicU64,
+    pub pack: AtomicU64,
+}
+
+/// A group that is being filled.
+#[derive(Default)]
+struct Filling {
+    group: Option<GroupId>,
+    bytes: Vec<u8>,
+    digests: Vec<Digest>,
+}
+
+/// One pack file that is being written.
+struct Writing {
+    pack: PackId,
+    file: Arc<dyn File>,
+    /// Bytes handed to the file.
+    written: u64,
+    buffer: Vec<u8>,
+    contents: PackContents,
+    digests: Vec<u8>,
+    finished: Finished,
+}
+
+/// Writes as many packs as it takes. Dropping it without [`PackWriter::finish`] leaves files that nothing refers to,
+/// which the next start removes.
+pub(crate) struct PackWriter {
+    medium: Arc<dyn Medium>,
+    store: StoreUuid,
+    counters: Arc<Counters>,
+    level: i32,
+    filling: [Filling; 2],
+    current: Option<Writing>,
+    done: Vec<Finished>,
+}
+
+impl PackWriter {
+    /// `level` is zstd's.
+    pub fn new(medium: Arc<dyn Medium>, store: StoreUuid, counters: Arc<Counters>, level: i32) -> Self {
+        Self { medium, store, counters, level, filling: Default::default(), current: None, done: Vec::new() }
+    }
+
+    /// Takes a block and gives it its address.
+    pub fn put(&mut self, kind: GroupKind, block: &[u8], digest: Digest) -> Result<BlockId> {
+        let filling = &mut self.filling[kind as usize];
+        let group = *filling.group.get_or_insert_with(|| GroupId(self.counters.group.fetch_add(1, Ordering::Relaxed)));
+        let id = BlockId::new(group, filling.digests.len() as u64);
+        filling.bytes.extend_from_slice(block);
+        filling.digests.push(digest);
+        if filling.digests.len() as u64 == GROUP_BLOCKS {
+            self.close_group(kind)?;
+        }
+        Ok(id)
+    }
+
+    /// Turns what a group has into a frame.
+    fn close_group(&mut self, kind: GroupKind) -> Result<()> {
+        let Filling { group: Some(group), bytes, digests } = std::mem::take(&mut self.filling[kind as usize]) else {
+            return Ok(());
+        };
+        let compressed =
+            zstd::bulk::compress(&bytes, self.level).map_err(|e| Error::io("cannot compress a frame", e))?;
+        let (codec, payload) =
+            if compressed.len() < bytes.len() { (Codec::Zstd, &compressed) } else { (Codec::Raw, &bytes) };
+        let slots = ((1u32 << digests.len()) - 1) as u16;
+        let entry = GroupEntry { group, slots, kind };
+        let header = FrameHeader { codec, stored: payload.len() as u32, groups: vec![entry] };
+
+        let out = self.writing()?;
+        let offset = out.written + out.buffer.len() as u64;
+        header.encode(payload, &mut out.buffer);
+        let frame_bytes = (header.bytes() + payload.len()) as u32;
+        let place = GroupPlace {
+            pack: out.pack,
+            offset,
+            bytes: frame_bytes,
+            slots,
+            kind,
+            digest: (out.digests.len() / size_of::<Digest>()) as u32,
+        };
+        out.contents.frames.push(FrameEntry { offset, bytes: frame_bytes, groups: header.groups });
+        out.finished.groups.push((group, place));
+        for (slot, digest) in digests.iter().enumerate() {
+            out.digests.extend_from_slice(digest);
+            if kind == GroupKind::Data {
+                out.finished.data.push((*digest, BlockId::new(group, slot as u64)));
+            }
+        }
+        match kind {
+            GroupKind::Data => out.finished.facts.data_blocks += digests.len() as u64,
+            GroupKind::Node => {
+                out.finished.facts.node_blocks += digests.len() as u64;
+                out.finished.facts.node_bytes += u64::from(frame_bytes);
+            }
+        }
+        if out.buffer.len() >= WRITE_BYTES {
+            out.write_buffer()?;
+        }
+        if out.written + out.buffer.len() as u64 + out.digests.len() as u64 >= PACK_BYTES {
+            self.finish_current(&[])?;
+        }
+        Ok(())
+    }
+
+    fn writing(&mut self) -> Result<&mut Writing> {
+        match &mut self.current {
+            Some(writing) => Ok(writing),
+            empty => {
+                let pack = PackId(self.counters.pack.fetch_add(1, Ordering::Relaxed));
+                let file = self.medium.open(&file_name(pack), Mode::Create).map_err(|e| cannot_write(pack, e))?;
+                let header = PackHeader { store: self.store, pack }.encode();
+                let facts = PackFacts {
+                    bytes: 0,
+                    digests_at: 0,
+                    contents_at: 0,
+                    manifest_at: 0,
+                    data_blocks: 0,
+                    node_blocks: 0,
+                    node_bytes: 0,
+                };
+                Ok(empty.insert(Writing {
+                    pack,
+                    file,
+                    written: 0,
+                    buffer: header.to_vec(),
+                    contents: PackContents::default(),
+                    digests: Vec::new(),
+                    finished: Finished { pack, facts, groups: Vec::new(), data: Vec::new() },
+                }))
+            }
+        }
+    }
+
+    fn finish_current(&mut self, manifest: &[u8]) -> Result<()> {
+        let Some(mut out) = self.current.take() else { return Ok(()) };
+        let squeeze = |bytes: &[u8]| zstd::bulk::compress(bytes, 3).map_err(|e| Error::io("cannot compress a pack", e));
+        let contents = postcard::to_stdvec(&out.contents).map_err(|e| Error::damaged(format!("pack contents: {e}")))?;
+        let mut sections = std::mem::take(&mut out.digests);
+        let digests_at = out.written + out.buffer.len() as u64;
+        let contents_at = digests_at + sections.len() as u64;
+        sections.extend_from_slice(&squeeze(&contents)?);
+        let manifest_at = digests_at + sections.len() as u64;
+        if !manifest.is_empty() {
+            sections.extend_from_slice(&squeeze(manifest)?);
+        }
+        let sections_crc = crc32c::crc32c(&sections);
+        let footer = PackFooter { pack: out.pack, digests_at, contents_at, manifest_at, sections_crc };
+        out.buffer.extend_from_slice(&sections);
+        out.buffer.extend_from_slice(&footer.encode());
+        out.write_buffer()?;
+        out.file.sync().map_err(|e| cannot_write(out.pack, e))?;
+        out.finished.facts.bytes = out.written;
+        out.finished.facts.digests_at = digests_at;
+        out.finished.facts.contents_at = contents_at;
+        out.finished.facts.manifest_at = manifest_at;
+        self.done.push(out.finished);
+        Ok(())
+    }
+
+    /// Ends the groups that are being filled: from here on no more ids are taken.
+    pub fn end_groups(&mut self) -> Result<()> {
+        self.close_group(GroupKind::Data)?;
+        self.close_group(GroupKind::Node)
+    }
+
+    /// Ends all packs, the last with `manifest`, and makes them and their names durable.
+    pub fn finish(mut self, manifest: &[u8]) -> Result<Vec<Finished>> {
+        self.end_groups()?;
+        self.writing()?;
+        self.finish_current(manifest)?;
+        self.medium.sync_dir(DIR).map_err(|e| Error::io("cannot make a pack's name durable", e))?;
+        Ok(self.done)
+    }
+}
+
+impl Writing {
+    fn write_buffer(&mut self) -> Result<()> {
+        self.file.write_at(&self.buffer, self.written).map_err(|e| cannot_write(self.pack, e))?;
+        self.written += self.buffer.len() as u64;
+        self.buffer.clear();
+        Ok(())
+    }
+}
+
+pub(crate) fn file_name(pack: PackId) -> String {
+    format!("{DIR}/{:016x}.pack", pack.0)
+}
+
+pub(crate) fn parse_name(name: &str) -> Option<PackId> {
+    u64::from_str_radix(name.strip_suffix(".pack")?, 16).ok().map(PackId)
+}
+
+fn cannot_write(pack: PackId, e: std::io::Error) -> Error {
+    Error::io(format!("cannot write {pack}"), e)
+}
+
+/// The digest of a block's content.
+pub(crate) fn digest(block: &[u8]) -> Digest {
+    debug_assert_eq!(block.len(), BLOCK_SIZE);
+    *blake3::hash(block).as_bytes()
+}

@@ -1,0 +1,211 @@
+//! Opening a store: the catalogue's checkpoint, and the log from there on.
+
+use crate::block::{DiskId, LogPos, SnapshotId, Source};
+use crate::catalogue::{Batch, Catalogue, Table};
+use crate::disk::Device;
+use crate::error::{Error, ErrorKind, Result};
+use crate::format::{RecordHeader, RecordKind, StoreHeader, StoreUuid};
+use crate::log::{self, Log};
+use crate::medium::{Medium, Mode};
+use crate::overlay::{Content, Extent};
+use crate::pack::{self, Counters};
+use crate::registry::{Op, Registry};
+use crate::seal::{Checkpoint, DeviceRow, parse_id};
+use crate::state::State;
+use bytes::Bytes;
+use std::collections::BTreeSet;
+use std::io::Read;
+use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
+
+const STORE: &str = "STORE";
+
+/// What opening found.
+pub(crate) struct Recovered {
+    pub uuid: StoreUuid,
+    pub catalogue: Arc<dyn Catalogue>,
+    pub registry: Registry,
+    pub log: Log,
+    pub counters: Counters,
+    pub next_id: u64,
+}
+
+/// Opens what is on the medium, or makes a store where there is none.
+pub(crate) fn recover(
+    medium: Arc<dyn Medium>,
+    open_catalogue: &dyn Fn(bool) -> Result<Arc<dyn Catalogue>>,
+) -> Result<Recovered> {
+    for dir in [log::DIR, pack::DIR] {
+        medium.create_dir(dir).map_err(|e| Error::io(format!("cannot make the directory {dir}"), e))?;
+    }
+    let (uuid, catalogue) = match read_header(&*medium)? {
+        Some(header) => {
+            let missing = |e: Error| match e.kind() {
+                ErrorKind::Io => Error::caused(
+                    ErrorKind::Damaged,
+                    "the store's catalogue cannot be opened: `miosa store repair` makes it again from the packs",
+                    e,
+                ),
+                _ => e,
+            };
+            (header.uuid, open_catalogue(false).map_err(missing)?)
+        }
+        None => create(&*medium, open_catalogue)?,
+    };
+    if catalogue.get(Table::Meta, b"store")?.as_deref() != Some(&uuid) {
+        return Err(Error::damaged("the catalogue belongs to another store: `miosa store repair` makes it again"));
+    }
+    load(medium, uuid, catalogue)
+}
+
+fn read_header(medium: &dyn Medium) -> Result<Option<StoreHeader>> {
+    let file = match medium.open(STORE, Mode::Read) {
+        Ok(file) => file,
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+        Err(e) => return Err(Error::io("cannot open the file STORE", e)),
+    };
+    let mut bytes = [0; 64];
+    let header = file.read_at(&mut bytes, 0).map_err(|e| Error::io("cannot read the file STORE", e));
+    match header.and_then(|()| StoreHeader::decode(&bytes)) {
+        Ok(header) => Ok(Some(header)),
+        // A crash while the store was being made: nothing else has been written yet.
+        Err(e) if e.kind() != ErrorKind::UnsupportedVersion && is_empty(medium)? => Ok(None),
+        Err(e) => Err(e),
+    }
+}
+
+/// Does the medium hold neither log nor packs?
+fn is_empty(medium: &dyn Medium) -> Result<bool> {
+    for dir in [log::DIR, pack::DIR] {
+        if !medium.list(dir).map_err(|e| Error::io(format!("cannot list {dir}"), e))?.is_empty() {
+            return Ok(false);
+        }
+    }
+    Ok(true)
+}
+
+/// Makes a store: the catalogue first, then the file that says that this is one.
+fn create(
+    medium: &dyn Medium,
+    open_catalogue: &dyn Fn(bool) -> Result<Arc<dyn Catalogue>>,
+) -> Result<(StoreUuid, Arc<dyn Catalogue>)> {
+    if !is_empty(medium)? {
+        return Err(Error::damaged(
+            "there are packs or log segments here but no file STORE: restore it from a backup, or use another directory",
+        ));
+    }
+    let cannot = |e| Error::io("cannot make the store", e);
+    let mut uuid = StoreUuid::default();
+    std::fs::File::open("/dev/urandom").and_then(|mut f| f.read_exact(&mut uuid)).map_err(cannot)?;
+    let catalogue = open_catalogue(true)?;
+    let mut batch = Batch::default();
+    batch.put(Table::Meta, "store", uuid);
+    catalogue.commit(batch)?;
+    match medium.remove(STORE) {
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(cannot(e)),
+        _ => {}
+    }
+    let file = medium.open(STORE, Mode::Create).map_err(cannot)?;
+    file.write_at(&StoreHeader { uuid }.encode(), 0).map_err(cannot)?;
+    file.sync().map_err(cannot)?;
+    medium.sync_dir("").map_err(cannot)?;
+    Ok((uuid, catalogue))
+}
+
+fn load(medium: Arc<dyn Medium>, uuid: StoreUuid, catalogue: Arc<dyn Catalogue>) -> Result<Recovered> {
+    let damaged = |e: postcard::Error| Error::damaged(format!("a row of the catalogue cannot be read: {e}"));
+    let checkpoint = match catalogue.get(Table::Meta, b"checkpoint")? {
+        Some(row) => postcard::from_bytes(&row).map_err(damaged)?,
+        None => Checkpoint { log_start: LogPos(0), next_segment: 0, next_id: 1, next_group: 1, next_pack: 1 },
+    };
+    let mut registry = Registry::default();
+    for table in [Table::Disks, Table::Snapshots] {
+        catalogue.scan(table, &mut |key, row| {
+            let id = parse_id(key)?;
+            let source =
+                if table == Table::Disks { Source::Disk(DiskId(id)) } else { Source::Snapshot(SnapshotId(id)) };
+            let row: DeviceRow = postcard::from_bytes(row).map_err(damaged)?;
+            let state = State { root: row.root, ..State::default() };
+            registry.load(Device::new(source, row.name, row.size_blocks, row.parent, row.unix_ms, state));
+            Ok(())
+        })?;
+    }
+    catalogue.scan(Table::Records, &mut |key, value| {
+        let split = key.iter().position(|b| *b == 0).map(|at| (&key[..at], &key[at + 1..]));
+        let (kind, key) = split.ok_or_else(|| Error::damaged("a record's key in the catalogue has no kind"))?;
+        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+        registry.records.insert((text(kind), text(key)), Bytes::copy_from_slice(value));
+        Ok(())
+    })?;
+    let next_pack = remove_unfinished_packs(&*medium, &*catalogue)?.max(checkpoint.next_pack);
+
+    let mut next_id = checkpoint.next_id;
+    let log = Log::recover(
+        medium,
+        uuid,
+        checkpoint.log_start,
+        checkpoint.next_segment,
+        &mut |header, checksums, payload_pos, payload| {
+            apply(&mut registry, &mut next_id, header, checksums, payload_pos, payload)
+        },
+    )?;
+    let counters = Counters { group: AtomicU64::new(checkpoint.next_group), pack: AtomicU64::new(next_pack) };
+    Ok(Recovered { uuid, catalogue, registry, log, counters, next_id })
+}
+
+/// One record of the log.
+fn apply(
+    registry: &mut Registry,
+    next_id: &mut u64,
+    header: &RecordHeader,
+    checksums: Vec<u32>,
+    payload_pos: LogPos,
+    payload: &[u8],
+) -> Result<()> {
+    let content = match header.kind {
+        RecordKind::Transaction => {
+            let ops: Vec<Op> = postcard::from_bytes(payload)
+                .map_err(|e| Error::damaged(format!("the transaction at log position {}: {e}", header.pos.0)))?;
+            for op in &ops {
+                *next_id = (*next_id).max(match op {
+                    Op::CreateDisk { id, .. } | Op::Fork { id, .. } => id.0 + 1,
+                    Op::Snapshot { id, .. } => id.0 + 1,
+                    _ => 0,
+                });
+            }
+            return registry.apply(ops, header.pos.plus(header.record_bytes()));
+        }
+        RecordKind::Zero => Content::Zero,
+        RecordKind::Write => Content::Data { payload: payload_pos, crcs: checksums.into(), first: 0 },
+    };
+    let device = registry.device(Source::Disk(DiskId(header.disk))).map_err(|_| {
+        Error::damaged(format!(
+            "the log writes to disk-{} at position {}, which is not there",
+            header.disk, header.pos.0
+        ))
+    })?;
+    if header.block + header.count > device.size_blocks {
+        return Err(Error::damaged(format!("the log writes beyond the end of {}", device.source)));
+    }
+    device.apply(header.block, Extent { len: header.count, record: header.pos, content });
+    Ok(())
+}
+
+/// Removes packs that the catalogue does not know: a crash came before their checkpoint was done. Returns a number above
+/// all packs.
+fn remove_unfinished_packs(medium: &dyn Medium, catalogue: &dyn Catalogue) -> Result<u64> {
+    let mut known = BTreeSet::new();
+    catalogue.scan(Table::Packs, &mut |key, _| {
+        known.insert(parse_id(key)?);
+        Ok(())
+    })?;
+    let mut next = known.last().map_or(1, |last| last + 1);
+    for (name, _) in medium.list(pack::DIR).map_err(|e| Error::io("cannot list the packs", e))? {
+        let Some(pack) = pack::parse_name(&name) else { continue };
+        next = next.max(pack.0 + 1);
+        if !known.contains(&pack.0) {
+            medium.remove(&pack::file_name(pack)).map_err(|e| Error::io(format!("cannot remove {pack}"), e))?;
+        }
+    }
+    Ok(next)
+}

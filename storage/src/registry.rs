@@ -1,0 +1,230 @@
+//! What exists: disks, snapshots and the embedding program's records, in memory; and how a transaction changes it.
+//!
+//! The log has every transaction since the last checkpoint, the catalogue everything before. Applying the log's
+//! transactions to the catalogue's contents, which is what recovery does, gives the same registry again.
+
+use crate::block::{BLOCK_BYTES, DiskId, LogPos, SnapshotId, Source};
+use crate::disk::Device;
+use crate::error::{Error, ErrorKind, Result};
+use crate::format::MAX_DISK_BLOCKS;
+use crate::state::State;
+use bytes::Bytes;
+use serde::{Deserialize, Serialize};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::sync::Arc;
+
+/// One step of a transaction: what the log's transaction records hold, postcard-encoded.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(crate) enum Op {
+    CreateDisk { id: DiskId, name: String, size_blocks: u64, unix_ms: u64 },
+    Fork { id: DiskId, name: String, source: Source, unix_ms: u64 },
+    Snapshot { id: SnapshotId, name: String, disk: DiskId, unix_ms: u64 },
+    DeleteDisk { id: DiskId },
+    DeleteSnapshot { id: SnapshotId },
+    PutRecord { kind: String, key: String, value: Bytes },
+    DeleteRecord { kind: String, key: String },
+}
+
+/// Key of a record: kind and key.
+pub(crate) type RecordKey = (String, String);
+
+/// See the module.
+#[derive(Default)]
+pub(crate) struct Registry {
+    pub devices: BTreeMap<Source, Arc<Device>>,
+    names: HashMap<String, DiskId>,
+    pub records: BTreeMap<RecordKey, Bytes>,
+    /// Made, deleted or put since the last checkpoint: what the next has to tell the catalogue besides new roots.
+    pub touched: BTreeSet<Source>,
+    pub touched_records: BTreeSet<RecordKey>,
+}
+
+impl PartialOrd for Source {
+    fn partial_cmp(&self, other: &Self) -> Option<std::cmp::Ordering> {
+        Some(self.cmp(other))
+    }
+}
+
+impl Ord for Source {
+    fn cmp(&self, other: &Self) -> std::cmp::Ordering {
+        let key = |s: &Self| match s {
+            Self::Disk(id) => (0, id.0),
+            Self::Snapshot(id) => (1, id.0),
+        };
+        key(self).cmp(&key(other))
+    }
+}
+
+impl Registry {
+    /// The disk or snapshot.
+    pub fn device(&self, source: Source) -> Result<&Arc<Device>> {
+        self.devices.get(&source).ok_or_else(|| {
+            let what = if matches!(source, Source::Disk(_)) { "disk" } else { "snapshot" };
+            Error::new(ErrorKind::NotFound, format!("there is no {what} {source}"))
+        })
+    }
+
+    /// The disk of this name.
+    pub fn disk_named(&self, name: &str) -> Option<&Arc<Device>> {
+        self.devices.get(&Source::Disk(*self.names.get(name)?))
+    }
+
+    /// Puts a disk or snapshot in that the catalogue tells of.
+    pub fn load(&mut self, device: Device) {
+        if let Source::Disk(id) = device.source {
+            self.names.insert(device.name.clone(), id);
+        }
+        self.devices.insert(device.source, Arc::new(device));
+    }
+
+    /// Would these steps, one after the other, succeed? Errors say what to do instead.
+    pub fn check(&self, ops: &[Op]) -> Result<()> {
+        let mut made: BTreeSet<Source> = BTreeSet::new();
+        let mut gone: BTreeSet<Source> = BTreeSet::new();
+        let mut names: HashMap<&str, bool> = HashMap::new();
+        for op in ops {
+            let exists = |source: &Source| {
+                if gone.contains(source) || !(made.contains(source) || self.devices.contains_key(source)) {
+                    return Err(self.device(*source).err().unwrap_or_else(|| {
+                        Error::new(ErrorKind::NotFound, format!("{source} is deleted in the same transaction"))
+                    }));
+                }
+                Ok(())
+            };
+            let mut new_name = |name| -> Result<()> {
+                check_name(name)?;
+                let taken = names.get(name).copied().unwrap_or_else(|| self.names.contains_key(name));
+                if taken {
+                    let what = format!("a disk named {name:?} exists already: choose another name");
+                    return Err(Error::new(ErrorKind::NameTaken, what));
+                }
+                names.insert(name, true);
+                Ok(())
+            };
+            match op {
+                Op::CreateDisk { id, name, size_blocks, .. } => {
+                    new_name(name)?;
+                    if *size_blocks == 0 || *size_blocks > MAX_DISK_BLOCKS {
+                        let what = format!(
+                            "a disk has between 4096 and {} bytes, a multiple of 4096",
+                            MAX_DISK_BLOCKS * BLOCK_BYTES
+                        );
+                        return Err(Error::new(ErrorKind::InvalidInput, what));
+                    }
+                    made.insert(Source::Disk(*id));
+                }
+                Op::Fork { id, name, source, .. } => {
+                    exists(source)?;
+                    new_name(name)?;
+                    made.insert(Source::Disk(*id));
+                }
+                Op::Snapshot { id, name, disk, .. } => {
+                    exists(&Source::Disk(*disk))?;
+                    check_name(name)?;
+                    made.insert(Source::Snapshot(*id));
+                }
+                Op::DeleteDisk { id } => {
+                    let source = Source::Disk(*id);
+                    exists(&source)?;
+                    if let Some(device) = self.devices.get(&source) {
+                        names.insert(&device.name, false);
+                    }
+                    gone.insert(source);
+                }
+                Op::DeleteSnapshot { id } => {
+                    exists(&Source::Snapshot(*id))?;
+                    gone.insert(Source::Snapshot(*id));
+                }
+                Op::PutRecord { kind, .. } | Op::DeleteRecord { kind, .. } => {
+                    if kind.contains('\0') {
+                        return Err(Error::new(ErrorKind::InvalidInput, "a record's kind must not contain NUL"));
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// The existing devices whose state the steps read or end. Their writers have to be stopped from before the record
+    /// is appended until [`Registry::apply`] is done.
+    pub fn involved(&self, ops: &[Op]) -> Vec<Arc<Device>> {
+        let sources: BTreeSet<Source> = ops
+            .iter()
+            .filter_map(|op| match op {
+                Op::Fork { source, .. } => Some(*source),
+                Op::Snapshot { disk, .. } => Some(Source::Disk(*disk)),
+                Op::DeleteDisk { id } => Some(Source::Disk(*id)),
+                Op::DeleteSnapshot { id } => Some(Source::Snapshot(*id)),
+                _ => None,
+            })
+            .collect();
+        sources.iter().filter_map(|s| self.devices.get(s).cloned()).collect()
+    }
+
+    /// Makes the steps happen. `end` is the log's end behind their record. Fails only on a log that no checked
+    /// transaction can have written.
+    pub fn apply(&mut self, ops: Vec<Op>, end: LogPos) -> Result<()> {
+        for op in ops {
+            match op {
+                Op::CreateDisk { id, name, size_blocks, unix_ms } => {
+                    self.add(Device::new(Source::Disk(id), name, size_blocks, None, unix_ms, State::default()));
+                }
+                Op::Fork { id, name, source, unix_ms } => {
+                    let device = self.grow(source, Source::Disk(id), name, unix_ms, end)?;
+                    self.add(device);
+                }
+                Op::Snapshot { id, name, disk, unix_ms } => {
+                    let device = self.grow(Source::Disk(disk), Source::Snapshot(id), name, unix_ms, end)?;
+                    self.add(device);
+                }
+                Op::DeleteDisk { id } => self.remove(Source::Disk(id))?,
+                Op::DeleteSnapshot { id } => self.remove(Source::Snapshot(id))?,
+                Op::PutRecord { kind, key, value } => {
+                    self.touched_records.insert((kind.clone(), key.clone()));
+                    self.records.insert((kind, key), value);
+                }
+                Op::DeleteRecord { kind, key } => {
+                    self.records.remove(&(kind.clone(), key.clone()));
+                    self.touched_records.insert((kind, key));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// A device that starts with what another holds now: the O(1) heart of snapshot and fork.
+    fn grow(&self, from: Source, to: Source, name: String, unix_ms: u64, end: LogPos) -> Result<Device> {
+        let parent = self.device(from)?;
+        let state = parent.with_state(|state| {
+            state.freeze(end);
+            state.clone()
+        });
+        Ok(Device::new(to, name, parent.size_blocks, Some(from), unix_ms, state))
+    }
+
+    fn add(&mut self, device: Device) {
+        self.touched.insert(device.source);
+        self.load(device);
+    }
+
+    fn remove(&mut self, source: Source) -> Result<()> {
+        let device = self.device(source)?.clone();
+        device.delete();
+        self.devices.remove(&source);
+        if let Source::Disk(id) = source
+            && self.names.get(&device.name) == Some(&id)
+        {
+            self.names.remove(&device.name);
+        }
+        self.touched.insert(source);
+        Ok(())
+    }
+}
+
+fn check_name(name: &str) -> Result<()> {
+    if name.is_empty() || name.len() > 255 || name.chars().any(char::is_control) {
+        let what = format!("{name:?} cannot be a name: use 1 to 255 bytes without control characters");
+        return Err(Error::new(ErrorKind::InvalidInput, what));
+    }
+    Ok(())
+}

@@ -1,0 +1,501 @@
+//! Sealing: a checkpoint that turns everything the log holds into packs and maps, and then forgets the log.
+//!
+//! Data before metadata before the root that names it:
+//! 1. the log is rotated, and every disk with something in the log gets a fork point (O(1) each, transactions wait);
+//! 2. each fork point is sealed, oldest first: its blocks are hashed, looked up, packed if new, and its map is rewritten;
+//! 3. the packs and their names are synced;
+//! 4. one durable batch tells the catalogue of the packs, groups, digests, roots and of where the log now begins;
+//! 5. disks, snapshots and fork points move onto the sealed roots (transactions wait);
+//! 6. the old log segments are removed.
+//!
+//! A crash before 4 leaves packs that nothing refers to, removed at the next start, and the whole log. A crash after 4
+//! leaves log segments from before the new beginning, removed at the next start. Guests read and write all the while.
+
+use crate::block::{BLOCK_SIZE, BlockId, LogPos, Source, is_zero};
+use crate::catalogue::{Batch, Table};
+use crate::disk::{Device, verify};
+use crate::error::{Error, ErrorKind, Result};
+use crate::format::{GroupKind, Node, NodeRef};
+use crate::index::{self, Index};
+use crate::map::{self, Change, NodeSink, NodeSource, push_change};
+use crate::overlay::{Content, Extent};
+use crate::pack::{Digest, PackWriter, digest};
+use crate::registry::RecordKey;
+use crate::state::Layer;
+use crate::store::Inner;
+use bytes::Bytes;
+use parking_lot::{Condvar, Mutex};
+use serde::{Deserialize, Serialize};
+use std::collections::{BTreeSet, HashMap};
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, Weak};
+use std::time::{Duration, Instant};
+
+/// Blocks hashed and looked up at a time.
+const BATCH_BLOCKS: usize = 2048;
+
+/// What one sealing did.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
+pub struct SealReport {
+    /// Blocks of data taken from the log.
+    pub blocks: u64,
+    /// Of them, blocks that were not stored yet.
+    pub new_blocks: u64,
+    /// Bytes of packs written, map nodes included.
+    pub pack_bytes: u64,
+}
+
+/// A disk or snapshot in the catalogue.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(crate) struct DeviceRow {
+    pub name: String,
+    pub size_blocks: u64,
+    pub parent: Option<Source>,
+    pub unix_ms: u64,
+    pub root: NodeRef,
+}
+
+/// Where the log begins and which numbers come next: the catalogue's row `checkpoint`.
+#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
+pub(crate) struct Checkpoint {
+    pub log_start: LogPos,
+    pub next_segment: u64,
+    pub next_id: u64,
+    pub next_group: u64,
+    pub next_pack: u64,
+}
+
+/// What a checkpoint changes in the catalogue, as the last pack's manifest has it too, so that the catalogue can be made
+/// again from the packs: rows to set, or to remove where there is no value.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) struct Manifest {
+    pub checkpoint: Checkpoint,
+    pub devices: Vec<(Source, Option<DeviceRow>)>,
+    pub records: Vec<(RecordKey, Option<Bytes>)>,
+}
+
+/// The catalogue's key of a disk or snapshot, and its table.
+pub(crate) fn device_key(source: Source) -> (Table, [u8; 8]) {
+    match source {
+        Source::Disk(id) => (Table::Disks, id.0.to_be_bytes()),
+        Source::Snapshot(id) => (Table::Snapshots, id.0.to_be_bytes()),
+    }
+}
+
+/// The catalogue's key of a record.
+pub(crate) fn record_key((kind, key): &RecordKey) -> Vec<u8> {
+    [kind.as_bytes(), &[0], key.as_bytes()].concat()
+}
+
+fn encode<T: Serialize>(value: &T) -> Result<Vec<u8>> {
+    postcard::to_stdvec(value).map_err(|e| Error::new(ErrorKind::InvalidInput, format!("cannot encode: {e}")))
+}
+
+/// What a checkpoint found when transactions stood still.
+struct Plan {
+    checkpoint: Checkpoint,
+    devices: Vec<(Source, Option<Arc<Device>>)>,
+    /// Fork points whose root a device needs.
+    layers: HashMap<Source, Arc<Layer>>,
+    records: Vec<(RecordKey, Option<Bytes>)>,
+}
+
+/// Seals everything written before the call. One at a time.
+pub(crate) fn checkpoint(inner: &Inner) -> Result<SealReport> {
+    let _one = inner.sealer.running.lock();
+    let Some(plan) = plan(inner)? else { return Ok(SealReport::default()) };
+    let outcome = execute(inner, &plan);
+    if outcome.is_err() {
+        // Nothing has changed for readers; the next checkpoint has it all to tell again.
+        let mut registry = inner.registry.lock();
+        registry.touched.extend(plan.devices.iter().map(|(source, _)| *source));
+        registry.touched_records.extend(plan.records.into_iter().map(|(key, _)| key));
+        inner.index.clear();
+    }
+    outcome
+}
+
+/// Step 1. `None`: there is nothing to seal.
+fn plan(inner: &Inner) -> Result<Option<Plan>> {
+    inner.log.healthy()?;
+    let mut registry = inner.registry.lock();
+    let log_start = inner.log.rotate();
+    let mut sources: BTreeSet<Source> = std::mem::take(&mut registry.touched);
+    let mut layers = HashMap::new();
+    for device in registry.devices.values() {
+        let _still = device.stop_writes();
+        // Behind every record of this device, since its writers stand still.
+        let end = inner.log.end();
+        if let Some(layer) = device.with_state(|state| state.freeze(end)) {
+            sources.insert(device.source);
+            layers.insert(device.source, layer);
+        }
+    }
+    let devices = sources.into_iter().map(|s| (s, registry.devices.get(&s).cloned())).collect::<Vec<_>>();
+    let keys = std::mem::take(&mut registry.touched_records);
+    let records: Vec<_> = keys.into_iter().map(|k| (k.clone(), registry.records.get(&k).cloned())).collect();
+    if devices.is_empty() && records.is_empty() && inner.log.live_bytes() == 0 {
+        return Ok(None);
+    }
+    let counters = &inner.counters;
+    let checkpoint = Checkpoint {
+        log_start,
+        next_segment: inner.log.next_number(),
+        next_id: inner.next_id.load(Ordering::Relaxed),
+        next_group: counters.group.load(Ordering::Relaxed),
+        next_pack: counters.pack.load(Ordering::Relaxed),
+    };
+    Ok(Some(Plan { checkpoint, devices, layers, records }))
+}
+
+/// Steps 2 to 6.
+fn execute(inner: &Inner, plan: &Plan) -> Result<SealReport> {
+    let writer = PackWriter::new(inner.medium.clone(), inner.uuid, inner.counters.clone(), inner.options.level);
+    let mut sealing =
+        Sealing { inner, writer, fresh: HashMap::new(), roots: HashMap::new(), report: SealReport::default() };
+    for (source, device) in &plan.devices {
+        if let (Some(layer), Some(device)) = (plan.layers.get(source), device) {
+            sealing.seal_with_bases(layer, device.level())?;
+        }
+    }
+    let Sealing { mut writer, roots, mut report, .. } = sealing;
+    writer.end_groups()?;
+
+    let mut manifest = Manifest {
+        checkpoint: Checkpoint {
+            next_group: inner.counters.group.load(Ordering::Relaxed),
+            next_pack: inner.counters.pack.load(Ordering::Relaxed) + 1,
+            ..plan.checkpoint
+        },
+        devices: Vec::with_capacity(plan.devices.len()),
+        records: plan.records.clone(),
+    };
+    for (source, device) in &plan.devices {
+        let row = device.as_ref().map(|device| {
+            let sealed = plan.layers.get(source).and_then(|layer| roots.get(&Arc::as_ptr(layer)));
+            DeviceRow {
+                name: device.name.clone(),
+                size_blocks: device.size_blocks,
+                parent: device.parent,
+                unix_ms: device.created_unix_ms,
+                // Without a fork point the map had everything at the plan, and its root has not changed since: only a
+                // checkpoint changes roots.
+                root: sealed.copied().unwrap_or_else(|| device.state().root),
+            }
+        });
+        manifest.devices.push((*source, row));
+    }
+    let packs = writer.finish(&encode(&manifest)?)?;
+
+    let mut batch = Batch::default();
+    for pack in &packs {
+        report.pack_bytes += pack.facts.bytes;
+        batch.put(Table::Packs, pack.pack.0.to_be_bytes(), encode(&pack.facts)?);
+        for (group, place) in &pack.groups {
+            batch.put(Table::Groups, group.0.to_be_bytes(), encode(place)?);
+        }
+        for (digest, id) in pack.data.iter().filter(|(digest, _)| index::sampled(digest)) {
+            batch.put(Table::Index, index::key(digest), id.0.to_be_bytes());
+        }
+    }
+    for (source, row) in &manifest.devices {
+        let (table, key) = device_key(*source);
+        match row {
+            Some(row) => batch.put(table, key, encode(row)?),
+            None => batch.delete(table, key),
+        }
+    }
+    for (key, value) in &manifest.records {
+        match value {
+            Some(value) => batch.put(Table::Records, record_key(key), value.to_vec()),
+            None => batch.delete(Table::Records, record_key(key)),
+        }
+    }
+    batch.put(Table::Meta, "checkpoint", encode(&manifest.checkpoint)?);
+    inner.catalogue.commit(batch)?;
+
+    for layer in plan.layers.values().flat_map(open_chain) {
+        if let Some(root) = roots.get(&Arc::as_ptr(&layer)) {
+            // Each is set once: a layer that had a root is not in an open chain.
+            let _ = layer.sealed.set(*root);
+        }
+    }
+    move_onto_roots(inner);
+    inner.log.release(plan.checkpoint.log_start)?;
+    Ok(report)
+}
+
+/// A layer and the unsealed ones below it, newest first.
+fn open_chain(layer: &Arc<Layer>) -> Vec<Arc<Layer>> {
+    if layer.sealed.get().is_some() {
+        return Vec::new();
+    }
+    let (below, _) = layer.frozen.read().chain();
+    std::iter::once(layer.clone()).chain(below).collect()
+}
+
+/// Step 5. Devices first, then fork points made meanwhile, newest first: each finds the sealed one below it through
+/// chains that are still whole.
+fn move_onto_roots(inner: &Inner) {
+    let registry = inner.registry.lock();
+    let mut open: HashMap<*const Layer, Arc<Layer>> = HashMap::new();
+    for device in registry.devices.values() {
+        let _still = device.stop_writes();
+        device.with_state(|state| {
+            let (layers, sealed) = state.chain();
+            if sealed.is_some() {
+                open.extend(layers.into_iter().map(|l| (Arc::as_ptr(&l), l)));
+                state.rebase();
+            }
+        });
+    }
+    let mut open: Vec<_> = open.into_values().collect();
+    open.sort_by_key(|layer| std::cmp::Reverse(layer.upto));
+    for layer in open {
+        layer.frozen.write().rebase();
+    }
+}
+
+/// Step 2: packs in the making and the roots so far.
+struct Sealing<'a> {
+    inner: &'a Inner,
+    writer: PackWriter,
+    /// Map nodes written by this checkpoint, which no catalogue knows yet.
+    fresh: HashMap<BlockId, Arc<Node>>,
+    roots: HashMap<*const Layer, NodeRef>,
+    report: SealReport,
+}
+
+impl NodeSource for Sealing<'_> {
+    fn node(&self, id: BlockId) -> Result<Arc<Node>> {
+        self.fresh.get(&id).map_or_else(|| self.inner.blocks.node(id), |node| Ok(node.clone()))
+    }
+}
+
+impl NodeSink for Sealing<'_> {
+    fn put_node(&mut self, node: Node) -> Result<BlockId> {
+        let bytes = node.encode();
+        let id = self.writer.put(GroupKind::Node, &bytes, digest(&bytes))?;
+        self.fresh.insert(id, Arc::new(node));
+        Ok(id)
+    }
+}
+
+impl Sealing<'_> {
+    /// Seals a fork point after those it grew from.
+    fn seal_with_bases(&mut self, layer: &Arc<Layer>, level: u32) -> Result<()> {
+        for layer in open_chain(layer).into_iter().rev() {
+            if !self.roots.contains_key(&Arc::as_ptr(&layer)) {
+                let root = self.seal(&layer, level)?;
+                self.roots.insert(Arc::as_ptr(&layer), root);
+            }
+        }
+        Ok(())
+    }
+
+    fn seal(&mut self, layer: &Layer, level: u32) -> Result<NodeRef> {
+        let state = layer.frozen.read().clone();
+        let base = state.base.as_ref().and_then(|b| Some((b, *self.roots.get(&Arc::as_ptr(b))?)));
+        let (root, extents) = match base {
+            Some((base, root)) => (root, state.overlay.since(&base.frozen.read().overlay, base.upto)),
+            None => (state.root, state.overlay.iter().map(|(start, e)| (start, e.clone())).collect()),
+        };
+        let changes = self.store_extents(&extents)?;
+        map::update(self, root, level, &changes)
+    }
+
+    /// Stores what the extents hold; returns where it all is now.
+    fn store_extents(&mut self, extents: &[(u64, Extent)]) -> Result<Vec<Change>> {
+        let mut changes = Vec::new();
+        let mut batch = Blocks::default();
+        for (start, extent) in extents {
+            match &extent.content {
+                Content::Zero => {
+                    self.store_batch(&mut batch, &mut changes)?;
+                    push_change(&mut changes, *start, extent.len, BlockId::NONE);
+                }
+                Content::Data { payload, crcs, first } => {
+                    let mut done = 0;
+                    while done < extent.len {
+                        let take = (extent.len - done).min((BATCH_BLOCKS - batch.numbers.len()) as u64);
+                        let crcs = &crcs[*first as usize + done as usize..][..take as usize];
+                        batch.read(self.inner, payload.plus(done * BLOCK_SIZE as u64), crcs, start + done)?;
+                        done += take;
+                        if batch.numbers.len() == BATCH_BLOCKS {
+                            self.store_batch(&mut batch, &mut changes)?;
+                        }
+                    }
+                }
+            }
+        }
+        self.store_batch(&mut batch, &mut changes)?;
+        Ok(changes)
+    }
+
+    fn store_batch(&mut self, batch: &mut Blocks, changes: &mut Vec<Change>) -> Result<()> {
+        let index: &Index = &self.inner.index;
+        let blocks = || batch.bytes.chunks_exact(BLOCK_SIZE);
+        // Zero blocks are not stored, so they need no digest.
+        let digests: Vec<Option<Digest>> = blocks().map(|b| (!is_zero(b)).then(|| digest(b))).collect();
+        let known: Vec<Digest> = digests.iter().flatten().copied().collect();
+        index.warm(&known)?;
+        self.report.blocks += batch.numbers.len() as u64;
+        for ((number, block), digest) in batch.numbers.iter().zip(blocks()).zip(digests) {
+            let id = match digest {
+                None => BlockId::NONE,
+                Some(digest) => match index.find(&digest) {
+                    Some(id) => id,
+                    None => {
+                        let id = self.writer.put(GroupKind::Data, block, digest)?;
+                        index.insert(digest, id);
+                        self.report.new_blocks += 1;
+                        id
+                    }
+                },
+            };
+            push_change(changes, *number, 1, id);
+        }
+        batch.numbers.clear();
+        batch.bytes.clear();
+        Ok(())
+    }
+}
+
+/// Blocks read from the log and not yet stored.
+#[derive(Default)]
+struct Blocks {
+    numbers: Vec<u64>,
+    bytes: Vec<u8>,
+}
+
+impl Blocks {
+    fn read(&mut self, inner: &Inner, payload: LogPos, crcs: &[u32], start: u64) -> Result<()> {
+        let at = self.bytes.len();
+        self.bytes.resize(at + crcs.len() * BLOCK_SIZE, 0);
+        if !inner.log.read(payload, &mut self.bytes[at..])? {
+            return Err(Error::damaged(format!("the log at position {} is gone before it was sealed", payload.0)));
+        }
+        verify(payload, crcs, &self.bytes[at..])?;
+        self.numbers.extend(start..start + crcs.len() as u64);
+        Ok(())
+    }
+}
+
+/// The background thread's side of a store.
+#[derive(Default)]
+pub(crate) struct Sealer {
+    /// Held while a checkpoint runs.
+    running: Mutex<()>,
+    state: Mutex<SealerState>,
+    changed: Condvar,
+}
+
+#[derive(Default)]
+struct SealerState {
+    requested: bool,
+    stopping: bool,
+    /// Checkpoints tried, and how the last one failed.
+    tried: u64,
+    failure: Option<Error>,
+    thread: Option<std::thread::JoinHandle<()>>,
+}
+
+/// How often the background thread looks whether the store is idle.
+const LOOK: Duration = Duration::from_millis(500);
+
+impl Sealer {
+    /// Asks for a checkpoint soon.
+    pub fn request(&self) {
+        let mut state = self.state.lock();
+        if !state.requested {
+            state.requested = true;
+            self.changed.notify_all();
+        }
+    }
+
+    /// Waits for the next checkpoint that is tried; fails as it failed.
+    pub fn wait_for_progress(&self) -> Result<()> {
+        let mut state = self.state.lock();
+        let before = state.tried;
+        while state.tried == before {
+            if state.stopping {
+                return Err(Error::new(ErrorKind::Closed, "the store is closed"));
+            }
+            state.requested = true;
+            self.changed.notify_all();
+            self.changed.wait_for(&mut state, LOOK);
+        }
+        state.failure.clone().map_or(Ok(()), Err)
+    }
+
+    /// Ends the background thread and waits for it. Fine to call again.
+    pub fn stop(&self) {
+        let thread = {
+            let mut state = self.state.lock();
+            state.stopping = true;
+            self.changed.notify_all();
+            state.thread.take()
+        };
+        // The thread itself may be the one that drops the store last.
+        if let Some(thread) = thread
+            && thread.thread().id() != std::thread::current().id()
+        {
+            drop(thread.join());
+        }
+    }
+}
+
+/// Starts the background thread: it seals when asked to, and when nothing was written for a while.
+pub(crate) fn start(inner: &Arc<Inner>) -> Result<()> {
+    let weak = Arc::downgrade(inner);
+    let thread = std::thread::Builder::new()
+        .name("seal".into())
+        .spawn(move || run(&weak))
+        .map_err(|e| Error::io("cannot start the sealing thread", e))?;
+    inner.sealer.state.lock().thread = Some(thread);
+    Ok(())
+}
+
+fn run(weak: &Weak<Inner>) {
+    let mut seen = LogPos(0);
+    let mut quiet_since = Instant::now();
+    // After a failure the next try waits, so that a full disk is not hammered.
+    let mut not_before = Instant::now();
+    while let Some(inner) = weak.upgrade() {
+        let requested = {
+            let mut state = inner.sealer.state.lock();
+            if !state.requested && !state.stopping {
+                inner.sealer.changed.wait_for(&mut state, LOOK);
+            }
+            if state.stopping {
+                return;
+            }
+            std::mem::take(&mut state.requested)
+        };
+        let end = inner.log.end();
+        if end != seen {
+            (seen, quiet_since) = (end, Instant::now());
+        }
+        let live = inner.log.live_bytes();
+        let idle = live > 0 && quiet_since.elapsed() >= inner.options.idle;
+        let full = live >= inner.options.log_bytes;
+        if !(requested || idle || full) || Instant::now() < not_before {
+            continue;
+        }
+        let outcome = checkpoint(&inner);
+        let mut state = inner.sealer.state.lock();
+        state.tried += 1;
+        state.failure = outcome.err();
+        if let Some(e) = &state.failure {
+            tracing::error!("sealing failed; it will be tried again: {e}");
+            not_before = Instant::now() + Duration::from_secs(1);
+        }
+        inner.sealer.changed.notify_all();
+    }
+}
+
+/// The id in a row's key.
+pub(crate) fn parse_id(key: &[u8]) -> Result<u64> {
+    let bytes = key.try_into().map_err(|_| Error::damaged("a catalogue key has the wrong length"))?;
+    Ok(u64::from_be_bytes(bytes))
+}

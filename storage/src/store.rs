@@ -1,0 +1,517 @@
+//! The store: opening, transactions, and what holds everything together.
+
+use crate::block::{BLOCK_BYTES, DiskId, LogPos, SnapshotId, Source};
+use crate::blocks::Blocks;
+use crate::catalogue::{Catalogue, RocksCatalogue, Table};
+use crate::disk::{Device, Disk};
+use crate::error::{Error, ErrorKind, Result};
+use crate::format::{RecordKind, StoreUuid};
+use crate::index::Index;
+use crate::log::{Log, Record};
+use crate::medium::Medium;
+use crate::medium::file::{Backend, FileMedium};
+use crate::pack::Counters;
+use crate::registry::{Op, Registry};
+use crate::seal::{SealReport, Sealer};
+use bytes::Bytes;
+use parking_lot::Mutex;
+use serde::Serialize;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+/// How a store runs. None of it is remembered in the store.
+#[derive(Debug, Clone)]
+pub struct Options {
+    /// Which system calls carry the I/O.
+    pub backend: Backend,
+    /// Bytes of decoded data kept in memory.
+    pub cache_bytes: u64,
+    /// Bytes of decoded map nodes kept in memory.
+    pub node_cache_bytes: u64,
+    /// Digests kept in memory for deduplication, at some 70 bytes each.
+    pub index_digests: usize,
+    /// Bytes of log at which sealing starts.
+    pub log_bytes: u64,
+    /// Bytes of log at which writers wait for sealing.
+    pub log_bytes_max: u64,
+    /// How long nothing has to be written until what is in the log is sealed.
+    pub idle: Duration,
+    /// zstd level of what is sealed.
+    pub level: i32,
+    /// Seal in the background. Without it, only [`Store::seal`] does, and writers never wait.
+    pub background: bool,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self {
+            backend: Backend::Auto,
+            cache_bytes: 256 << 20,
+            node_cache_bytes: 64 << 20,
+            index_digests: 1 << 20,
+            log_bytes: 512 << 20,
+            log_bytes_max: 2 << 30,
+            idle: Duration::from_secs(5),
+            level: 1,
+            background: true,
+        }
+    }
+}
+
+/// A disk, as a list shows it.
+#[derive(Debug, Clone, Serialize)]
+pub struct DiskInfo {
+    /// The id.
+    pub id: DiskId,
+    /// Unique among disks.
+    pub name: String,
+    /// Size in bytes.
+    pub size_bytes: u64,
+    /// What it was forked from; that may be gone by now.
+    pub parent: Option<String>,
+    /// When it was made, in milliseconds since 1970.
+    pub created_unix_ms: u64,
+}
+
+/// A snapshot, as a list shows it.
+#[derive(Debug, Clone, Serialize)]
+pub struct SnapshotInfo {
+    /// The id.
+    pub id: SnapshotId,
+    /// A label; not unique.
+    pub name: String,
+    /// The disk it was taken of; that may be gone by now.
+    pub disk: Option<DiskId>,
+    /// Size in bytes.
+    pub size_bytes: u64,
+    /// When it was taken, in milliseconds since 1970.
+    pub created_unix_ms: u64,
+}
+
+/// Everything that is open, shared by handles and background threads.
+pub(crate) struct Inner {
+    pub uuid: StoreUuid,
+    pub medium: Arc<dyn Medium>,
+    pub catalogue: Arc<dyn Catalogue>,
+    pub blocks: Arc<Blocks>,
+    pub index: Index,
+    pub log: Log,
+    pub registry: Mutex<Registry>,
+    pub counters: Arc<Counters>,
+    /// The next disk or snapshot id.
+    pub next_id: AtomicU64,
+    pub sealer: Sealer,
+    pub options: Options,
+    /// Where the store is, on a file medium.
+    pub dir: Option<PathBuf>,
+    /// Keeps other processes out while it is open.
+    _lock: Option<nix::fcntl::Flock<std::fs::File>>,
+}
+
+impl Inner {
+    /// Makes a writer wait while the log is over its limit and sealing goes on. Fails when sealing cannot go on.
+    pub fn throttle(&self) -> Result<()> {
+        if !self.options.background || self.log.live_bytes() < self.options.log_bytes {
+            return Ok(());
+        }
+        self.sealer.request();
+        while self.log.live_bytes() >= self.options.log_bytes_max {
+            self.sealer.wait_for_progress()?;
+            self.log.healthy()?;
+        }
+        Ok(())
+    }
+}
+
+/// A block store in a directory. Cheap to clone; every call blocks and may be made from any thread.
+///
+/// The last clone to go stops the background work; what was not flushed is then lost, as at a power cut.
+#[derive(Clone)]
+pub struct Store {
+    handle: Arc<Handle>,
+}
+
+/// Stops the background thread when the last clone goes.
+struct Handle {
+    inner: Arc<Inner>,
+}
+
+impl Drop for Handle {
+    fn drop(&mut self) {
+        self.inner.sealer.stop();
+    }
+}
+
+impl Store {
+    /// Opens the store in `dir`, making it when the directory is absent or empty.
+    ///
+    /// Errors: `InUse` when another process has it open, `UnsupportedVersion`, `Damaged`, `NoSpace`, `Io`.
+    pub fn open(dir: &Path, options: Options) -> Result<Self> {
+        let at = |what: &str| format!("cannot {what} {}", dir.display());
+        std::fs::create_dir_all(dir).map_err(|e| Error::io(at("make the directory"), e))?;
+        let lock = lock(dir)?;
+        let medium = Arc::new(FileMedium::new(dir, options.backend));
+        let place = dir.join("catalogue");
+        let catalogue = move |create| RocksCatalogue::open(&place, create).map(|c| Arc::new(c) as Arc<dyn Catalogue>);
+        Self::open_on(medium, &catalogue, options, Some((dir.to_owned(), lock)))
+    }
+
+    /// Opens a store on any medium and catalogue: for tests with simulated ones.
+    pub fn open_with(medium: Arc<dyn Medium>, catalogue: Arc<dyn Catalogue>, options: Options) -> Result<Self> {
+        Self::open_on(medium, &move |_| Ok(catalogue.clone()), options, None)
+    }
+
+    fn open_on(
+        medium: Arc<dyn Medium>,
+        open_catalogue: &dyn Fn(bool) -> Result<Arc<dyn Catalogue>>,
+        options: Options,
+        place: Option<(PathBuf, nix::fcntl::Flock<std::fs::File>)>,
+    ) -> Result<Self> {
+        let recovered = crate::recover::recover(medium.clone(), open_catalogue)?;
+        let catalogue = recovered.catalogue;
+        let blocks =
+            Arc::new(Blocks::new(medium.clone(), catalogue.clone(), options.cache_bytes, options.node_cache_bytes));
+        let index = Index::new(catalogue.clone(), blocks.clone(), options.index_digests);
+        let (dir, lock) = place.unzip();
+        let inner = Arc::new(Inner {
+            uuid: recovered.uuid,
+            medium,
+            catalogue,
+            blocks,
+            index,
+            log: recovered.log,
+            registry: Mutex::new(recovered.registry),
+            counters: Arc::new(recovered.counters),
+            next_id: AtomicU64::new(recovered.next_id),
+            sealer: Sealer::default(),
+            options,
+            dir,
+            _lock: lock,
+        });
+        if inner.options.background {
+            crate::seal::start(&inner)?;
+        }
+        Ok(Self { handle: Arc::new(Handle { inner }) })
+    }
+
+    pub(crate) fn inner(&self) -> &Arc<Inner> {
+        &self.handle.inner
+    }
+
+    /// Begins a transaction.
+    pub fn begin(&self) -> Transaction<'_> {
+        Transaction { store: self, ops: Vec::new() }
+    }
+
+    /// A handle on a disk.
+    pub fn disk(&self, id: DiskId) -> Result<Disk> {
+        self.open_source(Source::Disk(id))
+    }
+
+    /// A read-only handle on a snapshot.
+    pub fn snapshot(&self, id: SnapshotId) -> Result<Disk> {
+        self.open_source(Source::Snapshot(id))
+    }
+
+    /// A handle on either.
+    pub fn open_source(&self, source: Source) -> Result<Disk> {
+        let device = self.inner().registry.lock().device(source)?.clone();
+        Ok(Disk { store: self.inner().clone(), device })
+    }
+
+    /// All disks, by id.
+    pub fn disks(&self) -> Vec<DiskInfo> {
+        self.inner().registry.lock().devices.values().filter_map(|d| disk_info(d)).collect()
+    }
+
+    /// All snapshots, by id.
+    pub fn snapshots(&self) -> Vec<SnapshotInfo> {
+        self.inner().registry.lock().devices.values().filter_map(|d| snapshot_info(d)).collect()
+    }
+
+    /// The disk of this name.
+    pub fn disk_by_name(&self, name: &str) -> Option<DiskInfo> {
+        self.inner().registry.lock().disk_named(name).and_then(|d| disk_info(d))
+    }
+
+    /// A record of the embedding program.
+    pub fn record(&self, kind: &str, key: &str) -> Option<Bytes> {
+        self.inner().registry.lock().records.get(&(kind.to_owned(), key.to_owned())).cloned()
+    }
+
+    /// All records of a kind, by key.
+    pub fn records(&self, kind: &str) -> Vec<(String, Bytes)> {
+        let registry = self.inner().registry.lock();
+        let from = (kind.to_owned(), String::new());
+        let of_kind = registry.records.range(from..).take_while(|((k, _), _)| k == kind);
+        of_kind.map(|((_, key), value)| (key.clone(), value.clone())).collect()
+    }
+
+    /// Seals all that was written before the call and returns when it is done and durable.
+    pub fn seal(&self) -> Result<SealReport> {
+        crate::seal::checkpoint(self.inner())
+    }
+
+    /// Reads everything that is sealed and compares it with its checksums and digests. Slow: it reads the whole store.
+    pub fn check(&self) -> Result<crate::CheckReport> {
+        crate::check::check(self.inner())
+    }
+
+    /// Makes everything written so far durable.
+    pub fn flush(&self) -> Result<()> {
+        self.inner().log.flush(self.inner().log.end())
+    }
+
+    /// Syncs of the log so far, for tests and benches that count what a group commit costs.
+    pub fn log_syncs(&self) -> u64 {
+        self.inner().log.syncs()
+    }
+
+    /// Empties the caches of decoded blocks and map nodes: what benches call cold.
+    pub fn drop_caches(&self) {
+        self.inner().blocks.drop_caches();
+    }
+
+    /// Stops the background work and makes everything written durable. Handles stay usable for reading.
+    pub fn close(&self) -> Result<()> {
+        self.inner().sealer.stop();
+        self.flush()
+    }
+}
+
+fn lock(dir: &Path) -> Result<nix::fcntl::Flock<std::fs::File>> {
+    let path = dir.join("LOCK");
+    let file = std::fs::OpenOptions::new()
+        .create(true)
+        .truncate(false)
+        .write(true)
+        .open(&path)
+        .map_err(|e| Error::io(format!("cannot open {}", path.display()), e))?;
+    nix::fcntl::Flock::lock(file, nix::fcntl::FlockArg::LockExclusiveNonblock).map_err(|(_, e)| match e {
+        nix::errno::Errno::EWOULDBLOCK => Error::new(
+            ErrorKind::InUse,
+            format!("the store in {} is in use by another process: stop that one, or talk to it", dir.display()),
+        ),
+        e => Error::io(format!("cannot lock {}", path.display()), e.into()),
+    })
+}
+
+fn disk_info(device: &Device) -> Option<DiskInfo> {
+    let Source::Disk(id) = device.source else { return None };
+    Some(DiskInfo {
+        id,
+        name: device.name.clone(),
+        size_bytes: device.size_blocks * BLOCK_BYTES,
+        parent: device.parent.map(|p| p.to_string()),
+        created_unix_ms: device.created_unix_ms,
+    })
+}
+
+fn snapshot_info(device: &Device) -> Option<SnapshotInfo> {
+    let Source::Snapshot(id) = device.source else { return None };
+    let disk = match device.parent {
+        Some(Source::Disk(id)) => Some(id),
+        _ => None,
+    };
+    Some(SnapshotInfo {
+        id,
+        name: device.name.clone(),
+        disk,
+        size_bytes: device.size_blocks * BLOCK_BYTES,
+        created_unix_ms: device.created_unix_ms,
+    })
+}
+
+/// Steps that take effect together: in memory when [`Transaction::commit`] returns, on disk when the [`Commit`] has been
+/// waited for. After a crash all of them are there or none is. Dropping it does nothing.
+#[must_use]
+pub struct Transaction<'a> {
+    store: &'a Store,
+    ops: Vec<Op>,
+}
+
+fn unix_ms() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_millis() as u64)
+}
+
+impl Transaction<'_> {
+    fn next_id(&self) -> u64 {
+        self.store.inner().next_id.fetch_add(1, Ordering::Relaxed)
+    }
+
+    /// A new disk that reads as zeroes. The size is a multiple of 4096 bytes, at most 64 TiB; the name is unique.
+    pub fn create_disk(&mut self, name: &str, size_bytes: u64) -> DiskId {
+        let id = DiskId(self.next_id());
+        // A size that is no multiple is refused at the commit, like every other bad argument.
+        let size_blocks = if size_bytes.is_multiple_of(BLOCK_BYTES) { size_bytes / BLOCK_BYTES } else { 0 };
+        self.ops.push(Op::CreateDisk { id, name: name.to_owned(), size_blocks, unix_ms: unix_ms() });
+        id
+    }
+
+    /// A new disk with what `source` holds at the commit. O(1).
+    pub fn fork(&mut self, source: Source, name: &str) -> DiskId {
+        let id = DiskId(self.next_id());
+        self.ops.push(Op::Fork { id, name: name.to_owned(), source, unix_ms: unix_ms() });
+        id
+    }
+
+    /// A snapshot of what `disk` holds at the commit. O(1).
+    pub fn snapshot(&mut self, disk: DiskId, name: &str) -> SnapshotId {
+        let id = SnapshotId(self.next_id());
+        self.ops.push(Op::Snapshot { id, name: name.to_owned(), disk, unix_ms: unix_ms() });
+        id
+    }
+
+    /// Deletes a disk; handles on it fail from then on. Snapshots and forks of it stay.
+    pub fn delete_disk(&mut self, id: DiskId) {
+        self.ops.push(Op::DeleteDisk { id });
+    }
+
+    /// Deletes a snapshot. Forks of it stay.
+    pub fn delete_snapshot(&mut self, id: SnapshotId) {
+        self.ops.push(Op::DeleteSnapshot { id });
+    }
+
+    /// Sets a record of the embedding program. Meant for some kilobytes each.
+    pub fn put_record(&mut self, kind: &str, key: &str, value: impl Into<Bytes>) {
+        self.ops.push(Op::PutRecord { kind: kind.to_owned(), key: key.to_owned(), value: value.into() });
+    }
+
+    /// Removes a record; fine when it is not there.
+    pub fn delete_record(&mut self, kind: &str, key: &str) {
+        self.ops.push(Op::DeleteRecord { kind: kind.to_owned(), key: key.to_owned() });
+    }
+
+    /// Checks all steps, appends them to the log as one record and makes them happen. On an error nothing has happened.
+    pub fn commit(self) -> Result<Commit> {
+        let inner = self.store.inner();
+        let encoded = postcard::to_stdvec(&self.ops)
+            .map_err(|e| Error::new(ErrorKind::InvalidInput, format!("the transaction cannot be encoded: {e}")))?;
+        if encoded.len() > crate::format::RecordHeader::PAYLOAD_MAX {
+            return Err(Error::new(ErrorKind::InvalidInput, "the transaction is larger than 16 MiB: split it"));
+        }
+        let mut registry = inner.registry.lock();
+        registry.check(&self.ops)?;
+        let involved = registry.involved(&self.ops);
+        // Sorted by id, so that two transactions cannot wait for each other.
+        let stopped: Vec<_> = involved.iter().map(|d| d.stop_writes()).collect();
+        let checksums = [crc32c::crc32c(&encoded)];
+        let record = Record {
+            kind: RecordKind::Transaction,
+            disk: 0,
+            block: 0,
+            count: 0,
+            checksums: &checksums,
+            payload: &encoded,
+        };
+        inner.log.append(&record)?;
+        let upto = inner.log.end();
+        registry.apply(self.ops, upto)?;
+        drop(stopped);
+        Ok(Commit { inner: inner.clone(), upto })
+    }
+
+    /// [`Transaction::commit`], then [`Commit::wait`].
+    pub fn commit_durable(self) -> Result<()> {
+        self.commit()?.wait()
+    }
+}
+
+/// A transaction that has happened and may not be durable yet.
+#[must_use = "a commit is durable only once it has been waited for"]
+pub struct Commit {
+    inner: Arc<Inner>,
+    upto: LogPos,
+}
+
+impl Commit {
+    /// Returns when the transaction, and everything written before it, is durable. Commits that wait at the same time
+    /// share one sync.
+    pub fn wait(self) -> Result<()> {
+        self.inner.log.flush(self.upto)
+    }
+}
+
+/// Figures of the whole store. Bytes, unless a name says otherwise.
+#[derive(Debug, Clone, Default, Serialize)]
+pub struct Stats {
+    /// Disks.
+    pub disks: u64,
+    /// Snapshots.
+    pub snapshots: u64,
+    /// What all disks and snapshots hold, each counted in full: their non-zero blocks.
+    pub logical_bytes: u64,
+    /// Different blocks among them that are stored in packs, uncompressed.
+    pub unique_bytes: u64,
+    /// Packs, as far as they hold data.
+    pub pack_bytes: u64,
+    /// Packs, as far as they hold map nodes.
+    pub map_bytes: u64,
+    /// The catalogue and index.
+    pub index_bytes: u64,
+    /// The log: what is not sealed.
+    pub log_bytes: u64,
+    /// All that the store's directory occupies on the host.
+    pub stored_bytes: u64,
+    /// `logical_bytes / unique_bytes`; 0 when nothing is sealed.
+    pub dedup_ratio: f64,
+    /// `unique_bytes / pack_bytes`; 0 when nothing is sealed.
+    pub compression_ratio: f64,
+}
+
+impl Store {
+    /// The store's figures. Walks the rows of all packs and the overlays of all disks.
+    pub fn stats(&self) -> Result<Stats> {
+        let inner = self.inner();
+        let devices: Vec<_> = inner.registry.lock().devices.values().cloned().collect();
+        let mut stats = Stats::default();
+        for device in &devices {
+            match device.source {
+                Source::Disk(_) => stats.disks += 1,
+                Source::Snapshot(_) => stats.snapshots += 1,
+            }
+            stats.logical_bytes += logical_blocks(inner, device)? * BLOCK_BYTES;
+        }
+        let (mut data_blocks, mut packs) = (0, 0);
+        inner.catalogue.scan(Table::Packs, &mut |_, row| {
+            let facts: crate::pack::PackFacts =
+                postcard::from_bytes(row).map_err(|e| Error::damaged(format!("a row of the packs: {e}")))?;
+            stats.map_bytes += facts.node_bytes;
+            data_blocks += facts.data_blocks;
+            packs += facts.bytes;
+            Ok(())
+        })?;
+        let allocated = |dir| inner.medium.allocated_bytes(dir).map_err(|e| Error::io("cannot measure the store", e));
+        stats.unique_bytes = data_blocks * BLOCK_BYTES;
+        stats.pack_bytes = packs - stats.map_bytes;
+        stats.log_bytes = allocated(crate::log::DIR)?;
+        stats.index_bytes = if inner.dir.is_some() { allocated("catalogue")? } else { 0 };
+        stats.stored_bytes = allocated("")?;
+        let ratio = |a: u64, b: u64| if b == 0 { 0.0 } else { a as f64 / b as f64 };
+        stats.dedup_ratio = ratio(stats.logical_bytes, stats.unique_bytes);
+        stats.compression_ratio = ratio(stats.unique_bytes, stats.pack_bytes);
+        Ok(stats)
+    }
+
+    /// Bytes of the non-zero blocks of a disk or snapshot.
+    pub fn logical_bytes(&self, source: Source) -> Result<u64> {
+        let device = self.inner().registry.lock().device(source)?.clone();
+        Ok(logical_blocks(self.inner(), &device)? * BLOCK_BYTES)
+    }
+}
+
+/// Mapped blocks plus what the overlay adds or takes. A zero block in the log counts until it is sealed.
+fn logical_blocks(inner: &Inner, device: &Device) -> Result<u64> {
+    let state = device.state();
+    let mut blocks = state.root.mapped;
+    for (start, extent) in state.overlay.iter() {
+        let covered = crate::map::mapped(&*inner.blocks, state.root, device.level(), start, start + extent.len)?;
+        blocks -= covered;
+        if matches!(extent.content, crate::overlay::Content::Data { .. }) {
+            blocks += extent.len;
+        }
+    }
+    Ok(blocks)
+}
