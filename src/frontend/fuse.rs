@@ -1,0 +1,145 @@
+//! Disks as raw files under one FUSE mount.
+//!
+//! The mount is a flat directory. [`FuseMount::add`] puts a disk there as a file of fixed size, [`FuseMount::remove`]
+//! takes it away: after it returns no request is being carried out on that disk and open descriptors get ENODEV. A
+//! snapshot is a file of mode 0400 that refuses writes with EROFS.
+//!
+//! Choices, each visible to users:
+//! - **No page cache** (`FOPEN_DIRECT_IO`): a disk has one copy of its data, the store's, so what is read through the
+//!   file, through vhost-user and after a snapshot is the same, and memory is not used twice. `mmap` is still possible
+//!   (`FUSE_DIRECT_IO_ALLOW_MMAP`, Linux 6.6); pages mapped so are cached by the kernel until written back.
+//! - **Parallel writes** (`FOPEN_PARALLEL_DIRECT_WRITES`): else the kernel holds the inode's lock over each write and a
+//!   queue depth above one is worth nothing. Sizes never change, so nothing needs that lock.
+//! - **Durability is fsync**, or O_SYNC/O_DSYNC on the descriptor or the write, which the kernel leaves to us for direct
+//!   I/O. Closing a file is not a flush.
+//! - **Many threads, each with its own cloned /dev/fuse**: a request blocks its thread while the store works.
+
+mod filesystem;
+
+use super::{Error, Result};
+use filesystem::{DiskDirectory, Exports};
+use fuser::{BackgroundSession, Config, Session, SessionACL};
+use nix::errno::Errno;
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use std::fs::File;
+use std::io;
+use std::os::fd::AsRawFd;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use storage::Disk;
+
+/// Requests that can be carried out at the same time. A waiting fsync occupies one for milliseconds.
+const THREADS: usize = 16;
+/// Longest name of a file on Linux.
+const NAME_BYTES_MAX: usize = 255;
+
+/// A mounted directory of disks. Unmounts when dropped.
+pub struct FuseMount {
+    dir: PathBuf,
+    exports: Arc<Exports>,
+    session: Option<BackgroundSession>,
+}
+
+impl FuseMount {
+    /// Mounts on `dir`, which is created if it is not there. What a daemon that died left mounted is cleared away.
+    pub fn mount(dir: &Path) -> Result<Self> {
+        let failed = |source| Error::Mount { dir: dir.to_path_buf(), source };
+        if let Err(error) = std::fs::symlink_metadata(dir)
+            && error.raw_os_error() == Some(Errno::ENOTCONN as i32)
+        {
+            umount2(dir, MntFlags::MNT_DETACH).map_err(|e| failed(e.into()))?;
+        }
+        std::fs::create_dir_all(dir).map_err(failed)?;
+        let dir = dir.canonicalize().map_err(failed)?;
+
+        let device = File::options().read(true).write(true).open("/dev/fuse").map_err(failed)?;
+        attach(&device, &dir).map_err(failed)?;
+        let exports = Arc::new(Exports::default());
+        let session = serve(device, exports.clone()).map_err(|source| {
+            let _ = umount2(&dir, MntFlags::MNT_DETACH);
+            Error::Mount { dir: dir.clone(), source }
+        })?;
+        Ok(Self { dir, exports, session: Some(session) })
+    }
+
+    /// The mounted directory.
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// Where the disk added as `name` is, or would be.
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.dir.join(name)
+    }
+
+    /// Makes `disk` a file and returns its path.
+    pub fn add(&self, name: &str, disk: Disk) -> Result<PathBuf> {
+        let reserved = name.is_empty() || name == "." || name == "..";
+        if reserved || name.len() > NAME_BYTES_MAX || name.contains(['/', '\0']) {
+            return Err(Error::InvalidName(name.into()));
+        }
+        if !self.exports.add(name, disk) {
+            return Err(Error::NameTaken(name.into()));
+        }
+        Ok(self.path(name))
+    }
+
+    /// Takes the file away, waits for requests that are being carried out and lets go of the disk. Returns whether
+    /// there was one.
+    pub fn remove(&self, name: &str) -> bool {
+        self.exports.remove(name)
+    }
+
+    /// Unmounts and waits for the threads. Does not wait for users of the files: if there are any, their requests fail
+    /// from here on.
+    pub fn unmount(mut self) -> Result<()> {
+        self.tear_down().map_err(|source| Error::Unmount { dir: self.dir.clone(), source })
+    }
+
+    fn tear_down(&mut self) -> io::Result<()> {
+        let Some(session) = self.session.take() else { return Ok(()) };
+        match umount2(&self.dir, MntFlags::empty()) {
+            // EINVAL: somebody has unmounted it already.
+            Ok(()) | Err(Errno::EINVAL) => {}
+            Err(Errno::EBUSY) => {
+                tracing::warn!(dir = %self.dir.display(), "unmounting while files are in use");
+                // Forcing aborts the connection, which is what ends our threads while files are open; being busy, it
+                // leaves the mount in place, which detaching then removes.
+                let _ = umount2(&self.dir, MntFlags::MNT_FORCE);
+                match umount2(&self.dir, MntFlags::MNT_DETACH) {
+                    Ok(()) | Err(Errno::EINVAL) => {}
+                    Err(error) => return Err(error.into()),
+                }
+            }
+            Err(error) => return Err(error.into()),
+        }
+        session.join()
+    }
+}
+
+/// Mounts. Done here and not by the crate, which unmounts a second time when its threads end: by then the directory may be
+/// somebody else's mount.
+fn attach(device: &File, dir: &Path) -> io::Result<()> {
+    // With `default_permissions` and the modes of the files the kernel lets in root only, and with `allow_other` whoever
+    // root hands a descriptor to, as a VMM that runs as a user of its own.
+    let options =
+        format!("fd={},rootmode=40000,user_id=0,group_id=0,default_permissions,allow_other", device.as_raw_fd());
+    let flags = MsFlags::MS_NODEV | MsFlags::MS_NOSUID | MsFlags::MS_NOEXEC | MsFlags::MS_NOATIME;
+    Ok(mount(Some("miosa"), dir, Some("fuse.miosa"), flags, Some(options.as_str()))?)
+}
+
+/// Starts the threads.
+fn serve(device: File, exports: Arc<Exports>) -> io::Result<BackgroundSession> {
+    let mut config = Config::default();
+    config.n_threads = Some(THREADS);
+    config.clone_fd = true;
+    Session::from_fd(DiskDirectory::new(exports), device.into(), SessionACL::All, config)?.spawn()
+}
+
+impl Drop for FuseMount {
+    fn drop(&mut self) {
+        if let Err(error) = self.tear_down() {
+            tracing::error!(dir = %self.dir.display(), %error, "cannot unmount");
+        }
+    }
+}

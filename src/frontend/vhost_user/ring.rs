@@ -1,0 +1,281 @@
+//! A virtqueue and the thread that serves it.
+//!
+//! While a ring runs, its thread owns everything about it; its configuration can only be changed after [`Ring::stop`]
+//! has taken it back. There is no lock to hold and nothing that could be resized under a running queue. The one
+//! exception is the call descriptor, which VMMs exchange at run time (they mask interrupts that way).
+//!
+//! Requests of one ring complete in the order they were made available. That is what makes a daemon restart invisible
+//! without a shared in-flight table: a VMM that reconnects resumes from the ring's used index, which is then exactly
+//! the first request that was not answered.
+
+use super::memory::GuestRam;
+use super::request::BlockDevice;
+use nix::errno::Errno;
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use parking_lot::Mutex;
+use std::fs::File;
+use std::io::{self, Read, Write};
+use std::os::fd::{AsFd, AsRawFd};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
+use virtio_queue::{Queue, QueueOwnedT, QueueT};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+
+/// The largest ring a driver may ask for.
+const MAX_RING_SIZE: u16 = 1024;
+
+type CallSlot = Arc<Mutex<Option<File>>>;
+
+/// A ring, stopped or running.
+pub(super) struct Ring {
+    index: usize,
+    state: State,
+    call: CallSlot,
+    kick: Option<File>,
+    pub(super) enabled: bool,
+    addressed: bool,
+}
+
+enum State {
+    Stopped(Queue),
+    Running { worker: JoinHandle<Queue>, stop: Arc<Stop> },
+}
+
+struct Stop {
+    flag: AtomicBool,
+    event: EventFd,
+}
+
+/// The ring runs, so its configuration is fixed.
+#[derive(Debug)]
+pub(super) struct Frozen;
+
+impl Ring {
+    pub(super) fn new(index: usize) -> io::Result<Self> {
+        let queue = new_queue()?;
+        Ok(Self {
+            index,
+            state: State::Stopped(queue),
+            call: CallSlot::default(),
+            kick: None,
+            enabled: false,
+            addressed: false,
+        })
+    }
+
+    /// The queue, to be configured.
+    pub(super) fn stopped(&mut self) -> Result<&mut Queue, Frozen> {
+        match &mut self.state {
+            State::Stopped(queue) => Ok(queue),
+            State::Running { .. } => Err(Frozen),
+        }
+    }
+
+    pub(super) fn is_running(&self) -> bool {
+        matches!(self.state, State::Running { .. })
+    }
+
+    /// The ring has addresses now.
+    pub(super) fn set_addressed(&mut self) {
+        self.addressed = true;
+    }
+
+    /// Where the guest rings. The ring has to be stopped.
+    pub(super) fn set_kick(&mut self, kick: Option<File>) -> io::Result<()> {
+        self.kick = kick.map(event_descriptor).transpose()?;
+        Ok(())
+    }
+
+    /// Where to ring back, from now on. Rings once, since an answer may have gone to the old place; a call too many is
+    /// always allowed.
+    pub(super) fn set_call(&mut self, call: Option<File>) -> io::Result<()> {
+        *self.call.lock() = call.map(event_descriptor).transpose()?;
+        if self.is_running() {
+            signal(&self.call);
+        }
+        Ok(())
+    }
+
+    /// Starts the thread if the ring is enabled and complete; otherwise does nothing.
+    pub(super) fn start(
+        &mut self,
+        ram: Option<&Arc<GuestRam>>,
+        device: impl FnOnce() -> BlockDevice,
+    ) -> io::Result<()> {
+        let (State::Stopped(queue), Some(kick), Some(ram)) = (&mut self.state, &self.kick, ram) else { return Ok(()) };
+        if !self.enabled || !self.addressed {
+            return Ok(());
+        }
+        queue.set_ready(true);
+        if !queue.is_valid(ram.memory()) {
+            queue.set_ready(false);
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, "the ring is outside of guest memory"));
+        }
+        // The used index is the guest's to keep over a reconnection; the available index came by SET_VRING_BASE.
+        let used = queue.used_idx(ram.memory(), Ordering::Acquire).map_err(io::Error::other)?;
+        queue.set_next_used(used.0);
+        let stop = Arc::new(Stop { flag: AtomicBool::new(false), event: EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)? });
+        let kick = kick.try_clone()?;
+        let queue = std::mem::replace(queue, new_queue()?);
+        let worker = Worker {
+            index: self.index,
+            queue,
+            kick,
+            call: self.call.clone(),
+            ram: ram.clone(),
+            device: device(),
+            stop: stop.clone(),
+        };
+        let worker = std::thread::Builder::new().name(format!("vblk-q{}", self.index)).spawn(move || worker.run())?;
+        self.state = State::Running { worker, stop };
+        Ok(())
+    }
+
+    /// Stops the thread after the request it is at. Afterwards the available index is exact.
+    pub(super) fn stop(&mut self) -> io::Result<()> {
+        if !self.is_running() {
+            return Ok(());
+        }
+        let State::Running { worker, stop } = std::mem::replace(&mut self.state, State::Stopped(new_queue()?)) else {
+            return Ok(());
+        };
+        stop.flag.store(true, Ordering::Release);
+        stop.event.write(1)?;
+        match worker.join() {
+            Ok(mut queue) => {
+                queue.set_ready(false);
+                self.state = State::Stopped(queue);
+                Ok(())
+            }
+            Err(_) => Err(io::Error::other(format!("the thread of queue {} panicked", self.index))),
+        }
+    }
+
+    /// Forgets the descriptors: the next start needs new ones.
+    pub(super) fn release(&mut self) {
+        self.kick = None;
+        *self.call.lock() = None;
+    }
+}
+
+impl Drop for Ring {
+    fn drop(&mut self) {
+        if let Err(error) = self.stop() {
+            tracing::error!(queue = self.index, %error, "a queue did not stop cleanly");
+        }
+    }
+}
+
+fn new_queue() -> io::Result<Queue> {
+    Queue::new(MAX_RING_SIZE).map_err(io::Error::other)
+}
+
+/// Accepts only a real eventfd, made non-blocking: a descriptor of another kind could block the thread for ever.
+fn event_descriptor(file: File) -> io::Result<File> {
+    let target = std::fs::read_link(format!("/proc/self/fd/{}", file.as_raw_fd()))?;
+    if target.as_os_str() != "anon_inode:[eventfd]" {
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, "kick and call have to be eventfds"));
+    }
+    let flags = OFlag::from_bits_retain(fcntl(&file, FcntlArg::F_GETFL)?);
+    fcntl(&file, FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK))?;
+    Ok(file)
+}
+
+fn signal(call: &CallSlot) {
+    if let Some(mut call) = call.lock().as_ref() {
+        // A full counter is a signal that nobody has read yet.
+        if let Err(error) = call.write(&1_u64.to_ne_bytes())
+            && error.kind() != io::ErrorKind::WouldBlock
+        {
+            tracing::warn!(%error, "cannot signal the VMM");
+        }
+    }
+}
+
+struct Worker {
+    index: usize,
+    queue: Queue,
+    kick: File,
+    call: CallSlot,
+    ram: Arc<GuestRam>,
+    device: BlockDevice,
+    stop: Arc<Stop>,
+}
+
+impl Worker {
+    fn run(mut self) -> Queue {
+        loop {
+            // First, then wait: a kick may have come before the thread was there.
+            if let Err(error) = self.drain() {
+                // The driver broke its ring. It may repair it and kick again, or reset the device.
+                tracing::debug!(queue = self.index, %error, "ring not usable");
+            }
+            if self.ram.is_lost() {
+                tracing::warn!(queue = self.index, "the VMM took guest memory away; the queue is not served any more");
+                return self.queue;
+            }
+            if !self.wait() {
+                return self.queue;
+            }
+        }
+    }
+
+    /// Waits for a kick; false means to stop.
+    fn wait(&mut self) -> bool {
+        loop {
+            let mut events =
+                [PollFd::new(self.kick.as_fd(), PollFlags::POLLIN), PollFd::new(self.stop_fd(), PollFlags::POLLIN)];
+            match poll(&mut events, PollTimeout::NONE) {
+                Ok(_) => break,
+                Err(Errno::EINTR) => {}
+                Err(error) => {
+                    tracing::error!(queue = self.index, %error, "cannot wait for the guest");
+                    return false;
+                }
+            }
+        }
+        // Nothing to read is possible: the VMM has the descriptor as well.
+        let _ = self.kick.read(&mut [0; 8]);
+        !self.stop.flag.load(Ordering::Acquire)
+    }
+
+    fn stop_fd(&self) -> std::os::fd::BorrowedFd<'_> {
+        // SAFETY: `EventFd` owns the descriptor and `self.stop` keeps it open for as long as `self` is borrowed.
+        unsafe { std::os::fd::BorrowedFd::borrow_raw(self.stop.event.as_raw_fd()) }
+    }
+
+    /// Serves what is available, until there is nothing or the ring is to stop.
+    fn drain(&mut self) -> Result<(), virtio_queue::Error> {
+        let ram = self.ram.clone();
+        let memory = ram.memory();
+        loop {
+            self.queue.disable_notification(memory)?;
+            while let Some(chain) = self.queue.iter(memory)?.next() {
+                // The guest can keep the ring full for ever.
+                if self.stop.flag.load(Ordering::Acquire) {
+                    self.queue.go_to_previous_position();
+                    return Ok(());
+                }
+                let head = chain.head_index();
+                let written = self.device.execute(&ram, chain);
+                if ram.is_lost() {
+                    return Ok(());
+                }
+                // Refuses a head outside of the ring: such a request cannot be answered.
+                match self.queue.add_used(memory, head, written) {
+                    Ok(()) => {}
+                    Err(virtio_queue::Error::InvalidDescriptorIndex) => continue,
+                    Err(error) => return Err(error),
+                }
+                if self.queue.needs_notification(memory)? {
+                    signal(&self.call);
+                }
+            }
+            if !self.queue.enable_notification(memory)? {
+                return Ok(());
+            }
+        }
+    }
+}
