@@ -461,6 +461,8 @@ impl Engine {
 impl Drop for Engine {
     fn drop(&mut self) {
         self.sealer.abort();
+        // Sandboxes and what they share hold each other.
+        self.shared.registry.clear();
     }
 }
 

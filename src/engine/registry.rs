@@ -123,6 +123,12 @@ impl Registry {
         }
     }
 
+    /// Forgets everybody: the engine goes.
+    pub(crate) fn clear(&self) {
+        let gone = std::mem::take(&mut *self.inner.lock());
+        drop(gone);
+    }
+
     /// All sandboxes, destroyed ones too.
     pub(crate) fn sandboxes(&self) -> Vec<Arc<Sandbox>> {
         self.inner.lock().sandboxes.values().cloned().collect()

@@ -2,9 +2,9 @@
 
 use std::time::Duration;
 
+use miosa::engine::CreateRequest;
 use miosa::engine::error::Kind;
 use miosa::engine::lifecycle::State;
-use miosa::engine::{CreateRequest, Settings};
 use vmm::fake::Script;
 
 use crate::support::{World, forks, refused, wanted};
@@ -76,9 +76,7 @@ async fn an_orderly_end_stops_everything_and_refuses_the_rest() {
     w.engine.shutdown(Duration::from_secs(60)).await.unwrap();
     assert_eq!(refused(w.engine.create(wanted("late")).await), Kind::ShuttingDown);
     assert_eq!(refused(w.engine.resume("one").await), Kind::ShuttingDown);
-    let World { engine, store, vmm, dir } = w;
-    drop((engine, store, vmm));
-    let w = World::open(dir, Settings::default()).await;
+    let w = w.crash().await;
     for name in ["one", "two"] {
         let record = w.engine.show(name).unwrap().record;
         assert_eq!((record.state, record.last_error, record.unclean), (State::Paused, None, false), "{name}");
@@ -91,8 +89,6 @@ async fn an_end_does_not_wait_for_ever() {
     w.vmm.script(Script { hang_at_shutdown: true, ..Script::default() });
     w.create("stuck").await;
     w.engine.shutdown(Duration::from_millis(300)).await.unwrap();
-    let World { engine, store, vmm, dir } = w;
-    drop((engine, store, vmm));
-    let w = World::open(dir, Settings::default()).await;
+    let w = w.crash().await;
     assert_eq!(w.state("stuck"), State::Paused);
 }

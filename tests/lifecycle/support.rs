@@ -27,6 +27,8 @@ pub struct World {
     pub store: Store,
     pub vmm: Arc<FakeVmm>,
     pub dir: TempDir,
+    /// What it came from, which knows nothing of its own end.
+    pub _before: Option<Box<World>>,
 }
 
 impl World {
@@ -55,16 +57,17 @@ impl World {
             settings: Settings { run_root: dir.path().join("run"), ..settings },
         };
         let engine = Engine::open(parts).await.unwrap();
-        World { engine, store, vmm, dir }
+        World { engine, store, vmm, dir, _before: None }
     }
 
-    /// As after `kill -9` and a new start: nothing is stopped, only what is durable is there.
+    /// As after `kill -9` and a new start: nothing is stopped, and the new engine has a copy of what is on disk.
     pub async fn crash(self) -> World {
-        let World { engine, store, vmm, dir } = self;
-        drop(engine);
-        store.close().unwrap();
-        drop((store, vmm));
-        World::open(dir, Settings::default()).await
+        self.store.flush().unwrap();
+        let copy = tempfile::tempdir().unwrap();
+        copy_dir(&self.dir.path().join("store"), &copy.path().join("store"));
+        let mut next = World::open(copy, Settings::default()).await;
+        next._before = Some(Box::new(self));
+        next
     }
 
     /// Imports a small image.
@@ -144,6 +147,19 @@ pub fn wanted(name: &str) -> CreateRequest {
 
 pub fn forks(name: &str, count: u32) -> ForkRequest {
     ForkRequest { name: Some(name.to_owned()), count, snapshot: None, timeout: None, metadata: None, wait: false }
+}
+
+fn copy_dir(from: &Path, to: &Path) {
+    std::fs::create_dir_all(to).unwrap();
+    for entry in std::fs::read_dir(from).unwrap() {
+        let entry = entry.unwrap();
+        let target = to.join(entry.file_name());
+        if entry.file_type().unwrap().is_dir() {
+            copy_dir(&entry.path(), &target);
+        } else {
+            std::fs::copy(entry.path(), target).unwrap();
+        }
+    }
 }
 
 /// The kind of a refusal.
