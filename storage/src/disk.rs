@@ -241,13 +241,20 @@ impl Disk {
     }
 
     fn read_blocks(&self, first: u64, buf: &mut [u8]) -> Result<()> {
+        let mut state = self.device.state();
         loop {
-            let state = self.device.state();
             match read_state(&self.store, &state, self.device.level(), first, buf) {
                 Ok(()) => return Ok(()),
-                // Sealed meanwhile: the present state says where it is now.
-                Err(Miss::Released) => {}
                 Err(Miss::Error(e)) => return Err(e),
+                Err(Miss::Released) => {
+                    // Sealed meanwhile: the present state says where it is now.
+                    let now = self.device.state();
+                    if now.overlay.same(&state.overlay) {
+                        let what = format!("{} refers to a part of the log that is gone", self.device.source);
+                        return Err(Error::damaged(what));
+                    }
+                    state = now;
+                }
             }
         }
     }

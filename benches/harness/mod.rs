@@ -1,0 +1,54 @@
+//! What the benches share: samples, a table on stdout, and `-- --json FILE` with one object a line.
+
+use std::io::Write;
+use std::time::{Duration, Instant};
+
+/// Measured durations of one thing.
+#[derive(Default)]
+pub struct Samples(Vec<Duration>);
+
+impl Samples {
+    /// Runs `f` and keeps how long it took.
+    pub fn time<T>(&mut self, f: impl FnOnce() -> T) -> T {
+        let start = Instant::now();
+        let out = f();
+        self.0.push(start.elapsed());
+        out
+    }
+
+    /// The value below which this share of the samples is, in microseconds.
+    pub fn quantile_us(&mut self, share: f64) -> f64 {
+        self.0.sort();
+        let at = ((self.0.len() - 1) as f64 * share).round() as usize;
+        self.0[at].as_secs_f64() * 1e6
+    }
+}
+
+/// Collects rows and prints them.
+pub struct Report {
+    bench: &'static str,
+    json: Option<std::fs::File>,
+}
+
+impl Report {
+    /// Reads the command line: `--json FILE`.
+    pub fn new(bench: &'static str) -> Self {
+        let args: Vec<String> = std::env::args().collect();
+        let json = args.iter().position(|a| a == "--json").and_then(|at| args.get(at + 1));
+        let json = json.map(|path| std::fs::File::create(path).expect("the JSON file can be made"));
+        println!("{:<10} {:<34} {:<22} {:>12} unit", "system", "case", "metric", "value");
+        Self { bench, json }
+    }
+
+    /// One figure.
+    pub fn row(&mut self, system: &str, case: &str, metric: &str, value: f64, unit: &str) {
+        println!("{system:<10} {case:<34} {metric:<22} {value:>12.2} {unit}");
+        if let Some(file) = &mut self.json {
+            let bench = self.bench;
+            let row = serde_json::json!({
+                "bench": bench, "system": system, "case": case, "metric": metric, "value": value, "unit": unit
+            });
+            writeln!(file, "{row}").expect("the JSON file can be written");
+        }
+    }
+}
