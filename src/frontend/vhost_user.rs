@@ -31,8 +31,8 @@ use std::os::fd::AsFd;
 use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, PoisonError};
 use std::thread::JoinHandle;
 use storage::Disk;
 use vhost::VhostUserMemoryRegionBase;
@@ -73,8 +73,8 @@ pub struct VhostUserServer {
 /// What the server and its thread both touch.
 struct Shared {
     stopping: AtomicBool,
-    /// The connection being served, to be shut down under the thread that reads from it.
-    connection: Mutex<Option<UnixStream>>,
+    /// The connection being served, to be ended under the thread that reads from it.
+    connection: Mutex<Option<Connection>>,
     /// One end wakes the other end's poll.
     wake: UnixStream,
 }
@@ -122,9 +122,10 @@ impl VhostUserServer {
     fn shut_down(&mut self) {
         let Some(thread) = self.thread.take() else { return };
         self.shared.stopping.store(true, Ordering::SeqCst);
-        // Either the thread sees the flag after it has stored its connection, or we see the connection here.
+        // Either the thread sees the flag after it has stored its connection, or we see the connection here. Done from
+        // here, because the thread may be stuck in an answer that the VMM does not read.
         if let Some(connection) = self.shared.connection.lock().as_ref() {
-            let _ = connection.shutdown(Shutdown::Both);
+            connection.end();
         }
         let _ = self.shared.wake.shutdown(Shutdown::Both);
         if thread.join().is_err() {
@@ -167,7 +168,6 @@ impl Acceptor {
                 Ok(()) => tracing::debug!("VMM disconnected"),
                 Err(error) => tracing::warn!(%error, "vhost-user connection dropped"),
             }
-            *self.shared.connection.lock() = None;
         }
     }
 
@@ -202,24 +202,44 @@ impl Acceptor {
     }
 
     fn serve(&self, stream: UnixStream) -> ProtocolResult<()> {
-        let clone = stream.try_clone().map_err(ProtocolError::ReqHandlerError)?;
-        *self.shared.connection.lock() = Some(clone);
-        if self.shared.stopping.load(Ordering::SeqCst) {
-            return Ok(());
-        }
         let session = Session::new(self.disk.clone(), self.serial).map_err(ProtocolError::ReqHandlerError)?;
-        // The crate asks for the lock; only this thread takes it.
-        let mut messages = BackendReqHandler::from_stream(stream, Arc::new(std::sync::Mutex::new(session)));
-        loop {
+        let session = Arc::new(std::sync::Mutex::new(session));
+        let clone = stream.try_clone().map_err(ProtocolError::ReqHandlerError)?;
+        *self.shared.connection.lock() = Some(Connection { stream: clone, session: session.clone() });
+        let mut messages = BackendReqHandler::from_stream(stream, session);
+        let outcome = loop {
+            if self.shared.stopping.load(Ordering::SeqCst) {
+                break Ok(());
+            }
             match messages.handle_request() {
                 Ok(()) => {}
                 Err(ProtocolError::Disconnected | ProtocolError::PartialMessage | ProtocolError::SocketBroken(_)) => {
-                    return Ok(());
+                    break Ok(());
                 }
-                Err(_) if self.shared.stopping.load(Ordering::SeqCst) => return Ok(()),
-                Err(error) => return Err(error),
+                Err(_) if self.shared.stopping.load(Ordering::SeqCst) => break Ok(()),
+                Err(error) => break Err(error),
             }
+        };
+        if let Some(connection) = self.shared.connection.lock().take() {
+            connection.end();
         }
+        outcome
+    }
+}
+
+/// A VMM that is connected.
+struct Connection {
+    stream: UnixStream,
+    /// Locked for the length of one message, and to end.
+    session: Arc<std::sync::Mutex<Session>>,
+}
+
+impl Connection {
+    /// Stops the rings, then lets the VMM know. In this order: the VMM takes the used index of the moment it notices for
+    /// the place to go on from, so no request may be answered after it.
+    fn end(&self) {
+        self.session.lock().unwrap_or_else(PoisonError::into_inner).rings.clear();
+        let _ = self.stream.shutdown(Shutdown::Both);
     }
 }
 

@@ -56,14 +56,15 @@ fn disks_come_and_go_as_files() {
     };
     assert!(names().is_empty());
     let one = setup.add("one", MIB);
-    let two = setup.add("two", 3 * MIB + 512);
+    let two = setup.add("two", 3 * MIB + 4096);
     assert_eq!(names(), ["one", "two"]);
     assert_eq!(one, setup.mount.path("one"));
     let metadata = std::fs::metadata(&two).unwrap();
-    assert_eq!((metadata.len(), metadata.permissions().mode() & 0o7777), (3 * MIB + 512, 0o600));
+    assert_eq!((metadata.len(), metadata.permissions().mode() & 0o7777), (3 * MIB + 4096, 0o600));
     assert!(matches!(setup.mount.add("one", setup.store.disk("else", MIB)), Err(Error::NameTaken(_))));
+    let spare = setup.store.disk("spare", MIB);
     for bad in ["", ".", "..", "a/b", "nul\0", &"x".repeat(256)] {
-        assert!(matches!(setup.mount.add(bad, setup.store.disk(&format!("{bad:?}"), MIB)), Err(Error::InvalidName(_))));
+        assert!(matches!(setup.mount.add(bad, spare.clone()), Err(Error::InvalidName(_))), "{bad:?}");
     }
 
     // They do not mix.
@@ -169,6 +170,23 @@ fn a_snapshot_is_a_file_that_cannot_be_written() {
     assert_eq!(all.len() as u64, 4 * MIB);
     assert!(all[..9000] == pattern(1, 9000)[..] && all[9000..].iter().all(|byte| *byte == 0));
     file.sync_all().unwrap();
+}
+
+#[test]
+fn fsync_and_synchronous_writes_reach_the_log_on_disk() {
+    let setup = mounted();
+    let path = setup.add("disk", MIB);
+    let (file, store) = (open(&path), &setup.store.store);
+    let syncs = store.log_syncs();
+    file.write_all_at(&pattern(1, 5000), 0).unwrap();
+    file.sync_data().unwrap();
+    assert!(store.log_syncs() > syncs);
+    for flag in [libc::O_DSYNC, libc::O_SYNC] {
+        let file = OpenOptions::new().write(true).custom_flags(flag).open(&path).unwrap();
+        let syncs = store.log_syncs();
+        file.write_all_at(&pattern(2, 5000), 0).unwrap();
+        assert!(store.log_syncs() > syncs);
+    }
 }
 
 #[test]

@@ -188,9 +188,10 @@ impl Export {
         let kind = mode & !libc::FALLOC_FL_KEEP_SIZE;
         let within = self.within(offset, len);
         match kind {
-            // The kernel lets it pass only together with KEEP_SIZE.
+            // A hole reads as zeroes to its last byte, and a discard may leave parts of blocks as they were. For whole
+            // blocks the two are the same to the store. The kernel passes this on only together with KEEP_SIZE.
             libc::FALLOC_FL_PUNCH_HOLE if within == 0 => Ok(()),
-            libc::FALLOC_FL_PUNCH_HOLE => self.with_disk("discard", |disk| disk.discard(offset, within)),
+            libc::FALLOC_FL_PUNCH_HOLE => self.with_disk("punch hole", |disk| disk.write_zeroes(offset, within)),
             libc::FALLOC_FL_ZERO_RANGE if !keeps_size && end > self.size => Err(Errno::EOPNOTSUPP),
             libc::FALLOC_FL_ZERO_RANGE if within == 0 => Ok(()),
             libc::FALLOC_FL_ZERO_RANGE => self.with_disk("write zeroes", |disk| disk.write_zeroes(offset, within)),

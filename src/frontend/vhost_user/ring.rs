@@ -6,7 +6,8 @@
 //!
 //! Requests of one ring complete in the order they were made available. That is what makes a daemon restart invisible
 //! without a shared in-flight table: a VMM that reconnects resumes from the ring's used index, which is then exactly
-//! the first request that was not answered.
+//! the first request that was not answered. A daemon that dies stops answering before its sockets close; one that stops
+//! a server has to do it in that order too.
 
 use super::memory::GuestRam;
 use super::request::BlockDevice;
