@@ -62,6 +62,12 @@ impl Agent {
         }
     }
 
+    /// Closes the connection for all clones, so that another client can take the port over. Calls and streams end with
+    /// `AgentLost`.
+    pub fn disconnect(&self) {
+        self.connection.close();
+    }
+
     /// The same connection with another limit on single answers (not on the running time of programs).
     #[must_use]
     pub fn with_timeout(mut self, timeout: Duration) -> Agent {

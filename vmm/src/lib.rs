@@ -18,9 +18,12 @@ pub mod fake;
 pub mod image;
 pub mod machine;
 pub mod process;
+pub mod qemu;
+pub mod qmp;
 
 pub use agent::Agent;
 pub use error::{Error, ErrorKind, Result};
 pub use fake::FakeVmm;
 pub use machine::{Accel, BootTiming, DiskAttachment, ExitReason, Machine, MachineSpec, Network, Reaped, Vmm};
 pub use miosa_agent::wire::{ErrorKind as GuestErrorKind, ExecRequest, ExitStatus, FileKind, FileStat, GuestInfo};
+pub use qemu::QemuVmm;

@@ -4,8 +4,10 @@
 //! the life of the host: pids come again, but not with the same start time. A process is signalled through a pidfd that
 //! was opened first and checked after, so that what is killed is what was checked.
 
+use std::ffi::OsStr;
 use std::fs;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -13,6 +15,9 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use crate::{Error, ErrorKind, Reaped, Result};
 
+/// Environment variable of a machine's process with its run directory: it finds those whose record was never written
+/// because the daemon died in that moment.
+pub const RUN_DIR_VARIABLE: &str = "MIOSA_RUN_DIR";
 /// Name of the record in a machine's run directory.
 pub const RECORD: &str = "pid";
 /// Longest path of a Unix socket, in bytes.
@@ -79,29 +84,42 @@ impl ProcessId {
         Ok((words.next().unwrap_or_default() == boot_id()).then_some(ProcessId { pid, start_ticks }))
     }
 
+    /// Sends SIGKILL and does not wait. False when the process is gone.
+    ///
+    /// # Errors
+    /// `Io` when it may not be killed.
+    pub fn send_kill(self) -> Result<bool> {
+        self.kill_handle().map(|handle| handle.is_some())
+    }
+
     /// Kills the process and waits until it is gone. False when it was gone before.
     ///
     /// # Errors
     /// `Io` when it may not be killed or does not go away.
     pub fn kill(self) -> Result<bool> {
-        let Some(handle) = self.open()? else { return Ok(false) };
+        let Some(handle) = self.kill_handle()? else { return Ok(false) };
+        let mut fds = [PollFd::new(handle.as_fd(), PollFlags::POLLIN)];
+        match poll(&mut fds, PollTimeout::try_from(KILL_PATIENCE).unwrap_or(PollTimeout::MAX)) {
+            Ok(ready) if ready > 0 => Ok(true),
+            Ok(_) => Err(Error::io(format!("process {}", self.pid), "was killed but does not go away")),
+            Err(errno) => Err(Error::io(format!("wait for process {}", self.pid), errno)),
+        }
+    }
+
+    fn kill_handle(self) -> Result<Option<OwnedFd>> {
+        let Some(handle) = self.open()? else { return Ok(None) };
         // SAFETY: plain system call on a descriptor that is open; no memory is passed.
         let sent = unsafe {
             libc::syscall(libc::SYS_pidfd_send_signal, handle.as_raw_fd(), libc::SIGKILL, std::ptr::null::<u8>(), 0)
         };
         if sent == -1 {
             let error = std::io::Error::last_os_error();
-            if error.raw_os_error() == Some(libc::ESRCH) {
-                return Ok(false);
-            }
-            return Err(Error::io(format!("kill process {}", self.pid), error));
+            return match error.raw_os_error() {
+                Some(libc::ESRCH) => Ok(None),
+                _ => Err(Error::io(format!("kill process {}", self.pid), error)),
+            };
         }
-        let mut fds = [PollFd::new(std::os::fd::AsFd::as_fd(&handle), PollFlags::POLLIN)];
-        match poll(&mut fds, PollTimeout::try_from(KILL_PATIENCE).unwrap_or(PollTimeout::MAX)) {
-            Ok(ready) if ready > 0 => Ok(true),
-            Ok(_) => Err(Error::io(format!("process {}", self.pid), "was killed but does not go away")),
-            Err(errno) => Err(Error::io(format!("wait for process {}", self.pid), errno)),
-        }
+        Ok(Some(handle))
     }
 
     /// A descriptor of exactly this process; `None` when it is gone.
@@ -163,7 +181,30 @@ pub fn reap_orphans(run_root: &Path) -> Result<Vec<Reaped>> {
         let _ = fs::remove_file(run_dir.join(RECORD));
         reaped.extend(killed);
     }
+    for (process, run_dir) in unrecorded(run_root) {
+        match process.kill() {
+            Ok(killed) => reaped.push(Reaped { run_dir, pid: process.pid, killed }),
+            Err(error) => tracing::warn!(pid = process.pid, %error, "an orphaned machine cannot be killed"),
+        }
+    }
     Ok(reaped)
+}
+
+/// Live processes that were started for a run directory under `run_root`.
+fn unrecorded(run_root: &Path) -> Vec<(ProcessId, PathBuf)> {
+    let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
+    let pids = entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
+    pids.filter_map(|pid: i32| {
+        let process = ProcessId::of(pid)?;
+        let environment = fs::read(format!("/proc/{pid}/environ")).ok()?;
+        let run_dir = environment.split(|byte| *byte == 0).find_map(|variable| {
+            let value = variable.strip_prefix(RUN_DIR_VARIABLE.as_bytes())?.strip_prefix(b"=")?;
+            Some(PathBuf::from(OsStr::from_bytes(value)))
+        })?;
+        // The machine's own process, not one that inherited the variable from a test or shell.
+        (run_dir.parent() == Some(run_root) && pid != std::process::id() as i32).then_some((process, run_dir))
+    })
+    .collect()
 }
 
 #[cfg(test)]
@@ -188,6 +229,17 @@ mod tests {
         assert!(!child.wait().unwrap().success());
         assert!(!run_dir.join(RECORD).exists());
         assert_eq!(reap_orphans(root.path()).unwrap(), []);
+    }
+
+    #[test]
+    fn a_process_without_a_record_is_found_by_its_environment() {
+        let root = tempfile::tempdir().unwrap();
+        let run_dir = root.path().join("m1");
+        let mut child = Command::new("sleep").arg("1000").env(RUN_DIR_VARIABLE, &run_dir).spawn().unwrap();
+        let pid = child.id() as i32;
+        assert_eq!(reap_orphans(&root.path().join("other")).unwrap(), []);
+        assert_eq!(reap_orphans(root.path()).unwrap(), [Reaped { run_dir, pid, killed: true }]);
+        assert!(!child.wait().unwrap().success());
     }
 
     #[test]

@@ -100,6 +100,12 @@ impl Connection {
         }
     }
 
+    /// Ends everything; the socket closes when the aborted tasks are dropped.
+    pub(super) fn close(&self) {
+        self.inner.tasks.iter().for_each(JoinHandle::abort);
+        self.inner.shared.lose("closed on this side");
+    }
+
     pub(super) async fn stream(&self, request: &Request) -> Result<Stream> {
         let frame = Frame::with(0, Kind::Open, request)
             .map_err(|v| Error::new(ErrorKind::Invalid, v.0).hint("send large data by file or standard input"))?;

@@ -1,0 +1,214 @@
+//! QEMU's command line for a machine.
+
+use std::ffi::OsString;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+
+use miosa_agent::wire::PORT_NAME;
+use serde_json::json;
+
+use crate::{Accel, DiskAttachment, Error, ErrorKind, MachineSpec, Network, Result};
+
+/// The sockets and files of a machine.
+#[derive(Clone, Debug)]
+pub(super) struct Paths {
+    pub(super) qmp: PathBuf,
+    pub(super) agent: PathBuf,
+    pub(super) console: PathBuf,
+}
+
+impl Paths {
+    pub(super) fn of(run_dir: &Path) -> Paths {
+        let at = |name| run_dir.join(name);
+        Paths { qmp: at("qmp.sock"), agent: at("agent.sock"), console: at("console.log") }
+    }
+}
+
+fn invalid(message: impl Into<String>) -> Error {
+    Error::new(ErrorKind::Invalid, message)
+}
+
+/// Refuses what can never work, before anything is started.
+pub(super) fn check(spec: &MachineSpec) -> Result<()> {
+    let plain = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
+    if spec.id.is_empty() || spec.id.len() > 64 || !spec.id.chars().all(plain) {
+        return Err(invalid(format!("{:?} is not a machine's id: 1-64 letters, digits, '-', '_' and '.'", spec.id)));
+    }
+    if spec.hostname.is_empty() || spec.hostname.len() > 64 || !spec.hostname.chars().all(plain) {
+        return Err(invalid(format!("{:?} is not a host name", spec.hostname)));
+    }
+    if !(1..=255).contains(&spec.cpus) || !(64..=4 << 20).contains(&spec.memory_mib) {
+        let message =
+            format!("{} CPUs and {} MiB are no machine: 1-255 CPUs, 64 MiB or more", spec.cpus, spec.memory_mib);
+        return Err(invalid(message));
+    }
+    if spec
+        .kernel_args
+        .iter()
+        .any(|word| word.is_empty() || word.contains(|c: char| c.is_whitespace() || c.is_control()))
+    {
+        return Err(invalid("each kernel argument must be one word"));
+    }
+    let paths = Paths::of(&spec.run_dir);
+    for socket in [&paths.qmp, &paths.agent] {
+        crate::process::check_socket_path(socket)?;
+    }
+    let mut files = vec![("kernel", &spec.kernel), ("initramfs", &spec.initramfs)];
+    match &spec.disk {
+        DiskAttachment::RawFile { path } => files.push(("disk", path)),
+        DiskAttachment::VhostUserBlk { socket } => {
+            crate::process::check_socket_path(socket)?;
+            files.push(("disk's socket", socket));
+        }
+    }
+    for (what, path) in files {
+        if !path.exists() {
+            return Err(invalid(format!("the machine's {what} is not there: {}", path.display())));
+        }
+        if path.to_str().is_none() {
+            return Err(invalid(format!("the machine's {what} has a path that is not UTF-8: {}", path.display())));
+        }
+    }
+    Ok(())
+}
+
+/// In QEMU's options a comma in a value is written twice.
+fn escaped(path: &Path) -> String {
+    path.to_string_lossy().replace(',', ",,")
+}
+
+/// All arguments but the program's name.
+pub(super) fn arguments(spec: &MachineSpec, machine: &str) -> Vec<OsString> {
+    let paths = Paths::of(&spec.run_dir);
+    let (accel, cpu) = match spec.accel {
+        // Five-level page tables would only make each of the translator's page walks longer.
+        Accel::Tcg => ("tcg", "max,la57=off"),
+        Accel::Kvm => ("kvm", "host"),
+    };
+    let mut arguments: Vec<String> = Vec::new();
+    let mut add = |option: &str, value: String| arguments.extend([format!("-{option}"), value]);
+    add("name", spec.id.clone());
+    add("machine", format!("{machine},accel={accel},memory-backend=ram,usb=off,graphics=off,vmport=off,i8042=off"));
+    add("cpu", cpu.into());
+    add("smp", spec.cpus.to_string());
+    add("m", format!("{}M", spec.memory_mib));
+    // A vhost-user back end reads and writes the guest's memory: it must be shared.
+    add("object", format!("memory-backend-memfd,id=ram,size={}M,share=on", spec.memory_mib));
+    add("kernel", spec.kernel.to_string_lossy().into_owned());
+    add("initrd", spec.initramfs.to_string_lossy().into_owned());
+    add("append", kernel_command_line(spec));
+    add("display", "none".into());
+    add("sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny".into());
+    add("chardev", "stdio,id=console,signal=off".into());
+    add("serial", "chardev:console".into());
+    add("chardev", format!("socket,id=qmp,path={},server=on,wait=off", escaped(&paths.qmp)));
+    add("mon", "chardev=qmp,mode=control".into());
+    add("device", "virtio-serial-pci,max_ports=2".into());
+    add("chardev", format!("socket,id=agent,path={},server=on,wait=off", escaped(&paths.agent)));
+    add("device", format!("virtserialport,chardev=agent,name={PORT_NAME}"));
+    add("device", "virtio-rng-pci".into());
+    if spec.network == Network::User {
+        add("netdev", "user,id=net".into());
+        // No ROM: nobody boots from the network.
+        add("device", "virtio-net-pci,netdev=net,romfile=".into());
+    }
+    match &spec.disk {
+        DiskAttachment::VhostUserBlk { socket } => {
+            // The guest waits while its back end restarts.
+            add("chardev", format!("socket,id=disk,path={},reconnect=1", escaped(socket)));
+            add("device", "vhost-user-blk-pci,chardev=disk,num-queues=1".into());
+        }
+        DiskAttachment::RawFile { path } => {
+            let direct = can_be_direct(path);
+            let file = json!({
+                "driver": "file", "node-name": "file0", "filename": path.to_string_lossy(),
+                "cache": { "direct": direct, "no-flush": false }, "discard": "unmap", "aio": "threads",
+            });
+            let raw = json!({
+                "driver": "raw", "node-name": "disk0", "file": "file0", "discard": "unmap", "detect-zeroes": "off",
+            });
+            add("blockdev", file.to_string());
+            add("blockdev", raw.to_string());
+            add("device", "virtio-blk-pci,drive=disk0".into());
+        }
+    }
+    let flags = ["-nodefaults", "-no-user-config", "-no-reboot"].map(str::to_owned);
+    arguments.into_iter().chain(flags).map(OsString::from).collect()
+}
+
+fn kernel_command_line(spec: &MachineSpec) -> String {
+    // A panic is a reset, a reset is the machine's end: nothing is left hanging.
+    let mut words = vec!["console=ttyS0", "quiet", "panic=-1", "random.trust_cpu=on", "rcupdate.rcu_expedited=1"];
+    if spec.accel == Accel::Tcg {
+        // The translator is not open to what these guard against, and its timer is late under load.
+        words.extend(["mitigations=off", "no_timer_check", "tsc=reliable", "nokaslr"]);
+    }
+    let hostname = format!("miosa.hostname={}", spec.hostname);
+    words.push(&hostname);
+    if spec.network == Network::None {
+        words.push("miosa.net=none");
+    }
+    words.extend(spec.kernel_args.iter().map(String::as_str));
+    words.join(" ")
+}
+
+/// Whether the host's page cache can be left out: not every file system knows O_DIRECT.
+fn can_be_direct(path: &Path) -> bool {
+    std::fs::OpenOptions::new().read(true).custom_flags(libc::O_DIRECT).open(path).is_ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn spec(dir: &Path) -> MachineSpec {
+        let file = dir.join("a,file");
+        std::fs::write(&file, b"").unwrap();
+        MachineSpec {
+            id: "m1".into(),
+            run_dir: dir.join("run"),
+            cpus: 2,
+            memory_mib: 256,
+            kernel: file.clone(),
+            initramfs: file.clone(),
+            disk: DiskAttachment::VhostUserBlk { socket: file },
+            accel: Accel::Tcg,
+            hostname: "box".into(),
+            network: Network::None,
+            kernel_args: vec!["debug".into()],
+        }
+    }
+
+    #[test]
+    fn nonsense_is_refused_before_anything_starts() {
+        let dir = tempfile::tempdir().unwrap();
+        let good = spec(dir.path());
+        check(&good).unwrap();
+        let bad: [fn(&mut MachineSpec); 8] = [
+            |s| s.id = "a b".into(),
+            |s| s.id = String::new(),
+            |s| s.hostname = "x init=/bin/sh".into(),
+            |s| s.cpus = 0,
+            |s| s.memory_mib = 1,
+            |s| s.kernel = "/nonexistent".into(),
+            |s| s.kernel_args = vec!["a b".into()],
+            |s| s.run_dir = PathBuf::from("/x".repeat(60)),
+        ];
+        for (number, change) in bad.iter().enumerate() {
+            let mut spec = good.clone();
+            change(&mut spec);
+            assert_eq!(check(&spec).unwrap_err().kind, ErrorKind::Invalid, "case {number}");
+        }
+    }
+
+    #[test]
+    fn a_path_cannot_add_options() {
+        let dir = tempfile::tempdir().unwrap();
+        let arguments = arguments(&spec(dir.path()), "pc");
+        let disk = arguments.iter().find(|a| a.to_string_lossy().starts_with("socket,id=disk")).unwrap();
+        assert!(disk.to_string_lossy().contains("/a,,file,reconnect=1"), "{disk:?}");
+        let append = &arguments[arguments.iter().position(|a| a == "-append").unwrap() + 1];
+        assert!(append.to_string_lossy().ends_with("miosa.hostname=box miosa.net=none debug"), "{append:?}");
+        assert!(!arguments.iter().any(|a| a.to_string_lossy().contains("virtio-net")));
+    }
+}

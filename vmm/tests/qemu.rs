@@ -1,0 +1,438 @@
+//! Real QEMU, a real Debian kernel and root file system, the real agent.
+//!
+//! Needs root, QEMU, mmdebstrap and Debian's package sources. Kernel and base image are made once and kept in
+//! `MIOSA_CACHE_DIR` (default `~/.cache/miosa`). Nothing here is skipped, and nothing depends on speed: the deadlines
+//! are only there so that a hang ends.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::{Arc, OnceLock};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use vmm::agent::{ExecEvent, ExecOutput};
+use vmm::{
+    Accel, Agent, DiskAttachment, ErrorKind, ExecRequest, ExitReason, GuestErrorKind, Machine, MachineSpec, Network,
+    QemuVmm, Vmm, image,
+};
+
+/// Far more than anything here takes, even on a loaded machine without KVM.
+const PATIENCE: Duration = Duration::from_secs(240);
+
+struct Images {
+    kernel: image::Kernel,
+    initramfs: PathBuf,
+    base: PathBuf,
+}
+
+fn images() -> &'static Images {
+    static IMAGES: OnceLock<Images> = OnceLock::new();
+    IMAGES.get_or_init(|| {
+        let home = || PathBuf::from(std::env::var_os("HOME").unwrap_or_else(|| "/root".into())).join(".cache/miosa");
+        let cache = std::env::var_os("MIOSA_CACHE_DIR").map_or_else(home, PathBuf::from);
+        let kernel = image::fetch_kernel(&cache).unwrap();
+        let initramfs = cache.join("test-initramfs.cpio");
+        image::build_initramfs(&kernel, &static_agent(), &initramfs).unwrap();
+        let base = cache.join("test-base.raw");
+        image::build_base_rootfs(&cache, &base, 2 << 30, |line| eprintln!("{line}")).unwrap();
+        Images { kernel, initramfs, base }
+    })
+}
+
+/// The agent as it goes into guests.
+fn static_agent() -> PathBuf {
+    let target = "x86_64-unknown-linux-gnu";
+    let status = Command::new(env!("CARGO"))
+        .args(["build", "--quiet", "--release", "-p", "miosa-agent", "--target", target])
+        .env("CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUSTFLAGS", "-C target-feature=+crt-static")
+        .current_dir(env!("CARGO_MANIFEST_DIR"))
+        .status()
+        .unwrap();
+    assert!(status.success(), "the agent does not build");
+    // target/release/deps/this-test
+    let test = std::env::current_exe().unwrap();
+    test.ancestors().nth(3).unwrap().join(target).join("release/miosa-agent")
+}
+
+struct Lab {
+    dir: tempfile::TempDir,
+    spec: MachineSpec,
+}
+
+impl Lab {
+    fn new(id: &str) -> Lab {
+        let images = images();
+        let dir = tempfile::tempdir().unwrap();
+        let disk = dir.path().join("disk.raw");
+        let copied = Command::new("cp").arg("--sparse=always").arg(&images.base).arg(&disk).status().unwrap();
+        assert!(copied.success());
+        let spec = MachineSpec {
+            id: id.into(),
+            run_dir: dir.path().join("run").join(id),
+            cpus: 2,
+            memory_mib: 512,
+            kernel: images.kernel.vmlinuz.clone(),
+            initramfs: images.initramfs.clone(),
+            disk: DiskAttachment::RawFile { path: disk },
+            accel: Accel::Tcg,
+            hostname: "box".into(),
+            network: Network::User,
+            kernel_args: Vec::new(),
+        };
+        Lab { dir, spec }
+    }
+
+    fn run_root(&self) -> PathBuf {
+        self.dir.path().join("run")
+    }
+
+    async fn boot(&self) -> Arc<dyn Machine> {
+        let machine = QemuVmm::new().start(self.spec.clone(), PATIENCE).await.unwrap();
+        eprintln!("{}: {:?}", self.spec.id, machine.boot_timing());
+        machine
+    }
+}
+
+fn sh(script: &str) -> ExecRequest {
+    ExecRequest { argv: vec!["sh".into(), "-c".into(), script.into()], ..Default::default() }
+}
+
+async fn run(agent: &Agent, request: ExecRequest) -> ExecOutput {
+    tokio::time::timeout(PATIENCE, agent.run(request, 1 << 20)).await.unwrap().unwrap()
+}
+
+async fn stdout(agent: &Agent, script: &str) -> String {
+    let output = run(agent, sh(script)).await;
+    assert_eq!(output.status.code, Some(0), "{script}: {output:?}");
+    String::from_utf8(output.stdout.to_vec()).unwrap().trim_end().to_owned()
+}
+
+fn noise(len: usize) -> Vec<u8> {
+    let mut state = 0x9e37_79b9_7f4a_7c15_u64;
+    (0..len)
+        .map(|_| {
+            state ^= state << 13;
+            state ^= state >> 7;
+            state ^= state << 17;
+            state as u8
+        })
+        .collect()
+}
+
+fn alive(pid: i32) -> bool {
+    Path::new(&format!("/proc/{pid}/cmdline")).exists()
+        && std::fs::read_to_string(format!("/proc/{pid}/stat")).is_ok_and(|stat| !stat.contains(") Z "))
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn programs_run_as_asked() {
+    let lab = Lab::new("programs");
+    let machine = lab.boot().await;
+    let agent = machine.agent();
+
+    let info = agent.ping().await.unwrap();
+    assert_eq!(info.kernel, images().kernel.version);
+    assert_eq!(stdout(&agent, "cat /proc/1/comm").await, "init");
+    assert_eq!(
+        stdout(&agent, "hostname; pwd; echo $HOME; ls -d /dev/pts /dev/shm/. /run /tmp").await.lines().count(),
+        7
+    );
+    assert_eq!(stdout(&agent, "hostname").await, "box");
+    assert_eq!(stdout(&agent, "cat /sys/class/net/lo/flags /sys/class/net/eth0/flags").await, "0x9\n0x1003");
+    assert_eq!(stdout(&agent, "python3 -c 'print(6*7)' && git --version | cut -c1-3").await, "42\ngit");
+
+    for code in [0, 1, 7, 126, 255] {
+        let output = run(&agent, sh(&format!("exit {code}"))).await;
+        assert_eq!((output.status.code, output.status.signal), (Some(code), None));
+    }
+    for signal in [6, 9, 15] {
+        let output = run(&agent, sh(&format!("kill -{signal} $$"))).await;
+        assert_eq!((output.status.code, output.status.signal), (None, Some(signal)));
+    }
+    let output = run(&agent, sh("echo out; echo err >&2; exit 3")).await;
+    assert_eq!((&output.stdout[..], &output.stderr[..]), (&b"out\n"[..], &b"err\n"[..]));
+
+    let error = agent.run(ExecRequest { argv: vec!["no-such-program".into()], ..Default::default() }, 0).await;
+    assert_eq!(error.unwrap_err().kind, ErrorKind::Guest(GuestErrorKind::NotFound));
+    let error = agent.run(ExecRequest { cwd: Some("/none".into()), ..sh("true") }, 0).await;
+    assert_eq!(error.unwrap_err().guest_kind(), Some(GuestErrorKind::NotFound));
+    assert_eq!(agent.run(ExecRequest::default(), 0).await.unwrap_err().guest_kind(), Some(GuestErrorKind::Invalid));
+    let error = agent.run(ExecRequest { user: Some("nobody-there".into()), ..sh("true") }, 0).await;
+    assert_eq!(error.unwrap_err().guest_kind(), Some(GuestErrorKind::NotFound));
+
+    let request = ExecRequest {
+        env: vec![("GREETING".into(), "ü b".into())],
+        cwd: Some("/usr/bin".into()),
+        user: Some("sandbox".into()),
+        ..sh("echo \"$GREETING $PWD $(id -u) $(id -g) $HOME\"")
+    };
+    assert_eq!(&run(&agent, request).await.stdout[..], "ü b /usr/bin 1000 1000 /home/sandbox\n".as_bytes());
+
+    // A daemon left behind keeps running and does not hold up the answer.
+    assert_eq!(stdout(&agent, "sleep 1000 & echo $!").await.parse::<u32>().unwrap().to_string().is_empty(), false);
+    assert_eq!(stdout(&agent, "pgrep -c sleep || ls /proc/*/exe >/dev/null; echo on").await.lines().last(), Some("on"));
+    // Orphans are reaped: no zombies are left.
+    stdout(&agent, "for i in 1 2 3 4 5; do (sh -c 'exit 1' &) ; done").await;
+    let zombies = "sleep 0.2; cat /proc/[0-9]*/stat 2>/dev/null | grep -c ') Z ' || true";
+    assert_eq!(stdout(&agent, zombies).await, "0");
+
+    assert_eq!(machine.shutdown(PATIENCE).await.unwrap(), ExitReason::Shutdown);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn streams_do_not_hold_each_other_up() {
+    let lab = Lab::new("streams");
+    let machine = lab.boot().await;
+    let agent = machine.agent();
+
+    // Standard input goes in and comes back, more than any buffer holds.
+    let data = noise(3 << 20);
+    let mut cat =
+        agent.exec(ExecRequest { argv: vec!["cat".into()], stdin: true, ..Default::default() }).await.unwrap();
+    let mut stdin = cat.take_stdin().unwrap();
+    let sent = data.clone();
+    let feeding = tokio::spawn(async move { stdin.write(&sent).await });
+    let echoed = cat.collect(data.len() + 1).await.unwrap();
+    feeding.await.unwrap().unwrap();
+    assert!(echoed.stdout == data, "{} bytes came back of {}", echoed.stdout.len(), data.len());
+
+    // Output arrives while the program runs: it waits for an answer to it.
+    let mut chat =
+        agent.exec(ExecRequest { stdin: true, ..sh("echo first; read line; echo \"got $line\"") }).await.unwrap();
+    assert_eq!(chat.next_event().await.unwrap(), Some(ExecEvent::Stdout("first\n".into())));
+    chat.take_stdin().unwrap().write(b"answer\n").await.unwrap();
+    assert_eq!(&chat.collect(100).await.unwrap().stdout[..], b"got answer\n");
+
+    // One floods and nobody reads it, one does not read its input: others do not notice.
+    let stuck_reader = agent.exec(sh("yes")).await.unwrap();
+    let mut deaf = agent.exec(ExecRequest { stdin: true, ..sh("sleep 100000") }).await.unwrap();
+    let mut deaf_stdin = deaf.take_stdin().unwrap();
+    let feeding = tokio::spawn(async move { deaf_stdin.write(&[0; 4 << 20]).await });
+    let many = (0..20).map(|number| {
+        let agent = agent.clone();
+        tokio::spawn(async move {
+            let output = run(&agent, sh(&format!("head -c 100000 /dev/zero | tr '\\0' x; exit {number}"))).await;
+            assert_eq!((output.status.code, output.stdout.len()), (Some(number), 100_000));
+        })
+    });
+    for one in many.collect::<Vec<_>>() {
+        one.await.unwrap();
+    }
+    // Dropping a stream ends its program, whatever it does.
+    let marked = agent.exec(sh("exec sleep 424242")).await.unwrap();
+    let find = "cat /proc/[0-9]*/cmdline 2>/dev/null | tr '\\0' ' ' | grep -c 'sleep 42424[2]' || true";
+    while stdout(&agent, find).await != "1" {}
+    drop(marked);
+    while stdout(&agent, find).await != "0" {}
+    drop((stuck_reader, deaf));
+    assert!(feeding.await.unwrap().is_err(), "the deaf program's input ends with it");
+
+    // The whole group is killed when time is over.
+    let request = ExecRequest { timeout_ms: Some(300), ..sh("sleep 313131 & sleep 313131; true") };
+    let output = run(&agent, request).await;
+    assert_eq!((output.status.signal, output.status.timed_out), (Some(9), true));
+    while stdout(&agent, "cat /proc/[0-9]*/cmdline 2>/dev/null | grep -c 31313[1] || true").await != "0" {}
+
+    assert_eq!(machine.kill().await.unwrap(), ExitReason::Killed);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn files_come_and_go_whole() {
+    let lab = Lab::new("files");
+    let machine = lab.boot().await;
+    let agent = machine.agent();
+    let guest = |error: vmm::Error| error.guest_kind();
+
+    let data = noise(20 << 20);
+    let mut writer = agent.write_file("/workspace/deep/er/noise.bin", Some(0o640)).await.unwrap();
+    for part in data.chunks(1 << 20) {
+        writer.write(part).await.unwrap();
+    }
+    writer.finish().await.unwrap();
+    let stat = agent.stat("/workspace/deep/er/noise.bin").await.unwrap();
+    assert_eq!((stat.size, stat.mode, stat.uid), (data.len() as u64, 0o640, 0));
+    let back = agent.read_file("/workspace/deep/er/noise.bin").await.unwrap().read_to_end(1 << 30).await.unwrap();
+    assert!(back == data);
+
+    // The old file stays until the new one is whole; its owner and mode stay for ever.
+    stdout(&agent, "echo old > /workspace/f; chown 1000:1000 /workspace/f; chmod 751 /workspace/f").await;
+    let mut writer = agent.write_file("/workspace/f", None).await.unwrap();
+    writer.write(b"half of the new").await.unwrap();
+    assert_eq!(stdout(&agent, "cat /workspace/f").await, "old");
+    drop(writer);
+    while stdout(&agent, "ls -A /workspace").await != "deep\nf" {}
+    agent.write_file("/workspace/f", None).await.unwrap().finish().await.unwrap();
+    assert_eq!(stdout(&agent, "stat -c '%s %u %g %a' /workspace/f").await, "0 1000 1000 751");
+
+    let read = async |path: &str| agent.read_file(path).await.unwrap().read_to_end(1 << 20).await;
+    assert_eq!(read("/none").await.map_err(guest), Err(Some(GuestErrorKind::NotFound)));
+    assert_eq!(read("/etc").await.map_err(guest), Err(Some(GuestErrorKind::IsDirectory)));
+    assert_eq!(read("relative").await.map_err(guest), Err(Some(GuestErrorKind::Invalid)));
+    assert!(read("/proc/cpuinfo").await.unwrap().starts_with(b"processor"));
+    let write = async |path: &str| {
+        let mut writer = agent.write_file(path, None).await.unwrap();
+        writer.write(&[1; 8 << 20]).await?;
+        writer.finish().await
+    };
+    assert_eq!(write("/etc").await.map_err(guest), Err(Some(GuestErrorKind::IsDirectory)));
+    assert_eq!(write("/etc/passwd/x").await.map_err(guest), Err(Some(GuestErrorKind::NotDirectory)));
+    assert_eq!(write("/workspace/../none/").await.map_err(guest), Err(Some(GuestErrorKind::Invalid)));
+    stdout(&agent, "mkdir /small && mount -t tmpfs -o size=1m none /small").await;
+    assert_eq!(write("/small/f").await.map_err(guest), Err(Some(GuestErrorKind::NoSpace)));
+    assert_eq!(stdout(&agent, "ls -A /small").await, "");
+
+    assert_eq!(machine.shutdown(PATIENCE).await.unwrap(), ExitReason::Shutdown);
+    // It went down in order: the file system is clean, without a journal to replay.
+    let DiskAttachment::RawFile { path } = &lab.spec.disk else { unreachable!() };
+    let check = Command::new("e2fsck").arg("-fn").arg(path).output().unwrap();
+    let said = String::from_utf8_lossy(&check.stdout);
+    assert!(check.status.success() && !said.contains("recover"), "{said}");
+    // What was written is there after the next boot.
+    let machine = lab.boot().await;
+    let sum = stdout(&machine.agent(), "sha256sum < /workspace/deep/er/noise.bin | cut -d' ' -f1").await;
+    let file = tempfile::NamedTempFile::new().unwrap();
+    std::fs::write(file.path(), &data).unwrap();
+    let expected = Command::new("sha256sum").arg(file.path()).output().unwrap().stdout;
+    assert!(String::from_utf8_lossy(&expected).starts_with(&sum));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn frozen_means_still_and_thaws_by_itself() {
+    let lab = Lab::new("freeze");
+    let machine = lab.boot().await;
+    let agent = machine.agent();
+
+    // While frozen a writer waits and everything else goes on.
+    agent.freeze(Duration::from_secs(60)).await.unwrap();
+    let mut writer = agent.exec(sh("echo new > /workspace/frozen; echo done")).await.unwrap();
+    assert_eq!(stdout(&agent, "test -e /workspace/frozen || echo still").await, "still");
+    assert!(agent.thaw().await.unwrap());
+    assert_eq!(writer.next_event().await.unwrap(), Some(ExecEvent::Stdout("done\n".into())));
+    assert!(!agent.thaw().await.unwrap());
+
+    // A disk copied while frozen is a clean file system with all that was written.
+    stdout(&agent, "echo kept > /workspace/kept").await;
+    agent.freeze(Duration::from_secs(60)).await.unwrap();
+    let DiskAttachment::RawFile { path } = &lab.spec.disk else { unreachable!() };
+    let copy = lab.dir.path().join("copy.raw");
+    assert!(Command::new("cp").arg("--sparse=always").arg(path).arg(&copy).status().unwrap().success());
+    assert!(agent.thaw().await.unwrap());
+    let check = Command::new("e2fsck").arg("-fn").arg(&copy).output().unwrap();
+    assert!(check.status.success(), "{}", String::from_utf8_lossy(&check.stdout));
+    let cat = Command::new("debugfs").args(["-R", "cat /workspace/kept"]).arg(&copy).output().unwrap();
+    assert_eq!(&cat.stdout[..], b"kept\n");
+
+    // Nobody thaws it: it does so itself.
+    agent.freeze(Duration::from_millis(200)).await.unwrap();
+    stdout(&agent, "echo more > /workspace/more").await;
+    assert!(!agent.thaw().await.unwrap());
+
+    // The clock, the host name.
+    let then = UNIX_EPOCH + Duration::from_secs(2_000_000_000);
+    agent.set_clock(then).await.unwrap();
+    assert!(stdout(&agent, "date +%s").await.parse::<u64>().unwrap() >= 2_000_000_000);
+    agent.set_clock(SystemTime::now()).await.unwrap();
+    assert!(stdout(&agent, "date +%s").await.parse::<u64>().unwrap() < 2_000_000_000);
+    agent.set_hostname("other").await.unwrap();
+    assert_eq!(stdout(&agent, "hostname").await, "other");
+    assert_eq!(agent.set_hostname("a b").await.unwrap_err().guest_kind(), Some(GuestErrorKind::Invalid));
+    agent.sync().await.unwrap();
+
+    // A guest that powers itself off, and one that dies of a panic.
+    drop(agent.exec(sh("echo b > /proc/sysrq-trigger")).await);
+    assert_eq!(tokio::time::timeout(PATIENCE, machine.wait()).await.unwrap(), ExitReason::GuestReset);
+    assert_eq!(machine.wait().await, ExitReason::GuestReset, "every waiter hears it");
+    assert_eq!(agent.ping().await.unwrap_err().kind, ErrorKind::AgentLost);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_new_host_finds_the_agent_working() {
+    let lab = Lab::new("again");
+    let machine = lab.boot().await;
+    let socket = lab.spec.run_dir.join("agent.sock");
+    // The machine's own connection has to go first, for the port has one host at a time. It is broken by a relay that
+    // stands in for a daemon killed in the middle of a frame.
+    let spoil = machine.agent();
+    let before = spoil.exec(sh("exec sleep 515151")).await.unwrap();
+    let pid = machine.pid().unwrap();
+    let guard = Handover::of(machine, before, spoil).await;
+    for round in 0..3 {
+        let raw = tokio::net::UnixStream::connect(&socket).await.unwrap();
+        let agent = Agent::over(raw, PATIENCE).await.unwrap();
+        let find = "cat /proc/[0-9]*/cmdline 2>/dev/null | tr '\\0' ' ' | grep -c 'sleep 51515[1]' || true";
+        while stdout(&agent, find).await != "0" {}
+        // Left in the middle of everything: output nobody takes, a file half written, frozen.
+        let _flood = agent.exec(sh("exec sleep 515151 | yes")).await.unwrap();
+        let mut writer = agent.write_file(format!("/workspace/half{round}"), None).await.unwrap();
+        writer.write(&noise(200_000)).await.unwrap();
+        agent.freeze(Duration::from_secs(50)).await.unwrap();
+        drop((writer, _flood, agent));
+        // Half a frame.
+        use tokio::io::AsyncWriteExt;
+        let mut raw = tokio::net::UnixStream::connect(&socket).await.unwrap();
+        let mut bytes = miosa_agent::wire::greeting([round; 16]);
+        miosa_agent::wire::Frame::new(1, miosa_agent::wire::Kind::Data, vec![7; 60_000]).encode(&mut bytes);
+        raw.write_all(&bytes[..bytes.len() - 30_000]).await.unwrap();
+    }
+    let agent = Agent::connect(&socket, PATIENCE).await.unwrap();
+    assert_eq!(stdout(&agent, "echo fine > /workspace/f; ls -A /workspace").await, "f");
+    drop(guard);
+    while alive(pid) {
+        tokio::task::yield_now().await;
+    }
+}
+
+/// Keeps a machine alive while its own agent connection is closed.
+struct Handover(#[allow(dead_code)] Arc<dyn Machine>);
+
+impl Handover {
+    async fn of(machine: Arc<dyn Machine>, stream: vmm::agent::ExecStream, agent: Agent) -> Handover {
+        agent.disconnect();
+        drop(stream);
+        Handover(machine)
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn nothing_is_left_behind() {
+    let lab = Lab::new("orphan");
+    // A start that is given up.
+    let vmm = QemuVmm::new();
+    let given_up = tokio::time::timeout(Duration::from_millis(700), vmm.start(lab.spec.clone(), PATIENCE)).await;
+    assert!(given_up.is_err());
+    assert_eq!(vmm.reap_orphans(&lab.run_root()).await.unwrap().iter().filter(|reaped| reaped.killed).count(), 0);
+
+    // A guest that never answers: its console is in the error.
+    let spec =
+        MachineSpec { kernel_args: vec!["miosa.root=/dev/none".into(), "loglevel=7".into()], ..lab.spec.clone() };
+    let error = vmm.start(spec, Duration::from_secs(8)).await.err().unwrap();
+    assert_eq!(error.kind, ErrorKind::BootTimeout, "{error}");
+    // A QEMU that ends at once, and one that is not there.
+    let spec = MachineSpec { disk: DiskAttachment::RawFile { path: "/proc/version".into() }, ..lab.spec.clone() };
+    let error = vmm.start(spec, PATIENCE).await.err().unwrap();
+    assert_eq!(error.kind, ErrorKind::StartFailed, "{error}");
+    let error = QemuVmm::new().program("/no/qemu").start(lab.spec.clone(), PATIENCE).await.err().unwrap();
+    assert_eq!((error.kind, error.hint.is_some()), (ErrorKind::QemuMissing, true));
+    assert!(vmm.version().await.unwrap().contains("QEMU"));
+
+    // The handle goes: so does the process.
+    let machine = lab.boot().await;
+    let pid = machine.pid().unwrap();
+    assert!(alive(pid));
+    drop(machine);
+    while alive(pid) {
+        tokio::task::yield_now().await;
+    }
+
+    // The daemon was killed: the next one finds what it left, and kills it.
+    let machine = lab.boot().await;
+    let pid = machine.pid().unwrap();
+    let waiting = {
+        let machine = machine.clone();
+        tokio::spawn(async move { machine.wait().await })
+    };
+    let reaped = vmm.reap_orphans(&lab.run_root()).await.unwrap();
+    assert_eq!(reaped.iter().map(|r| (r.pid, r.killed)).collect::<Vec<_>>(), [(pid, true)]);
+    assert!(!alive(pid));
+    assert!(matches!(waiting.await.unwrap(), ExitReason::Failed { .. }));
+    assert_eq!(vmm.reap_orphans(&lab.run_root()).await.unwrap(), []);
+}
