@@ -48,6 +48,11 @@ impl Failure {
         self
     }
 
+    /// The exit code.
+    pub fn exit(&self) -> u8 {
+        self.exit
+    }
+
     /// The reader of our output has gone: end without a word, as a program that a signal ends would.
     pub fn closed_pipe() -> Self {
         Self::new(128 + nix::libc::SIGPIPE as u8, "", "")

@@ -48,7 +48,7 @@ fn bad_requests_have_codes_hints_and_exit_codes() {
         (&["sandbox", "snapshot", &gone], 1, "sandbox_destroyed"),
         (&["sandbox", "fork", &id, "--name", "one"], 1, "name_taken"),
         (&["sandbox", "exec", &id, "--", "no-such-program"], 127, "command_not_found"),
-        (&["sandbox", "exec", &id, "--", "/workspace"], 126, "command_failed"),
+        (&["sandbox", "exec", &id, "--", "/etc/passwd"], 126, "command_failed"),
         (&["sandbox", "read-file", &id, "/absent"], 1, "file_not_found"),
         (&["sandbox", "read-file", &id, "relative"], 1, "invalid_input"),
         (&["sandbox", "write-file", &id, "relative", "/dev/null"], 1, "invalid_input"),
