@@ -8,6 +8,7 @@
 
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::{Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::{Signal, kill};
@@ -26,8 +27,13 @@ fn cache_dir() -> PathBuf {
     std::env::var_os("MIOSA_CACHE_DIR").map_or_else(home, PathBuf::from)
 }
 
-/// The guest's agent, a static program.
-fn agent() -> PathBuf {
+/// The guest's agent, a static program; found or built once.
+fn agent() -> &'static Path {
+    static AGENT: OnceLock<PathBuf> = OnceLock::new();
+    AGENT.get_or_init(find_agent)
+}
+
+fn find_agent() -> PathBuf {
     if let Some(path) = std::env::var_os("MIOSA_AGENT") {
         return path.into();
     }
@@ -65,7 +71,11 @@ impl Lab {
         let daemon = Lab::spawn(dir.path(), extra);
         let lab = Lab { dir, daemon, extra };
         lab.until_ready();
+        // The first one makes the image, which takes minutes; it is not to be made four times at once.
+        static IMAGE: Mutex<()> = Mutex::new(());
+        let making = IMAGE.lock().unwrap_or_else(PoisonError::into_inner);
         lab.json(&["template", "build", "base", "--disk", "2gb"]);
+        drop(making);
         lab
     }
 
