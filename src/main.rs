@@ -1,2 +1,5 @@
 //! miosa: a self-hosted snapshot daemon for persistent sandboxes.
-fn main() {}
+
+fn main() -> std::process::ExitCode {
+    miosa::cli::main()
+}

@@ -1,0 +1,8 @@
+//! The HTTP/JSON API on the daemon's Unix socket: its shapes, its server, and the client the command line uses.
+//!
+//! Glue only: a route decodes and checks bounds, calls the engine, and maps the answer.
+
+pub mod client;
+pub mod server;
+mod stream;
+pub mod types;

@@ -1,0 +1,284 @@
+//! The API's client over the daemon's socket: one connection a request, bodies streamed both ways.
+
+use std::path::{Path, PathBuf};
+
+use bytes::{Bytes, BytesMut};
+use futures_util::{Stream, TryStreamExt};
+use http_body_util::{BodyExt, Full, StreamBody, combinators::UnsyncBoxBody};
+use hyper::body::{Frame, Incoming};
+use hyper::header::{CONTENT_TYPE, HOST};
+use hyper::{Method, Request, Response, StatusCode};
+use hyper_util::rt::TokioIo;
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use serde_json::Value;
+use tokio::net::UnixStream;
+
+use super::types::{ErrorBody, ErrorEnvelope};
+
+/// Most bytes of a JSON answer: beyond any that the daemon gives.
+const MAX_ANSWER: usize = 256 << 20;
+/// Most bytes of one event.
+const MAX_EVENT: usize = 4 << 20;
+
+/// Why a call failed.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// Nobody answers on the socket.
+    #[error("the daemon cannot be reached on {}: {source}", socket.display())]
+    Unreachable {
+        /// Where it was sought.
+        socket: PathBuf,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// The daemon answered with an error.
+    #[error("{}", body.message)]
+    Refused {
+        /// HTTP status.
+        status: u16,
+        /// What it said.
+        body: Box<ErrorBody>,
+    },
+    /// The conversation broke off.
+    #[error("the daemon's answer broke off: {0}")]
+    Broken(String),
+    /// What was to be sent could not be read here.
+    #[error("{0}")]
+    Local(std::io::Error),
+}
+
+/// Result of a call.
+pub type Result<T> = std::result::Result<T, Error>;
+
+type Body = UnsyncBoxBody<Bytes, std::io::Error>;
+
+/// A client of one daemon.
+#[derive(Debug, Clone)]
+pub struct Client {
+    socket: PathBuf,
+}
+
+impl Client {
+    /// A client of the daemon that listens on `socket`.
+    pub fn new(socket: &Path) -> Self {
+        Self { socket: socket.to_owned() }
+    }
+
+    /// `GET`, and the answer's `data`.
+    pub async fn get<T: DeserializeOwned>(&self, path: &str) -> Result<T> {
+        self.json(Method::GET, path, None::<&()>).await
+    }
+
+    /// `POST` with a JSON body.
+    pub async fn post<T: DeserializeOwned>(&self, path: &str, body: &impl Serialize) -> Result<T> {
+        self.json(Method::POST, path, Some(body)).await
+    }
+
+    /// `DELETE`.
+    pub async fn delete<T: DeserializeOwned>(&self, path: &str) -> Result<T> {
+        self.json(Method::DELETE, path, None::<&()>).await
+    }
+
+    /// `POST` with a body that is read as it is sent, and the answer's `data`.
+    pub async fn upload<T: DeserializeOwned>(
+        &self,
+        path: &str,
+        content: impl Stream<Item = std::io::Result<Bytes>> + Send + 'static,
+    ) -> Result<T> {
+        // A failure to read here surfaces as a broken connection; it is told as what it was.
+        let failed = std::sync::Arc::new(parking_lot::Mutex::new(None));
+        let note = failed.clone();
+        let body = StreamBody::new(content.map_ok(Frame::data).inspect_err(move |e| {
+            *note.lock() = Some(std::io::Error::new(e.kind(), e.to_string()));
+        }));
+        let answered = self.send(Method::POST, path, BodyExt::boxed_unsync(body), "application/octet-stream").await;
+        if let Some(error) = failed.lock().take() {
+            return Err(Error::Local(error));
+        }
+        decode(answered?).await
+    }
+
+    /// `GET` of a body that is read as it comes.
+    pub async fn download(&self, path: &str) -> Result<Download> {
+        let response = self.send(Method::GET, path, empty(), "application/json").await?;
+        Ok(Download { body: response.into_body() })
+    }
+
+    /// `POST` that answers with events.
+    pub async fn events(&self, path: &str, body: &impl Serialize) -> Result<Events> {
+        let response = self.send(Method::POST, path, encode(body)?, "application/json").await?;
+        Ok(Events { download: Download { body: response.into_body() }, pending: BytesMut::new() })
+    }
+
+    async fn json<T: DeserializeOwned>(&self, method: Method, path: &str, body: Option<&impl Serialize>) -> Result<T> {
+        let body = match body {
+            Some(body) => encode(body)?,
+            None => empty(),
+        };
+        decode(self.send(method, path, body, "application/json").await?).await
+    }
+
+    /// Sends, and sees that the answer is a success.
+    async fn send(&self, method: Method, path: &str, body: Body, kind: &str) -> Result<Response<Incoming>> {
+        tracing::debug!(%method, path, "request");
+        let stream = UnixStream::connect(&self.socket)
+            .await
+            .map_err(|source| Error::Unreachable { socket: self.socket.clone(), source })?;
+        let broken = |e: hyper::Error| Error::Broken(describe(&e));
+        let (mut sender, connection) =
+            hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.map_err(broken)?;
+        tokio::spawn(async move {
+            // Its errors reach the request or the body, too.
+            let _ = connection.await;
+        });
+        let request = Request::builder()
+            .method(method)
+            .uri(format!("/api/v1{path}"))
+            .header(HOST, "miosa")
+            .header(CONTENT_TYPE, kind)
+            .body(body)
+            .map_err(|e| Error::Broken(format!("the request could not be made: {e}")))?;
+        let response = sender.send_request(request).await.map_err(broken)?;
+        if response.status().is_success() {
+            return Ok(response);
+        }
+        let status = response.status();
+        let bytes = collect(response).await.unwrap_or_default();
+        Err(Error::Refused { status: status.as_u16(), body: Box::new(refusal(status, &bytes)) })
+    }
+}
+
+fn refusal(status: StatusCode, bytes: &[u8]) -> ErrorBody {
+    match serde_json::from_slice::<ErrorEnvelope>(bytes) {
+        Ok(envelope) => envelope.error,
+        Err(_) => ErrorBody {
+            code: "bad_answer".to_owned(),
+            message: format!("the daemon answered {status}, without a reason that can be read"),
+            ..ErrorBody::default()
+        },
+    }
+}
+
+fn empty() -> Body {
+    Full::default().map_err(|e: std::convert::Infallible| match e {}).boxed_unsync()
+}
+
+fn encode(body: &impl Serialize) -> Result<Body> {
+    let bytes =
+        serde_json::to_vec(body).map_err(|e| Error::Broken(format!("the request could not be encoded: {e}")))?;
+    Ok(Full::from(bytes).map_err(|e: std::convert::Infallible| match e {}).boxed_unsync())
+}
+
+async fn collect(response: Response<Incoming>) -> Result<Bytes> {
+    let mut download = Download { body: response.into_body() };
+    let mut all = BytesMut::new();
+    while let Some(piece) = download.next_piece().await? {
+        if all.len() + piece.len() > MAX_ANSWER {
+            return Err(Error::Broken("it is too large".to_owned()));
+        }
+        all.extend_from_slice(&piece);
+    }
+    Ok(all.freeze())
+}
+
+async fn decode<T: DeserializeOwned>(response: Response<Incoming>) -> Result<T> {
+    let bytes = collect(response).await?;
+    let mut value: Value = serde_json::from_slice(&bytes).map_err(|e| Error::Broken(format!("it is not JSON: {e}")))?;
+    serde_json::from_value(value["data"].take()).map_err(|e| Error::Broken(format!("it has another shape: {e}")))
+}
+
+fn describe(error: &hyper::Error) -> String {
+    match std::error::Error::source(error) {
+        Some(source) => format!("{error}: {source}"),
+        None => error.to_string(),
+    }
+}
+
+/// A body that is read as it comes.
+#[derive(Debug)]
+pub struct Download {
+    body: Incoming,
+}
+
+impl Download {
+    /// The next piece; none at the end. A body that breaks off is an error.
+    pub async fn next_piece(&mut self) -> Result<Option<Bytes>> {
+        while let Some(frame) = self.body.frame().await {
+            let frame = frame.map_err(|e| Error::Broken(describe(&e)))?;
+            if let Ok(piece) = frame.into_data() {
+                return Ok(Some(piece));
+            }
+        }
+        Ok(None)
+    }
+}
+
+/// Server-sent events.
+#[derive(Debug)]
+pub struct Events {
+    download: Download,
+    pending: BytesMut,
+}
+
+impl Events {
+    /// The next event: its name and its data.
+    pub async fn next_event(&mut self) -> Result<Option<(String, Value)>> {
+        loop {
+            while let Some(end) = self.pending.windows(2).position(|w| w == b"\n\n") {
+                let text = self.pending.split_to(end + 2);
+                if let Some(event) = parse_event(&text)? {
+                    return Ok(Some(event));
+                }
+            }
+            match self.download.next_piece().await? {
+                Some(piece) if self.pending.len() + piece.len() <= MAX_EVENT => self.pending.extend_from_slice(&piece),
+                Some(_) => return Err(Error::Broken("an event is too large".to_owned())),
+                None => return Ok(None),
+            }
+        }
+    }
+}
+
+/// A comment is no event.
+fn parse_event(text: &[u8]) -> Result<Option<(String, Value)>> {
+    let text = std::str::from_utf8(text).map_err(|e| Error::Broken(format!("an event is not text: {e}")))?;
+    let field = |name: &str| text.lines().find_map(|line| line.strip_prefix(name)).map(str::trim_start);
+    let Some(data) = field("data:") else { return Ok(None) };
+    let data = serde_json::from_str(data).map_err(|e| Error::Broken(format!("an event is not JSON: {e}")))?;
+    Ok(Some((field("event:").unwrap_or("message").to_owned(), data)))
+}
+
+/// A piece of a path: everything but letters, digits and `-._~` is escaped.
+pub fn escape(text: &str) -> String {
+    use std::fmt::Write;
+    let mut escaped = String::new();
+    for byte in text.bytes() {
+        if byte.is_ascii_alphanumeric() || b"-._~".contains(&byte) {
+            escaped.push(char::from(byte));
+        } else {
+            // Writing to a string cannot fail.
+            let _ = write!(escaped, "%{byte:02X}");
+        }
+    }
+    escaped
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn events_and_comments_are_told_apart() {
+        let event = parse_event(b"event: exit\ndata: {\"exit_code\":3}\n\n").unwrap().unwrap();
+        assert_eq!(event, ("exit".to_owned(), serde_json::json!({ "exit_code": 3 })));
+        assert!(parse_event(b": alive\n\n").unwrap().is_none());
+        assert!(parse_event(b"event: x\ndata: {\n\n").is_err());
+    }
+
+    #[test]
+    fn names_are_escaped_whole() {
+        assert_eq!(escape("after deps/1?#%"), "after%20deps%2F1%3F%23%25");
+        assert_eq!(escape("sb-0.a_~"), "sb-0.a_~");
+    }
+}

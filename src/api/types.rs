@@ -1,0 +1,387 @@
+//! What goes over the wire. Field names are those of the public API; a field that is not there yet is not sent.
+
+use std::collections::BTreeMap;
+
+use jiff::Timestamp;
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
+
+use crate::engine::SandboxView;
+use crate::engine::lifecycle::State;
+use crate::engine::records::{Consistency, SnapshotRecord, TemplateRecord, slug};
+
+/// Every successful answer.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Envelope<T> {
+    /// The answer.
+    pub data: T,
+}
+
+/// Every successful list.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct ListEnvelope<T> {
+    /// The items.
+    pub data: Vec<T>,
+    /// Which of them these are.
+    pub page: Page,
+}
+
+/// Which items of a list an answer holds. Lists are not cut at present: it is all of them.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Page {
+    /// Items in this answer.
+    pub count: usize,
+    /// Items there are.
+    pub total: usize,
+    /// Whether there are more.
+    pub has_more: bool,
+}
+
+/// Every failed answer.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct ErrorEnvelope {
+    /// Why.
+    pub error: ErrorBody,
+}
+
+/// Why a request failed.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ErrorBody {
+    /// A stable word to match on.
+    pub code: String,
+    /// A sentence for people.
+    pub message: String,
+    /// Finds the request in the daemon's log.
+    #[serde(default)]
+    pub request_id: String,
+    /// What to do next.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub hint: Option<String>,
+    /// Whether the same call may succeed when made again.
+    #[serde(default)]
+    pub retryable: bool,
+    /// Facts for programs.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub details: Option<Value>,
+}
+
+/// A sandbox.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[allow(missing_docs)]
+pub struct SandboxBody {
+    pub id: String,
+    pub name: String,
+    pub slug: String,
+    pub state: State,
+    pub ready: bool,
+    pub template_id: Option<String>,
+    pub image_id: Option<String>,
+    pub snapshot_id: Option<String>,
+    pub forked_from: Option<String>,
+    pub cpu_count: u32,
+    pub memory_mb: u64,
+    pub disk_size_mb: u64,
+    pub timeout_sec: Option<u64>,
+    pub timeout_remaining_ms: Option<u64>,
+    pub idle_timeout_sec: Option<u64>,
+    pub always_on: bool,
+    pub persistent: bool,
+    pub boot_path: Option<String>,
+    pub boot_ms: Option<u64>,
+    pub preview_url: Option<String>,
+    pub metadata: Map<String, Value>,
+    pub tags: Vec<String>,
+    pub last_error: Option<String>,
+    pub created_at: Timestamp,
+    pub started_at: Option<Timestamp>,
+    pub ready_at: Option<Timestamp>,
+    pub destroyed_at: Option<Timestamp>,
+    pub total_runtime_sec: u64,
+}
+
+impl From<SandboxView> for SandboxBody {
+    fn from(view: SandboxView) -> Self {
+        let SandboxView { record: r, timeout_remaining, session_age } = view;
+        Self {
+            slug: slug(&r.name),
+            ready: r.state == State::Running,
+            image_id: r.template.clone(),
+            template_id: r.template,
+            snapshot_id: r.from_snapshot,
+            forked_from: r.forked_from,
+            cpu_count: r.cpus,
+            memory_mb: r.memory_mib,
+            disk_size_mb: r.disk_size_bytes >> 20,
+            timeout_sec: r.timeout_ms.map(|ms| ms.div_ceil(1_000)),
+            timeout_remaining_ms: timeout_remaining.map(|t| t.as_millis() as u64),
+            idle_timeout_sec: None,
+            always_on: false,
+            persistent: r.persistent,
+            boot_path: r.boot_ms.map(|_| "cold".to_owned()),
+            boot_ms: r.boot_ms,
+            preview_url: None,
+            metadata: r.metadata,
+            tags: r.tags,
+            last_error: r.last_error,
+            created_at: r.created_at,
+            started_at: r.started_at,
+            ready_at: r.ready_at,
+            destroyed_at: r.destroyed_at,
+            total_runtime_sec: r.total_runtime_ms / 1_000 + session_age.map_or(0, |a| a.as_secs()),
+            id: r.id,
+            name: r.name,
+            state: r.state,
+        }
+    }
+}
+
+/// A snapshot.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[allow(missing_docs)]
+pub struct SnapshotBody {
+    pub id: String,
+    /// The same, where the SDK looks for it.
+    pub snapshot_id: String,
+    pub sandbox_id: String,
+    pub status: String,
+    pub comment: Option<String>,
+    pub consistency: Consistency,
+    pub template_id: Option<String>,
+    pub created_at: Timestamp,
+    pub updated_at: Timestamp,
+    /// Of the disk, as the guest sees it.
+    pub size_bytes: u64,
+}
+
+impl From<SnapshotRecord> for SnapshotBody {
+    fn from(r: SnapshotRecord) -> Self {
+        Self {
+            snapshot_id: r.id.clone(),
+            id: r.id,
+            sandbox_id: r.sandbox_id,
+            status: "ready".to_owned(),
+            comment: r.comment,
+            consistency: r.consistency,
+            template_id: r.template,
+            created_at: r.created_at,
+            updated_at: r.created_at,
+            size_bytes: r.disk_size_bytes,
+        }
+    }
+}
+
+/// A template.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[allow(missing_docs)]
+pub struct TemplateBody {
+    pub id: String,
+    pub name: String,
+    pub status: String,
+    pub origin: String,
+    pub disk_size_mb: u64,
+    pub data_bytes: u64,
+    pub created_at: Timestamp,
+}
+
+impl From<TemplateRecord> for TemplateBody {
+    fn from(r: TemplateRecord) -> Self {
+        Self {
+            id: r.name.clone(),
+            name: r.name,
+            status: "ready".to_owned(),
+            origin: r.origin,
+            disk_size_mb: r.disk_size_bytes >> 20,
+            data_bytes: r.data_bytes,
+            created_at: r.created_at,
+        }
+    }
+}
+
+/// Asks for a sandbox.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+#[serde(default)]
+#[allow(missing_docs)]
+pub struct CreateBody {
+    #[serde(skip_serializing_if = "Option::is_none", alias = "image", alias = "image_id")]
+    pub template_id: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub snapshot_id: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub name: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub size: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub cpu_count: Option<u32>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub memory_mb: Option<u64>,
+    #[serde(skip_serializing_if = "Option::is_none", alias = "disk_mb")]
+    pub disk_size_mb: Option<u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub timeout_sec: Option<u64>,
+    /// As `timeout_sec`, finer.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub timeout_ms: Option<u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub persistent: Option<bool>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub env: Option<BTreeMap<String, String>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub metadata: Option<Map<String, Value>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tags: Option<Vec<String>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub auto_start: Option<bool>,
+}
+
+/// Asks for forks.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+#[serde(default)]
+#[allow(missing_docs)]
+pub struct ForkBody {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub name: Option<String>,
+    /// With it the answer is a list, without it a sandbox.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub count: Option<u32>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub snapshot_id: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub timeout_sec: Option<u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub timeout_ms: Option<u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub metadata: Option<Map<String, Value>>,
+}
+
+/// Asks for a snapshot.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+#[serde(default)]
+#[allow(missing_docs)]
+pub struct SnapshotRequestBody {
+    #[serde(skip_serializing_if = "Option::is_none", alias = "name")]
+    pub comment: Option<String>,
+}
+
+/// Asks for more time.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+#[serde(default)]
+#[allow(missing_docs)]
+pub struct ExtendBody {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub timeout_sec: Option<u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub timeout_ms: Option<u64>,
+}
+
+/// A command: a line for a shell, or a program and its arguments.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(untagged)]
+#[allow(missing_docs)]
+pub enum Command {
+    Line(String),
+    Argv(Vec<String>),
+}
+
+/// A command's standard input: its content, or whether it is sent to `/exec/{exec_id}/stdin`.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(untagged)]
+#[allow(missing_docs)]
+pub enum StdinBody {
+    Stream(bool),
+    Text(String),
+}
+
+/// Asks for a command to be run.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[allow(missing_docs)]
+pub struct ExecBody {
+    pub command: Command,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cwd: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub env: Option<BTreeMap<String, String>>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub user: Option<String>,
+    /// Seconds.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub timeout: Option<f64>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub stdin: Option<StdinBody>,
+    /// `base64`: events carry bytes exactly and as they come, and not lines of text.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub encoding: Option<String>,
+}
+
+/// What a command did.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[allow(missing_docs)]
+pub struct ExecResult {
+    pub stdout: String,
+    pub stderr: String,
+    pub exit_code: i32,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub signal: Option<i32>,
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub timed_out: bool,
+    /// Output was larger than what an answer holds; its beginning is kept.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub truncated: bool,
+    pub duration_ms: u64,
+}
+
+/// The last event of a stream.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[allow(missing_docs)]
+pub struct ExitEvent {
+    pub exit_code: i32,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub signal: Option<i32>,
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub timed_out: bool,
+    pub duration_ms: u64,
+}
+
+/// What a shell would say: the code, 128 and the signal, or 124 when its time was over.
+pub fn exit_code(code: Option<i32>, signal: Option<i32>, timed_out: bool) -> i32 {
+    match (timed_out, code, signal) {
+        (true, _, _) => 124,
+        (false, Some(code), _) => code,
+        (false, None, signal) => 128 + signal.unwrap_or(0),
+    }
+}
+
+/// Asks for a small file to be written. Large ones are sent as the request's body, with the path in the query.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+#[serde(default)]
+#[allow(missing_docs)]
+pub struct WriteFileBody {
+    pub path: String,
+    pub content: Option<String>,
+    pub content_base64: Option<String>,
+    pub mode: Option<u32>,
+}
+
+/// What was written.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[allow(missing_docs)]
+pub struct WrittenBody {
+    pub path: String,
+    pub size_bytes: u64,
+}
+
+/// Asks for a template.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+#[serde(default)]
+#[allow(missing_docs)]
+pub struct TemplateRequestBody {
+    pub name: String,
+    /// A raw image on the daemon's machine.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub image_path: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub disk_size_mb: Option<u64>,
+}
+
+fn is_false(b: &bool) -> bool {
+    !b
+}

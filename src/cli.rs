@@ -1,0 +1,122 @@
+//! The command line: arguments to API calls, answers to text or to one JSON document.
+//!
+//! Exit codes: 0 done, 1 the user's mistake, 2 the daemon cannot be reached, 3 not allowed, 4 the daemon failed; `exec`
+//! passes on its command's own (128 and the signal, 124 for its time limit, 127 and 126 when it could not be started).
+
+mod args;
+mod exec;
+mod files;
+mod output;
+mod sandbox;
+mod template;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+use clap::error::ErrorKind;
+use tracing_subscriber::EnvFilter;
+
+use crate::api::client::Client;
+use crate::config::{self, StateDir};
+use crate::serve;
+use args::{Cli, Command};
+use output::{Failure, Out, fail};
+
+pub use args::{AccelArg, DaemonArgs, DiskFrontendArg, NetworkArg, VmmArg};
+
+/// Runs the command of this process's arguments.
+pub fn main() -> ExitCode {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => return misused(&error),
+    };
+    let default = match (&cli.command, cli.global.debug) {
+        (_, true) => "miosa=debug,storage=debug,vmm=debug",
+        (Command::Daemon(_), false) => "info",
+        (_, false) => "off",
+    };
+    let filter = EnvFilter::try_from_env("MIOSA_LOG").unwrap_or_else(|_| EnvFilter::new(default));
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(false).init();
+
+    let json = cli.global.json;
+    let runtime = match tokio::runtime::Runtime::new() {
+        Ok(runtime) => runtime,
+        Err(error) => {
+            return fail(json, &Failure::new(4, "internal_error", format!("no threads could be started: {error}")));
+        }
+    };
+    let is_daemon = matches!(cli.command, Command::Daemon(_));
+    let done = runtime.block_on(run(cli));
+    if is_daemon {
+        // What still works on the store may end; it is closed, so nothing new begins.
+        runtime.shutdown_timeout(std::time::Duration::from_secs(10));
+        let code = match &done {
+            Ok(_) => 0,
+            Err(failure) => {
+                fail(json, failure);
+                failure.exit()
+            }
+        };
+        end_at_once(code);
+    }
+    // A read of standard input that nobody waits for any more must not hold up the end.
+    runtime.shutdown_background();
+    match done {
+        Ok(code) => code,
+        Err(failure) => fail(json, &failure),
+    }
+}
+
+/// Ends the process without the C++ library's destructors: RocksDB has threads of its own that outlive the last handle,
+/// and one that meets a destroyed static aborts an end that was in order.
+fn end_at_once(code: u8) -> ! {
+    // SAFETY: ends the process; no state of ours is looked at afterwards. Standard output and error are not buffered
+    // beyond a line, and what is durable is so by the store's own syncs.
+    unsafe { nix::libc::_exit(i32::from(code)) }
+}
+
+async fn run(cli: Cli) -> output::Result<ExitCode> {
+    let out = Out::new(&cli.global);
+    let state = StateDir::new(absolute(cli.global.state_dir.clone().unwrap_or_else(config::default_state_dir))?);
+    let client = Client::new(&state.socket());
+    match cli.command {
+        Command::Daemon(args) => serve::run(state, args).await.map(|()| ExitCode::SUCCESS).map_err(|error| {
+            let failure = Failure::new(error.exit, error.code, error.message);
+            match error.hint {
+                Some(hint) => failure.hint(hint),
+                None => failure,
+            }
+        }),
+        Command::Sandbox(command) => sandbox::run(&client, out, command).await,
+        Command::Template(command) => template::run(&client, out, command).await.map(|()| ExitCode::SUCCESS),
+        Command::Store(command) => template::store(&client, out, command).await.map(|()| ExitCode::SUCCESS),
+    }
+}
+
+fn absolute(path: std::path::PathBuf) -> output::Result<std::path::PathBuf> {
+    std::path::absolute(&path)
+        .map_err(|e| Failure::user("invalid_input", format!("the path {} cannot be used: {e}", path.display())))
+}
+
+/// Help and version are answers; everything else is the user's mistake.
+fn misused(error: &clap::Error) -> ExitCode {
+    if matches!(error.kind(), ErrorKind::DisplayHelp | ErrorKind::DisplayVersion) {
+        let _ = error.print();
+        return ExitCode::SUCCESS;
+    }
+    // The arguments did not parse, so whether JSON is wanted is seen without them.
+    let said = std::env::args_os().skip(1).take_while(|a| a != "--").any(|a| a == "--json");
+    let falsy = |v: &std::ffi::OsString| {
+        matches!(v.to_ascii_lowercase().to_str(), Some("" | "0" | "n" | "no" | "f" | "false" | "off"))
+    };
+    if !said && std::env::var_os("MIOSA_JSON").is_none_or(|v| falsy(&v)) {
+        let _ = error.print();
+        return ExitCode::from(1);
+    }
+    let text = error.render().to_string();
+    let mut parts = text.splitn(2, "\n\n");
+    let message = parts.next().unwrap_or_default().trim_start_matches("error: ").replace('\n', " ");
+    let failure = Failure::user("usage", message);
+    let rest = parts.next().unwrap_or_default().split_whitespace().collect::<Vec<_>>().join(" ");
+    fail(true, &if rest.is_empty() { failure } else { failure.hint(rest) })
+}

@@ -1,0 +1,279 @@
+//! `miosa sandbox …`, but for exec and files.
+
+use std::process::ExitCode;
+use std::time::Duration;
+
+use serde_json::{Value, json};
+
+use super::args::{CreateArgs, ForkArgs, SandboxCommand, SnapshotArgs, SnapshotTarget, SnapshotsCommand};
+use super::output::{Out, Result};
+use super::{exec, files};
+use crate::api::client::{Client, escape};
+use crate::api::types::{CreateBody, ExtendBody, ForkBody, SandboxBody, SnapshotBody, SnapshotRequestBody};
+use crate::engine::lifecycle::State;
+use crate::engine::records::Consistency;
+use crate::units::{show_bytes, show_duration};
+
+pub(super) async fn run(client: &Client, out: Out, command: SandboxCommand) -> Result<ExitCode> {
+    match command {
+        SandboxCommand::Create(args) => create(client, out, args).await?,
+        SandboxCommand::List { state } => list(client, out, state).await?,
+        SandboxCommand::Show(target) => {
+            let sandbox: SandboxBody = client.get(&path(&target.sandbox, "")).await?;
+            out.answer(&sandbox, &sandbox.id, |out| show(out, &sandbox))?;
+        }
+        SandboxCommand::WriteFile(args) => files::write(client, out, args).await?,
+        SandboxCommand::ReadFile(args) => files::read(client, out, args).await?,
+        SandboxCommand::Exec(args) => return exec::run(client, out, args).await,
+        SandboxCommand::Stop(target) => {
+            out.progress("stopping …");
+            let sandbox: SandboxBody = client.post(&path(&target.sandbox, "/stop"), &json!({})).await?;
+            out.answer(&sandbox, &sandbox.id, |out| {
+                let next = match sandbox.state {
+                    State::Destroyed => "miosa sandbox list".to_owned(),
+                    _ => format!("miosa sandbox resume {}", sandbox.id),
+                };
+                changed(out, &sandbox, &next)
+            })?;
+        }
+        SandboxCommand::Resume(target) => {
+            out.progress("starting …");
+            let sandbox: SandboxBody = client.post(&path(&target.sandbox, "/resume"), &json!({})).await?;
+            out.answer(&sandbox, &sandbox.id, |out| {
+                changed(out, &sandbox, &format!("miosa sandbox exec {} -- COMMAND", sandbox.id))
+            })?;
+        }
+        SandboxCommand::Snapshot(args) => snapshot(client, out, args).await?,
+        SandboxCommand::Snapshots(command) => snapshots(client, out, command).await?,
+        SandboxCommand::Fork(args) => fork(client, out, args).await?,
+        SandboxCommand::Destroy(target) => {
+            let sandbox: SandboxBody = client.delete(&path(&target.sandbox, "")).await?;
+            out.answer(&sandbox, &sandbox.id, |out| changed(out, &sandbox, "miosa sandbox list"))?;
+        }
+        SandboxCommand::Extend { target, timeout } => {
+            let body = ExtendBody { timeout_sec: None, timeout_ms: timeout.map(millis) };
+            let sandbox: SandboxBody = client.post(&path(&target.sandbox, "/extend"), &body).await?;
+            out.answer(&sandbox, &sandbox.id, |_| {
+                let left = sandbox.timeout_remaining_ms.map_or("no limit".to_owned(), |ms| show_duration(from_ms(ms)));
+                format!("{} has {left} left", sandbox.name)
+            })?;
+        }
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// The route of a sandbox, by id or name.
+pub(super) fn path(sandbox: &str, rest: &str) -> String {
+    format!("/sandboxes/{}{rest}", escape(sandbox))
+}
+
+pub(super) fn millis(duration: Duration) -> u64 {
+    duration.as_millis() as u64
+}
+
+fn from_ms(ms: u64) -> Duration {
+    // People do not want the milliseconds of minutes.
+    if ms >= 1_000 { Duration::from_secs(ms / 1_000) } else { Duration::from_millis(ms) }
+}
+
+async fn create(client: &Client, out: Out, args: CreateArgs) -> Result<()> {
+    let body = CreateBody {
+        template_id: args.template,
+        snapshot_id: args.snapshot,
+        name: args.name,
+        size: args.size,
+        cpu_count: args.cpu,
+        memory_mb: args.memory,
+        disk_size_mb: args.disk,
+        timeout_sec: None,
+        timeout_ms: args.timeout.map(millis),
+        persistent: Some(!args.non_persistent),
+        env: Some(args.env.into_iter().collect()).filter(|e: &std::collections::BTreeMap<_, _>| !e.is_empty()),
+        metadata: None,
+        tags: Some(args.tag).filter(|t| !t.is_empty()),
+        auto_start: args.no_start.then_some(false),
+    };
+    if args.wait {
+        out.progress("creating, and waiting until it can be used …");
+    }
+    let sandbox: SandboxBody = client.post(&format!("/sandboxes?wait={}", args.wait), &body).await?;
+    out.answer(&sandbox, &sandbox.id, |out| {
+        changed(out, &sandbox, &format!("miosa sandbox exec {} -- COMMAND", sandbox.id))
+    })
+}
+
+async fn list(client: &Client, out: Out, state: Option<String>) -> Result<()> {
+    let query = state.map(|s| format!("?state={}", escape(&s))).unwrap_or_default();
+    let sandboxes: Vec<SandboxBody> = client.get(&format!("/sandboxes{query}")).await?;
+    let ids: Vec<_> = sandboxes.iter().map(|s| s.id.as_str()).collect();
+    out.answer(&sandboxes, &ids.join("\n"), |out| {
+        if sandboxes.is_empty() {
+            return format!(
+                "no sandboxes\n{}",
+                out.next_step("miosa sandbox create --template base --name NAME --wait")
+            );
+        }
+        let rows: Vec<_> = sandboxes
+            .iter()
+            .map(|s| {
+                vec![
+                    s.id.clone(),
+                    s.name.clone(),
+                    s.state.name().to_owned(),
+                    s.template_id.clone().unwrap_or_default(),
+                    if s.persistent { "yes" } else { "no" }.to_owned(),
+                    s.timeout_remaining_ms.map(|ms| show_duration(from_ms(ms))).unwrap_or_default(),
+                    age(s.created_at),
+                ]
+            })
+            .collect();
+        out.table(&["ID", "NAME", "STATE", "TEMPLATE", "PERSISTENT", "TIME LEFT", "AGE"], &rows)
+    })
+}
+
+fn age(since: jiff::Timestamp) -> String {
+    let seconds = jiff::Timestamp::now().as_second().saturating_sub(since.as_second()).max(0);
+    show_duration(Duration::from_secs(seconds as u64).max(Duration::from_secs(1)))
+}
+
+fn show(out: &Out, s: &SandboxBody) -> String {
+    let mut fields = vec![
+        ("id", s.id.clone()),
+        ("name", s.name.clone()),
+        ("state", s.state.name().to_owned()),
+        ("template", s.template_id.clone().unwrap_or_default()),
+        ("size", format!("{} cpu, {} MiB memory, {} disk", s.cpu_count, s.memory_mb, show_bytes(s.disk_size_mb << 20))),
+        ("persistent", if s.persistent { "yes" } else { "no" }.to_owned()),
+        ("timeout", s.timeout_sec.map_or("no limit".to_owned(), |t| show_duration(Duration::from_secs(t)))),
+        ("created", s.created_at.to_string()),
+    ];
+    let mut optional = |key, value: Option<String>| fields.extend(value.map(|v| (key, v)));
+    optional("time left", s.timeout_remaining_ms.map(|ms| show_duration(from_ms(ms))));
+    optional("from snapshot", s.snapshot_id.clone());
+    optional("forked from", s.forked_from.clone());
+    optional("started", s.started_at.map(|t| t.to_string()));
+    optional("boot", s.boot_ms.map(|ms| format!("{ms} ms")));
+    optional("destroyed", s.destroyed_at.map(|t| t.to_string()));
+    optional("last error", s.last_error.clone());
+    out.fields(&fields)
+}
+
+/// What became of a sandbox, and what to do next.
+fn changed(out: &Out, s: &SandboxBody, next: &str) -> String {
+    let mut text = format!("{} {} is {}", s.id, out.strong(&s.name), s.state.name());
+    if let (State::Running, Some(ms)) = (s.state, s.boot_ms) {
+        text.push_str(&format!(" (booted in {ms} ms)"));
+    }
+    if let Some(error) = &s.last_error {
+        text.push_str(&format!("\nnote: {error}"));
+    }
+    format!("{text}\n{}", out.next_step(next))
+}
+
+async fn snapshot(client: &Client, out: Out, args: SnapshotArgs) -> Result<()> {
+    let body = SnapshotRequestBody { comment: args.name };
+    let snapshot: SnapshotBody = client.post(&path(&args.target.sandbox, "/snapshots"), &body).await?;
+    out.answer(&snapshot, &snapshot.id, |out| {
+        let mut text = format!("{} {}", snapshot.id, out.strong(snapshot.comment.as_deref().unwrap_or("(unnamed)")));
+        if snapshot.consistency == Consistency::Crash {
+            text.push_str("\nnote: the guest was not frozen; the state is as after a power cut");
+        }
+        format!(
+            "{text}\n{}",
+            out.next_step(&format!("miosa sandbox create --snapshot {} --name NAME --wait", snapshot.id))
+        )
+    })
+}
+
+async fn snapshots(client: &Client, out: Out, command: SnapshotsCommand) -> Result<()> {
+    let route = |target: &SnapshotTarget| match target.keys.as_slice() {
+        [sandbox, snapshot] => path(sandbox, &format!("/snapshots/{}", escape(snapshot))),
+        keys => format!("/snapshots/{}", escape(keys.last().map_or("", String::as_str))),
+    };
+    match command {
+        SnapshotsCommand::List { sandbox } => {
+            let route = sandbox.map_or("/snapshots".to_owned(), |s| path(&s, "/snapshots"));
+            let snapshots: Vec<SnapshotBody> = client.get(&route).await?;
+            let ids: Vec<_> = snapshots.iter().map(|s| s.id.as_str()).collect();
+            out.answer(&snapshots, &ids.join("\n"), |out| {
+                if snapshots.is_empty() {
+                    return format!("no snapshots\n{}", out.next_step("miosa sandbox snapshot SANDBOX --name NAME"));
+                }
+                let row = |s: &SnapshotBody| {
+                    let consistency = match s.consistency {
+                        Consistency::Filesystem => "filesystem",
+                        Consistency::Crash => "crash",
+                    };
+                    let name = s.comment.clone().unwrap_or_default();
+                    vec![
+                        s.id.clone(),
+                        name,
+                        s.sandbox_id.clone(),
+                        s.status.clone(),
+                        consistency.to_owned(),
+                        age(s.created_at),
+                    ]
+                };
+                let rows: Vec<_> = snapshots.iter().map(row).collect();
+                out.table(&["ID", "NAME", "SANDBOX", "STATUS", "CONSISTENCY", "AGE"], &rows)
+            })
+        }
+        SnapshotsCommand::Get(target) => {
+            let snapshot: Value = client.get(&route(&target)).await?;
+            let id = snapshot["id"].as_str().unwrap_or_default().to_owned();
+            out.answer(&snapshot, &id, |out| {
+                let field = |key| match &snapshot[key] {
+                    Value::String(text) => text.clone(),
+                    Value::Null => String::new(),
+                    other => other.to_string(),
+                };
+                out.fields(
+                    &["id", "comment", "sandbox_id", "status", "consistency", "created_at", "size_bytes"]
+                        .map(|k| (k, field(k))),
+                )
+            })
+        }
+        SnapshotsCommand::Delete(target) => {
+            let snapshot: SnapshotBody = client.delete(&route(&target)).await?;
+            out.answer(&snapshot, &snapshot.id, |out| {
+                format!(
+                    "{} is deleted\n{}",
+                    snapshot.id,
+                    out.next_step(&format!("miosa sandbox snapshots list {}", snapshot.sandbox_id))
+                )
+            })
+        }
+    }
+}
+
+async fn fork(client: &Client, out: Out, args: ForkArgs) -> Result<()> {
+    let body = ForkBody {
+        name: args.name,
+        count: args.count,
+        snapshot_id: args.snapshot,
+        timeout_sec: None,
+        timeout_ms: args.timeout.map(millis),
+        metadata: None,
+    };
+    let route = path(&args.target.sandbox, &format!("/fork?wait={}", args.wait));
+    if args.wait {
+        out.progress("forking, and waiting until the children can be used …");
+    }
+    if args.count.is_some() {
+        let children: Vec<SandboxBody> = client.post(&route, &body).await?;
+        let ids: Vec<_> = children.iter().map(|s| s.id.as_str()).collect();
+        return out.answer(&children, &ids.join("\n"), |out| {
+            let rows: Vec<_> =
+                children.iter().map(|s| vec![s.id.clone(), s.name.clone(), s.state.name().to_owned()]).collect();
+            format!(
+                "{}\n{}",
+                out.table(&["ID", "NAME", "STATE"], &rows),
+                out.next_step("miosa sandbox exec ID -- COMMAND")
+            )
+        });
+    }
+    let child: SandboxBody = client.post(&route, &body).await?;
+    out.answer(&child, &child.id, |out| {
+        changed(out, &child, &format!("miosa sandbox exec {} -- COMMAND (starts it)", child.id))
+    })
+}

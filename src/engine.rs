@@ -1,0 +1,523 @@
+//! The engine: sandboxes as long-lived records, sessions as the compute attached to them now.
+//!
+//! [`Engine`] holds the registry and speaks to callers; each [`sandbox::Sandbox`] is driven by one owner at a time and
+//! decides by the table in [`lifecycle`]. Durable truth is in the store: a record is written in the same transaction as
+//! the disk operation it belongs to, so a crash leaves both or neither, and [`recover`] has only to finish what was in
+//! progress.
+//!
+//! Trace of a fork: [`Engine::fork`] → registry (names reserved) → the parent's owner lock → table → freeze through the
+//! agent → one transaction (child disks and child records: the commit point) → thaw → children in the registry, paused.
+//!
+//! Every operation that changes something runs in a task of its own: a caller that goes away does not leave it half done.
+
+pub mod attach;
+mod checkpoint;
+pub mod error;
+mod guest;
+pub mod lifecycle;
+pub mod records;
+mod recover;
+mod registry;
+mod sandbox;
+mod session;
+mod template;
+
+use std::collections::BTreeMap;
+use std::future::Future;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use jiff::Timestamp;
+use storage::{SnapshotId, Source, Store};
+use tokio::sync::{Notify, Semaphore};
+use vmm::Vmm;
+
+use attach::DiskFrontend;
+use error::{Error, Kind, Result};
+use lifecycle::State;
+use records::{Record, SandboxRecord, SnapshotRecord, TemplateRecord};
+use registry::Registry;
+use sandbox::Sandbox;
+
+pub use checkpoint::ForkRequest;
+pub(crate) use guest::check_env;
+pub use guest::{ExecSpec, GuestReader, GuestWriter, RunningExec};
+pub use template::{BASE, BootFiles, BuildRequest, ImageSource, Progress, TemplateBuilder};
+pub use vmm::agent::ExecEvent;
+
+/// Settings of the engine that do not change while it runs.
+#[derive(Debug, Clone)]
+pub struct Settings {
+    /// Directory of sessions' sockets and logs; emptied at start.
+    pub run_root: PathBuf,
+    /// How machines are accelerated.
+    pub accel: vmm::Accel,
+    /// Network of machines.
+    pub network: vmm::Network,
+    /// Added to the guest kernel's command line.
+    pub kernel_args: Vec<String>,
+    /// From the start of a machine to its agent's answer.
+    pub boot_deadline: Duration,
+    /// For an orderly shutdown; a guest that takes longer is killed.
+    pub stop_deadline: Duration,
+    /// For one call to the guest's agent that should be quick.
+    pub agent_deadline: Duration,
+    /// For freezing the file system; a guest that takes longer is snapshot as it is.
+    pub freeze_deadline: Duration,
+    /// Machines that may boot at once; more wait.
+    pub concurrent_boots: usize,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Self {
+            run_root: PathBuf::from("run"),
+            accel: vmm::Accel::Tcg,
+            network: vmm::Network::User,
+            kernel_args: Vec::new(),
+            boot_deadline: Duration::from_secs(120),
+            stop_deadline: Duration::from_secs(45),
+            agent_deadline: Duration::from_secs(30),
+            freeze_deadline: Duration::from_secs(15),
+            concurrent_boots: std::thread::available_parallelism().map_or(2, |n| n.get().max(2)),
+        }
+    }
+}
+
+/// What an engine is made of.
+pub struct Parts {
+    /// The store, open.
+    pub store: Store,
+    /// Runs machines.
+    pub vmm: Arc<dyn Vmm>,
+    /// Shows disks to machines.
+    pub disks: Arc<dyn DiskFrontend>,
+    /// Kernel, initramfs and template images.
+    pub templates: Arc<dyn TemplateBuilder>,
+    /// The rest.
+    pub settings: Settings,
+}
+
+/// What everything in the engine shares.
+pub(crate) struct Shared {
+    pub(crate) store: Store,
+    pub(crate) vmm: Arc<dyn Vmm>,
+    pub(crate) disks: Arc<dyn DiskFrontend>,
+    pub(crate) templates: Arc<dyn TemplateBuilder>,
+    pub(crate) settings: Settings,
+    pub(crate) registry: Registry,
+    pub(crate) boots: Semaphore,
+    closing: AtomicBool,
+    seal_wanted: Notify,
+}
+
+impl Shared {
+    /// Runs a call of the store where it may block.
+    pub(crate) async fn with_store<T: Send + 'static>(
+        &self,
+        call: impl FnOnce(&Store) -> Result<T> + Send + 'static,
+    ) -> Result<T> {
+        let store = self.store.clone();
+        tokio::task::spawn_blocking(move || call(&store))
+            .await
+            .map_err(|e| Error::internal(format!("a call of the store did not end: {e}")))?
+    }
+
+    /// Asks for what was written to be packed, some time soon.
+    pub(crate) fn want_seal(&self) {
+        self.seal_wanted.notify_one();
+    }
+
+    fn check_open(&self) -> Result<()> {
+        if self.closing.load(Ordering::Acquire) {
+            return Err(Error::new(Kind::ShuttingDown, "the daemon is shutting down").hint("try again when it is back"));
+        }
+        Ok(())
+    }
+}
+
+/// A sandbox as callers see it.
+#[derive(Debug, Clone)]
+pub struct SandboxView {
+    /// The record.
+    pub record: SandboxRecord,
+    /// What is left of the session's time, if it is limited.
+    pub timeout_remaining: Option<Duration>,
+    /// How long the present session has lasted.
+    pub session_age: Option<Duration>,
+}
+
+/// What a new sandbox starts from.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Origin {
+    /// A template, by name.
+    Template(String),
+    /// A snapshot, by id or by unique name.
+    Snapshot(String),
+}
+
+/// A new sandbox.
+#[derive(Debug, Clone)]
+pub struct CreateRequest {
+    /// What its disk starts as.
+    pub origin: Origin,
+    /// Its name; without one, its id.
+    pub name: Option<String>,
+    /// Virtual processors.
+    pub cpus: u32,
+    /// Memory.
+    pub memory_mib: u64,
+    /// The disk must be at least this large.
+    pub disk_mib: Option<u64>,
+    /// How long a session may last.
+    pub timeout: Option<Duration>,
+    /// Keep the file system when a session ends.
+    pub persistent: bool,
+    /// Environment of every exec.
+    pub env: BTreeMap<String, String>,
+    /// The caller's own notes.
+    pub metadata: serde_json::Map<String, serde_json::Value>,
+    /// The caller's own labels.
+    pub tags: Vec<String>,
+    /// Start a session; without, the sandbox is paused.
+    pub start: bool,
+    /// Answer when the agent answers, not before.
+    pub wait: bool,
+}
+
+/// The engine. Share it in an `Arc`.
+pub struct Engine {
+    shared: Arc<Shared>,
+    sealer: tokio::task::JoinHandle<()>,
+}
+
+impl Engine {
+    /// Opens the engine on an open store: ends what a previous daemon left, then serves.
+    pub async fn open(parts: Parts) -> Result<Arc<Engine>> {
+        let Parts { store, vmm, disks, templates, settings } = parts;
+        let boots = Semaphore::new(settings.concurrent_boots.max(1));
+        let shared = Arc::new(Shared {
+            store,
+            vmm,
+            disks,
+            templates,
+            settings,
+            registry: Registry::default(),
+            boots,
+            closing: AtomicBool::new(false),
+            seal_wanted: Notify::new(),
+        });
+        recover::run(&shared).await?;
+        let sealer = tokio::spawn(seal_when_wanted(shared.clone()));
+        Ok(Arc::new(Engine { shared, sealer }))
+    }
+
+    /// Runs `work` to its end even if the caller goes away.
+    async fn detached<T: Send + 'static>(&self, work: impl Future<Output = Result<T>> + Send + 'static) -> Result<T> {
+        self.shared.check_open()?;
+        tokio::spawn(work).await.unwrap_or_else(|e| Err(Error::internal(format!("an operation did not end: {e}"))))
+    }
+
+    /// The sandbox of this id or name.
+    fn find(&self, key: &str) -> Result<Arc<Sandbox>> {
+        self.shared.registry.sandbox(key)
+    }
+
+    /// Makes a sandbox and starts its first session.
+    pub async fn create(&self, request: CreateRequest) -> Result<SandboxView> {
+        let shared = self.shared.clone();
+        self.detached(async move {
+            let (source, base) = resolve_origin(&shared, &request.origin)?;
+            if let Some(wanted) = request.disk_mib
+                && wanted << 20 > base.disk_size_bytes
+            {
+                return Err(Error::invalid(format!(
+                    "a disk of {wanted} MiB was asked for, but {} has {} MiB",
+                    base.what,
+                    base.disk_size_bytes >> 20
+                ))
+                .hint("build a template with a larger disk: miosa template build NAME --disk SIZE"));
+            }
+            let id = records::new_id("sb");
+            let name = request.name.clone().unwrap_or_else(|| id.clone());
+            let reservation = shared.registry.reserve_names(std::slice::from_ref(&name))?;
+            let record = SandboxRecord {
+                id,
+                name,
+                state: if request.start { State::Creating } else { State::Paused },
+                disk: storage::DiskId(0),
+                disk_size_bytes: base.disk_size_bytes,
+                template: base.template,
+                from_snapshot: base.snapshot_id,
+                forked_from: None,
+                cpus: request.cpus,
+                memory_mib: request.memory_mib,
+                timeout_ms: request.timeout.map(|t| t.as_millis() as u64),
+                persistent: request.persistent,
+                env: request.env,
+                metadata: request.metadata,
+                tags: request.tags,
+                unclean: base.unclean,
+                last_error: None,
+                machine_id: records::new_machine_id(),
+                created_at: Timestamp::now(),
+                started_at: None,
+                ready_at: None,
+                boot_ms: None,
+                destroyed_at: None,
+                total_runtime_ms: 0,
+            };
+            // The commit point: the disk and the record that names it.
+            let record = shared
+                .with_store(move |store| {
+                    let mut record = record;
+                    let mut tx = store.begin();
+                    record.disk = tx.fork(source, &record.id);
+                    tx.put_record(SandboxRecord::KIND, &record.id, record.encode()?);
+                    tx.commit_durable()?;
+                    Ok(record)
+                })
+                .await?;
+            let sandbox = Sandbox::new(shared.clone(), record);
+            // Locked before anybody can find it, so that the first session is the first thing that happens to it.
+            let owner = sandbox.own().await;
+            shared.registry.insert(sandbox.clone(), reservation);
+            if !request.start {
+                return Ok(sandbox.view());
+            }
+            let starting = tokio::spawn({
+                let sandbox = sandbox.clone();
+                async move { sandbox.start_first(owner).await }
+            });
+            if request.wait {
+                let started = starting.await;
+                started
+                    .unwrap_or_else(|e| Err(Error::internal(format!("the first start did not end: {e}"))))
+                    .map_err(|e| e.about_sandbox(sandbox.id()))?;
+            }
+            Ok(sandbox.view())
+        })
+        .await
+    }
+
+    /// Sandboxes, oldest first; destroyed ones only when asked for by state.
+    pub fn list(&self, state: Option<State>) -> Vec<SandboxView> {
+        let mut views: Vec<_> = self.shared.registry.sandboxes().iter().map(|s| s.view()).collect();
+        views.retain(|v| match state {
+            Some(state) => v.record.state == state,
+            None => v.record.state != State::Destroyed,
+        });
+        views.sort_by(|a, b| (a.record.created_at, &a.record.id).cmp(&(b.record.created_at, &b.record.id)));
+        views
+    }
+
+    /// One sandbox, by id or name; a destroyed one by its id.
+    pub fn show(&self, key: &str) -> Result<SandboxView> {
+        Ok(self.find(key)?.view())
+    }
+
+    /// One sandbox that is not destroyed, by name.
+    pub fn show_by_name(&self, name: &str) -> Result<SandboxView> {
+        Ok(self.shared.registry.sandbox_by_name(name)?.view())
+    }
+
+    /// Ends the session in an orderly way; the file system is kept (of a non-persistent sandbox: destroyed).
+    pub async fn stop(&self, key: &str) -> Result<SandboxView> {
+        let sandbox = self.find(key)?;
+        self.detached(async move { sandbox.stop().await }).await
+    }
+
+    /// Starts a session unless there is one.
+    pub async fn resume(&self, key: &str) -> Result<SandboxView> {
+        let sandbox = self.find(key)?;
+        self.detached(async move { sandbox.resume().await }).await
+    }
+
+    /// Gives the session this much time from now (or its own timeout anew), and later ones as much.
+    pub async fn extend(&self, key: &str, timeout: Option<Duration>) -> Result<SandboxView> {
+        let sandbox = self.find(key)?;
+        self.detached(async move { sandbox.extend(timeout).await }).await
+    }
+
+    /// Deletes a sandbox and its disk. Snapshots taken of it stay until they are deleted.
+    pub async fn destroy(&self, key: &str) -> Result<SandboxView> {
+        let sandbox = self.find(key)?;
+        self.detached(async move { sandbox.destroy().await }).await
+    }
+
+    /// Takes a named state.
+    pub async fn snapshot(&self, key: &str, comment: Option<String>) -> Result<SnapshotRecord> {
+        let sandbox = self.find(key)?;
+        check_comment(comment.as_deref())?;
+        self.detached(async move { sandbox.snapshot(comment).await }).await
+    }
+
+    /// Makes sandboxes on the present state of another.
+    pub async fn fork(&self, key: &str, request: ForkRequest) -> Result<Vec<SandboxView>> {
+        let sandbox = self.find(key)?;
+        self.detached(async move { sandbox.fork(request).await }).await
+    }
+
+    /// Snapshots, oldest first: of one sandbox (which may be gone), or all.
+    pub fn snapshots(&self, sandbox: Option<&str>) -> Result<Vec<SnapshotRecord>> {
+        let id = sandbox.map(|key| self.find(key).map(|s| s.id().to_owned())).transpose()?;
+        let mut all = self.shared.registry.snapshots();
+        all.retain(|s| id.as_ref().is_none_or(|id| *id == s.sandbox_id));
+        all.sort_by(|a, b| (a.created_at, &a.id).cmp(&(b.created_at, &b.id)));
+        Ok(all)
+    }
+
+    /// A snapshot by id or by unique name; `sandbox` narrows the choice.
+    pub fn find_snapshot(&self, key: &str, sandbox: Option<&str>) -> Result<SnapshotRecord> {
+        let id = sandbox.map(|key| self.find(key).map(|s| s.id().to_owned())).transpose()?;
+        self.shared.registry.snapshot(key, id.as_deref())
+    }
+
+    /// Deletes a snapshot. Sandboxes made from it do not need it.
+    pub async fn delete_snapshot(&self, key: &str, sandbox: Option<&str>) -> Result<SnapshotRecord> {
+        let record = self.find_snapshot(key, sandbox)?;
+        let shared = self.shared.clone();
+        self.detached(async move {
+            // Out of the registry first, so that of two callers one deletes and the other finds nothing.
+            let record = shared.registry.take_snapshot(&record.id)?;
+            let (state, key) = (record.snapshot, record.id.clone());
+            let deleted = shared
+                .with_store(move |store| {
+                    let mut tx = store.begin();
+                    tx.delete_snapshot(state);
+                    tx.delete_record(SnapshotRecord::KIND, &key);
+                    Ok(tx.commit_durable()?)
+                })
+                .await;
+            if let Err(error) = deleted {
+                shared.registry.insert_snapshot(record);
+                return Err(error);
+            }
+            Ok(record)
+        })
+        .await
+    }
+
+    /// Templates, by name.
+    pub fn templates(&self) -> Vec<TemplateRecord> {
+        self.shared.registry.templates()
+    }
+
+    /// One template.
+    pub fn template(&self, name: &str) -> Result<TemplateRecord> {
+        self.shared.registry.template(name)
+    }
+
+    /// Builds or imports a template; `progress` hears about the steps.
+    pub async fn build_template(
+        &self,
+        request: BuildRequest,
+        progress: impl Fn(String) + Send + Sync + 'static,
+    ) -> Result<TemplateRecord> {
+        let shared = self.shared.clone();
+        self.detached(async move { template::build(&shared, request, Arc::new(progress)).await }).await
+    }
+
+    /// Deletes a template. Sandboxes made from it do not need it.
+    pub async fn delete_template(&self, name: &str) -> Result<TemplateRecord> {
+        let (shared, name) = (self.shared.clone(), name.to_owned());
+        self.detached(async move { template::delete(&shared, &name).await }).await
+    }
+
+    /// What the store holds and costs.
+    pub async fn store_stats(&self) -> Result<storage::Stats> {
+        self.shared.with_store(|store| Ok(store.stats()?)).await
+    }
+
+    /// Packs everything written so far.
+    pub async fn store_seal(&self) -> Result<storage::SealReport> {
+        self.shared.check_open()?;
+        self.shared.with_store(|store| Ok(store.seal()?)).await
+    }
+
+    /// Ends the engine: no new operations, running sandboxes are stopped in an orderly way (those that do not make it
+    /// by the deadline are killed; what they flushed is kept), the store is closed.
+    pub async fn shutdown(&self, deadline: Duration) -> Result<()> {
+        self.shared.closing.store(true, Ordering::Release);
+        let mut stops = tokio::task::JoinSet::new();
+        for sandbox in self.shared.registry.sandboxes() {
+            stops.spawn(async move { sandbox.shut_down().await });
+        }
+        let all = async { while stops.join_next().await.is_some() {} };
+        if tokio::time::timeout(deadline, all).await.is_err() {
+            tracing::warn!("some sandboxes did not stop in time; their machines are killed");
+            stops.abort_all();
+            for sandbox in self.shared.registry.sandboxes() {
+                sandbox.kill_machine().await;
+            }
+        }
+        self.sealer.abort();
+        self.shared.with_store(|store| Ok(store.close()?)).await
+    }
+}
+
+impl Drop for Engine {
+    fn drop(&mut self) {
+        self.sealer.abort();
+        // Sandboxes and what they share hold each other.
+        self.shared.registry.clear();
+    }
+}
+
+async fn seal_when_wanted(shared: Arc<Shared>) {
+    loop {
+        shared.seal_wanted.notified().await;
+        match shared.with_store(|store| Ok(store.seal()?)).await {
+            Ok(report) => tracing::debug!(?report, "sealed"),
+            Err(error) => tracing::warn!(%error, "sealing failed; it is tried again after the next stop"),
+        }
+    }
+}
+
+/// What a sandbox inherits from where it starts.
+struct Base {
+    what: String,
+    disk_size_bytes: u64,
+    template: Option<String>,
+    snapshot_id: Option<String>,
+    unclean: bool,
+}
+
+fn resolve_origin(shared: &Shared, origin: &Origin) -> Result<(Source, Base)> {
+    let (state, base): (SnapshotId, Base) = match origin {
+        Origin::Template(name) => {
+            let template = shared.registry.template(name)?;
+            let base = Base {
+                what: format!("template {name}"),
+                disk_size_bytes: template.disk_size_bytes,
+                template: Some(template.name),
+                snapshot_id: None,
+                unclean: false,
+            };
+            (template.snapshot, base)
+        }
+        Origin::Snapshot(key) => {
+            let snapshot = shared.registry.snapshot(key, None)?;
+            let base = Base {
+                what: format!("snapshot {}", snapshot.id),
+                disk_size_bytes: snapshot.disk_size_bytes,
+                template: snapshot.template,
+                snapshot_id: Some(snapshot.id),
+                unclean: snapshot.consistency == records::Consistency::Crash,
+            };
+            (snapshot.snapshot, base)
+        }
+    };
+    Ok((Source::Snapshot(state), base))
+}
+
+fn check_comment(comment: Option<&str>) -> Result<()> {
+    match comment {
+        Some(c) if c.is_empty() || c.len() > 256 || c.chars().any(char::is_control) => {
+            Err(Error::invalid("a snapshot's name must have 1 to 256 bytes and no control characters"))
+        }
+        _ => Ok(()),
+    }
+}

@@ -1,0 +1,222 @@
+//! One consistent point in time of a sandbox: what snapshot and fork are made of.
+//!
+//! Running: freeze the file system through the agent (the guest writes back what it holds and stops writing), commit one
+//! transaction, thaw. Nothing in between depends on the size of the disk. Paused: the transaction alone. If the guest
+//! does not freeze in time, or thawed by itself before the transaction was over, the state is still exact at the level
+//! of the disk, as after a power cut, and the answer says so.
+
+use std::sync::Arc;
+
+use jiff::Timestamp;
+use storage::{Source, Store};
+
+use super::error::{Error, Result};
+use super::lifecycle::{Request, State};
+use super::records::{Consistency, Record, SandboxRecord, SnapshotRecord, new_id, new_machine_id};
+use super::sandbox::{OwnerGuard, Sandbox};
+use super::session::{Session, within};
+use super::{SandboxView, Shared};
+
+/// Most children of one call.
+const MAX_FORKS: u32 = 1_000;
+
+/// New sandboxes on the state of another.
+#[derive(Debug, Clone)]
+pub struct ForkRequest {
+    /// Name of the child; with a count above one, `NAME-1`, `NAME-2` and so on. Without one, the child's id.
+    pub name: Option<String>,
+    /// How many children.
+    pub count: u32,
+    /// From this snapshot of the sandbox and not from its present state.
+    pub snapshot: Option<String>,
+    /// Timeout of the children's sessions, if not the parent's.
+    pub timeout: Option<std::time::Duration>,
+    /// Notes of the children, if not the parent's.
+    pub metadata: Option<serde_json::Map<String, serde_json::Value>>,
+    /// Start a session in each child and answer when their agents do; without, children are paused until used.
+    pub wait: bool,
+}
+
+impl Sandbox {
+    /// Commits at one consistent point. Consistent means that of the file system, unless told otherwise.
+    async fn at_one_point<T: Clone + Send + 'static>(
+        self: &Arc<Self>,
+        owner: &mut OwnerGuard,
+        request: Request,
+        commit: impl FnOnce(&Store, Consistency) -> Result<T> + Send + 'static,
+        amend: impl FnOnce(&Store, &T) -> Result<()> + Send + 'static,
+    ) -> Result<(T, Consistency)> {
+        let Some(next) = self.decide(request)? else {
+            // At rest: the disk is all there is.
+            let consistency = if self.record().unclean { Consistency::Crash } else { Consistency::Filesystem };
+            let done = self.shared.with_store(move |store| commit(store, consistency)).await?;
+            return Ok((done, consistency));
+        };
+        let Some(session) = &owner.session else {
+            return Err(Error::internal(format!("sandbox {} is running without a session", self.name())));
+        };
+        self.publish(|r| r.state = next);
+        let frozen = freeze(&self.shared, session).await;
+        let hoped = if frozen { Consistency::Filesystem } else { Consistency::Crash };
+        let committed = self.shared.with_store(move |store| commit(store, hoped)).await;
+        // Also after a failed freeze: it may have taken effect late.
+        let stayed_frozen = thaw(&self.shared, session).await;
+        if let Ok(Some(after)) = self.decide(Request::CheckpointDone) {
+            self.publish(|r| r.state = after);
+        }
+        let done = committed?;
+        if hoped == Consistency::Filesystem && !stayed_frozen {
+            let told = done.clone();
+            self.shared.with_store(move |store| amend(store, &told)).await?;
+            return Ok((done, Consistency::Crash));
+        }
+        Ok((done, hoped))
+    }
+
+    pub(super) async fn snapshot(self: &Arc<Self>, comment: Option<String>) -> Result<SnapshotRecord> {
+        let mut owner = self.own().await;
+        let of = self.record();
+        let take = move |store: &Store, consistency| {
+            let mut tx = store.begin();
+            let id = new_id("snap");
+            let record = SnapshotRecord {
+                snapshot: tx.snapshot(of.disk, &id),
+                id,
+                sandbox_id: of.id,
+                comment,
+                disk_size_bytes: of.disk_size_bytes,
+                consistency,
+                template: of.template,
+                created_at: Timestamp::now(),
+            };
+            tx.put_record(SnapshotRecord::KIND, &record.id, record.encode()?);
+            tx.commit_durable()?;
+            Ok(record)
+        };
+        let amend = |store: &Store, record: &SnapshotRecord| {
+            let record = SnapshotRecord { consistency: Consistency::Crash, ..record.clone() };
+            let mut tx = store.begin();
+            tx.put_record(SnapshotRecord::KIND, &record.id, record.encode()?);
+            Ok(tx.commit_durable()?)
+        };
+        let (mut record, consistency) = self.at_one_point(&mut owner, Request::Snapshot, take, amend).await?;
+        record.consistency = consistency;
+        self.shared.registry.insert_snapshot(record.clone());
+        Ok(record)
+    }
+
+    pub(super) async fn fork(self: &Arc<Self>, request: ForkRequest) -> Result<Vec<SandboxView>> {
+        if !(1..=MAX_FORKS).contains(&request.count) {
+            return Err(Error::invalid(format!("a fork makes 1 to {MAX_FORKS} children, not {}", request.count)));
+        }
+        let mut owner = self.own().await;
+        let shared = self.shared.clone();
+        let parent = self.record();
+        let from =
+            request.snapshot.as_deref().map(|key| shared.registry.snapshot(key, Some(&parent.id))).transpose()?;
+
+        let ids: Vec<String> = (0..request.count).map(|_| new_id("sb")).collect();
+        let names: Vec<String> = match (&request.name, request.count) {
+            (None, _) => ids.clone(),
+            (Some(name), 1) => vec![name.clone()],
+            (Some(name), count) => (1..=count).map(|n| format!("{name}-{n}")).collect(),
+        };
+        let reservation = shared.registry.reserve_names(&names)?;
+
+        let mut children = Vec::new();
+        for (id, name) in ids.into_iter().zip(names) {
+            children.push(SandboxRecord {
+                id,
+                name,
+                state: State::Paused,
+                forked_from: Some(parent.id.clone()),
+                from_snapshot: from.as_ref().map(|s| s.id.clone()),
+                timeout_ms: request.timeout.map(|t| t.as_millis() as u64).or(parent.timeout_ms),
+                metadata: request.metadata.clone().unwrap_or_else(|| parent.metadata.clone()),
+                last_error: None,
+                machine_id: new_machine_id(),
+                created_at: Timestamp::now(),
+                started_at: None,
+                ready_at: None,
+                boot_ms: None,
+                destroyed_at: None,
+                total_runtime_ms: 0,
+                ..parent.clone()
+            });
+        }
+        // The commit point: before it there is no child, after it there are all of them, paused.
+        let source = from.as_ref().map_or(Source::Disk(parent.disk), |s| Source::Snapshot(s.snapshot));
+        let commit = move |store: &Store, consistency| {
+            let mut tx = store.begin();
+            for child in &mut children {
+                child.disk = tx.fork(source, &child.id);
+                child.unclean = consistency == Consistency::Crash;
+                tx.put_record(SandboxRecord::KIND, &child.id, child.encode()?);
+            }
+            tx.commit_durable()?;
+            Ok(children)
+        };
+        let amend = |store: &Store, children: &Vec<SandboxRecord>| {
+            let mut tx = store.begin();
+            for child in children {
+                let child = SandboxRecord { unclean: true, ..child.clone() };
+                tx.put_record(SandboxRecord::KIND, &child.id, child.encode()?);
+            }
+            Ok(tx.commit_durable()?)
+        };
+        let children = match from {
+            Some(snapshot) => {
+                self.decide(Request::Fork)?;
+                shared.with_store(move |store| commit(store, snapshot.consistency)).await?
+            }
+            None => {
+                let (mut children, consistency) = self.at_one_point(&mut owner, Request::Fork, commit, amend).await?;
+                children.iter_mut().for_each(|c| c.unclean = consistency == Consistency::Crash);
+                children
+            }
+        };
+        drop(owner);
+
+        let children: Vec<_> = children.into_iter().map(|record| Sandbox::new(shared.clone(), record)).collect();
+        shared.registry.insert_all(children.clone(), reservation);
+        // A child that would not outlive its session has one from the start.
+        if request.wait || !parent.persistent {
+            let starts: Vec<_> =
+                children.iter().cloned().map(|child| tokio::spawn(async move { child.resume().await })).collect();
+            if request.wait {
+                for start in starts {
+                    start.await.map_err(|e| Error::internal(format!("a child's start did not end: {e}")))??;
+                }
+            }
+        }
+        Ok(children.iter().map(|child| child.view()).collect())
+    }
+}
+
+/// Whether the file system is frozen now.
+async fn freeze(shared: &Shared, session: &Session) -> bool {
+    let agent = session.agent();
+    // The guest thaws by itself should we not be able to tell it to.
+    let auto_thaw = shared.settings.freeze_deadline + shared.settings.agent_deadline;
+    let call = async { Ok(agent.freeze(auto_thaw).await?) };
+    match within(shared.settings.freeze_deadline, "freezing the file system", call).await {
+        Ok(()) => true,
+        Err(error) => {
+            tracing::warn!(%error, "the guest's file system could not be frozen; the state is as after a power cut");
+            false
+        }
+    }
+}
+
+/// Whether it had been frozen until now.
+async fn thaw(shared: &Shared, session: &Session) -> bool {
+    let agent = session.agent();
+    let call = async { Ok(agent.thaw().await?) };
+    match within(shared.settings.agent_deadline, "thawing the file system", call).await {
+        Ok(was_frozen) => was_frozen,
+        Err(error) => {
+            tracing::error!(%error, "the guest did not answer a thaw; it thaws by itself");
+            false
+        }
+    }
+}

@@ -1,0 +1,193 @@
+//! The engine's error: a stable kind, a sentence of context, and what to do about it.
+//!
+//! The kind maps once to the API's code and HTTP status here; the command line derives its exit code from the status.
+
+use std::fmt;
+
+/// Result of the engine's fallible calls.
+pub type Result<T> = std::result::Result<T, Error>;
+
+/// What went wrong, as far as a caller can act on it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Kind {
+    /// No sandbox has this id or name.
+    SandboxNotFound,
+    /// The sandbox existed and was destroyed.
+    SandboxDestroyed,
+    /// No snapshot has this id or name.
+    SnapshotNotFound,
+    /// Several snapshots have this name.
+    SnapshotAmbiguous,
+    /// No template has this name.
+    TemplateNotFound,
+    /// Another sandbox has this name.
+    NameTaken,
+    /// An argument is malformed or out of range.
+    InvalidInput,
+    /// The request needs a running session and does not start one.
+    NotRunning,
+    /// Another call is changing this sandbox.
+    Busy,
+    /// The session ended while the call was using it.
+    SessionEnded,
+    /// The guest has no such file.
+    FileNotFound,
+    /// The guest refuses the access to a file.
+    GuestFile,
+    /// The guest's own file system is full.
+    GuestDiskFull,
+    /// The guest has no such program (or working directory, or user).
+    CommandNotFound,
+    /// The program could not be started in the guest.
+    CommandFailed,
+    /// The guest's agent did not answer in time.
+    AgentTimeout,
+    /// The program that runs machines is not installed.
+    MachineUnavailable,
+    /// A kernel, an initramfs or the guest's agent is missing.
+    ImageMissing,
+    /// The machine did not come up.
+    BootFailed,
+    /// The file system that holds the state directory is full.
+    StorageFull,
+    /// Stored bytes are damaged, and are not served.
+    StorageDamaged,
+    /// The store refuses writes until it is opened again.
+    StoragePoisoned,
+    /// The store failed in another way.
+    Storage,
+    /// The daemon is about to end.
+    ShuttingDown,
+    /// A defect of ours.
+    Internal,
+}
+
+impl Kind {
+    /// The API's error code.
+    pub fn code(self) -> &'static str {
+        match self {
+            Kind::SandboxNotFound => "sandbox_not_found",
+            Kind::SandboxDestroyed => "sandbox_destroyed",
+            Kind::SnapshotNotFound => "snapshot_not_found",
+            Kind::SnapshotAmbiguous => "snapshot_ambiguous",
+            Kind::TemplateNotFound => "template_not_found",
+            Kind::NameTaken => "name_taken",
+            Kind::InvalidInput => "invalid_input",
+            Kind::NotRunning => "sandbox_not_running",
+            Kind::Busy => "sandbox_busy",
+            Kind::SessionEnded => "session_ended",
+            Kind::FileNotFound => "file_not_found",
+            Kind::GuestFile => "file_error",
+            Kind::GuestDiskFull => "guest_disk_full",
+            Kind::CommandNotFound => "command_not_found",
+            Kind::CommandFailed => "command_failed",
+            Kind::AgentTimeout => "agent_timeout",
+            Kind::MachineUnavailable => "machine_unavailable",
+            Kind::ImageMissing => "image_missing",
+            Kind::BootFailed => "boot_failed",
+            Kind::StorageFull => "storage_full",
+            Kind::StorageDamaged => "storage_damaged",
+            Kind::StoragePoisoned => "storage_poisoned",
+            Kind::Storage => "storage_error",
+            Kind::ShuttingDown => "shutting_down",
+            Kind::Internal => "internal_error",
+        }
+    }
+
+    /// The HTTP status that goes with it.
+    pub fn status(self) -> u16 {
+        match self {
+            Kind::SandboxNotFound | Kind::SnapshotNotFound | Kind::TemplateNotFound | Kind::FileNotFound => 404,
+            Kind::SandboxDestroyed => 410,
+            Kind::SnapshotAmbiguous | Kind::NameTaken | Kind::NotRunning | Kind::Busy | Kind::SessionEnded => 409,
+            Kind::InvalidInput
+            | Kind::GuestFile
+            | Kind::GuestDiskFull
+            | Kind::CommandNotFound
+            | Kind::CommandFailed => 422,
+            Kind::AgentTimeout => 504,
+            Kind::MachineUnavailable | Kind::ImageMissing | Kind::ShuttingDown | Kind::StoragePoisoned => 503,
+            Kind::StorageFull => 507,
+            Kind::BootFailed | Kind::StorageDamaged | Kind::Storage | Kind::Internal => 500,
+        }
+    }
+
+    /// Whether the same call may succeed when made again, with nothing else changed.
+    pub fn retryable(self) -> bool {
+        matches!(self, Kind::Busy | Kind::SessionEnded | Kind::AgentTimeout | Kind::BootFailed | Kind::ShuttingDown)
+    }
+}
+
+/// An error of the engine.
+#[derive(Debug, Clone)]
+pub struct Error {
+    kind: Kind,
+    message: String,
+    hint: Option<String>,
+}
+
+impl Error {
+    /// An error of `kind`; `message` says what was tried, on what, and why it failed.
+    pub fn new(kind: Kind, message: impl Into<String>) -> Self {
+        Self { kind, message: message.into(), hint: None }
+    }
+
+    /// Adds what the user can do next.
+    pub fn hint(mut self, hint: impl Into<String>) -> Self {
+        self.hint = Some(hint.into());
+        self
+    }
+
+    /// Adds that the sandbox is there all the same.
+    pub(crate) fn about_sandbox(mut self, id: &str) -> Self {
+        let kept = format!("sandbox {id} was created; start it again with: miosa sandbox resume {id}");
+        self.hint = Some(match self.hint {
+            Some(hint) => format!("{hint}; {kept}"),
+            None => kept,
+        });
+        self
+    }
+
+    /// The stable kind.
+    pub fn kind(&self) -> Kind {
+        self.kind
+    }
+
+    /// What the user can do next.
+    pub fn hint_text(&self) -> Option<&str> {
+        self.hint.as_deref()
+    }
+
+    pub(crate) fn invalid(message: impl Into<String>) -> Self {
+        Self::new(Kind::InvalidInput, message)
+    }
+
+    pub(crate) fn internal(message: impl Into<String>) -> Self {
+        Self::new(Kind::Internal, message)
+    }
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.message)
+    }
+}
+
+impl std::error::Error for Error {}
+
+impl From<storage::Error> for Error {
+    fn from(error: storage::Error) -> Self {
+        use storage::ErrorKind;
+        let message = error.to_string();
+        match error.kind() {
+            ErrorKind::NoSpace => Self::new(Kind::StorageFull, message)
+                .hint("free space on the file system of the state directory, or destroy sandboxes and snapshots; nothing was lost"),
+            ErrorKind::Damaged => Self::new(Kind::StorageDamaged, message),
+            ErrorKind::Poisoned => Self::new(Kind::StoragePoisoned, message)
+                .hint("a disk sync failed earlier; check the disk, then restart the daemon"),
+            ErrorKind::Closed => Self::new(Kind::ShuttingDown, "the daemon is shutting down"),
+            ErrorKind::InvalidInput => Self::new(Kind::InvalidInput, message),
+            _ => Self::new(Kind::Storage, message),
+        }
+    }
+}

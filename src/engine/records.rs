@@ -1,0 +1,248 @@
+//! What the daemon remembers: one record a sandbox, snapshot and template, as JSON in the store.
+//!
+//! A record is written in the same transaction as the disk operation it describes, so after a crash there is never one
+//! without the other. Unknown fields are ignored and new ones have defaults, so records outlive versions.
+
+use std::collections::BTreeMap;
+
+use jiff::Timestamp;
+use rand::RngExt;
+use serde::{Deserialize, Serialize, de::DeserializeOwned};
+use storage::{DiskId, SnapshotId};
+
+use super::error::{Error, Result};
+use super::lifecycle::State;
+
+/// A sandbox.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct SandboxRecord {
+    /// `sb-…`, unique for ever.
+    pub id: String,
+    /// What the user calls it; unique among sandboxes that are not destroyed.
+    pub name: String,
+    /// Where it is in its life.
+    pub state: State,
+    /// Its writable root. Gone once destroyed.
+    pub disk: DiskId,
+    /// Size of that disk.
+    pub disk_size_bytes: u64,
+    /// The template it came from, through any snapshots and forks in between.
+    pub template: Option<String>,
+    /// The snapshot it was created from.
+    #[serde(default)]
+    pub from_snapshot: Option<String>,
+    /// The sandbox it was forked from.
+    #[serde(default)]
+    pub forked_from: Option<String>,
+    /// Virtual processors of its machines.
+    pub cpus: u32,
+    /// Memory of its machines.
+    pub memory_mib: u64,
+    /// How long a session may last; none: until it is stopped.
+    pub timeout_ms: Option<u64>,
+    /// Whether the file system is kept when a session ends.
+    pub persistent: bool,
+    /// Environment of every exec.
+    #[serde(default)]
+    pub env: BTreeMap<String, String>,
+    /// The caller's own notes.
+    #[serde(default)]
+    pub metadata: serde_json::Map<String, serde_json::Value>,
+    /// The caller's own labels.
+    #[serde(default)]
+    pub tags: Vec<String>,
+    /// The last session did not end in an orderly shutdown: the file system is as after a power cut.
+    #[serde(default)]
+    pub unclean: bool,
+    /// Why it is where it is, if that was not asked for.
+    #[serde(default)]
+    pub last_error: Option<String>,
+    /// 32 hex digits; a guest's `/etc/machine-id`.
+    pub machine_id: String,
+    /// When the record was made.
+    pub created_at: Timestamp,
+    /// When the present or last session was started.
+    #[serde(default)]
+    pub started_at: Option<Timestamp>,
+    /// When its agent answered.
+    #[serde(default)]
+    pub ready_at: Option<Timestamp>,
+    /// From the start of the machine to the agent's answer.
+    #[serde(default)]
+    pub boot_ms: Option<u64>,
+    /// When it was destroyed.
+    #[serde(default)]
+    pub destroyed_at: Option<Timestamp>,
+    /// Sum of all ended sessions.
+    #[serde(default)]
+    pub total_runtime_ms: u64,
+}
+
+/// How much of a running machine's work a snapshot is certain to hold.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Consistency {
+    /// Everything written before the call: the file system was frozen, or was not mounted.
+    Filesystem,
+    /// Everything flushed before the call, as after a power cut: the guest did not answer in time.
+    Crash,
+}
+
+/// A snapshot.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct SnapshotRecord {
+    /// `snap-…`, unique for ever.
+    pub id: String,
+    /// The sandbox it was taken of, which may be gone.
+    pub sandbox_id: String,
+    /// What the user calls it; need not be unique.
+    pub comment: Option<String>,
+    /// The state in the store.
+    pub snapshot: SnapshotId,
+    /// Size of the disk it was taken of.
+    pub disk_size_bytes: u64,
+    /// What it is certain to hold.
+    pub consistency: Consistency,
+    /// The template the sandbox came from.
+    pub template: Option<String>,
+    /// When it was taken.
+    pub created_at: Timestamp,
+}
+
+/// A template.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct TemplateRecord {
+    /// What `--template` takes; its key.
+    pub name: String,
+    /// The state in the store.
+    pub snapshot: SnapshotId,
+    /// Size of the disk.
+    pub disk_size_bytes: u64,
+    /// Bytes of the image that are not zero.
+    pub data_bytes: u64,
+    /// Where the image came from, for people.
+    pub origin: String,
+    /// When it was made.
+    pub created_at: Timestamp,
+}
+
+/// A kind of record.
+pub(crate) trait Record: Serialize + DeserializeOwned {
+    /// The store's name of the kind.
+    const KIND: &'static str;
+    /// The store's key of this one.
+    fn key(&self) -> &str;
+
+    fn encode(&self) -> Result<Vec<u8>> {
+        serde_json::to_vec(self)
+            .map_err(|e| Error::internal(format!("could not encode {} record {}: {e}", Self::KIND, self.key())))
+    }
+}
+
+impl Record for SandboxRecord {
+    const KIND: &'static str = "sandbox";
+    fn key(&self) -> &str {
+        &self.id
+    }
+}
+
+impl Record for SnapshotRecord {
+    const KIND: &'static str = "snapshot";
+    fn key(&self) -> &str {
+        &self.id
+    }
+}
+
+impl Record for TemplateRecord {
+    const KIND: &'static str = "template";
+    fn key(&self) -> &str {
+        &self.name
+    }
+}
+
+/// All records of a kind. One that cannot be read is an error: it names a disk that must not be collected.
+pub(crate) fn load_all<R: Record>(store: &storage::Store) -> Result<Vec<R>> {
+    store
+        .records(R::KIND)
+        .into_iter()
+        .map(|(key, bytes)| {
+            serde_json::from_slice(&bytes)
+                .map_err(|e| Error::internal(format!("{} record {key} cannot be read: {e}", R::KIND)))
+        })
+        .collect()
+}
+
+/// A new id: the prefix and 60 random bits in letters and digits that are not mistaken for each other.
+pub(crate) fn new_id(prefix: &str) -> String {
+    const ALPHABET: &[u8; 32] = b"0123456789abcdefghjkmnpqrstvwxyz";
+    let mut random: u64 = rand::rng().random();
+    let mut id = format!("{prefix}-");
+    for _ in 0..12 {
+        id.push(char::from(ALPHABET[(random & 31) as usize]));
+        random >>= 5;
+    }
+    id
+}
+
+/// 32 random hex digits.
+pub(crate) fn new_machine_id() -> String {
+    format!("{:032x}", rand::rng().random::<u128>())
+}
+
+/// Letters, digits and hyphens, for a host name.
+pub(crate) fn slug(name: &str) -> String {
+    let mut slug = String::new();
+    for c in name.chars() {
+        if c.is_ascii_alphanumeric() {
+            slug.push(c.to_ascii_lowercase());
+        } else if !slug.is_empty() && !slug.ends_with('-') {
+            slug.push('-');
+        }
+    }
+    slug.truncate(63);
+    let slug = slug.trim_end_matches('-');
+    if slug.is_empty() { "sandbox".to_owned() } else { slug.to_owned() }
+}
+
+/// Names of sandboxes and templates: 1 to 64 letters, digits, spaces, `.`, `_`, `-`, starting with a letter or digit.
+pub(crate) fn check_name(what: &str, name: &str) -> Result<()> {
+    let good = |c: char| c.is_ascii_alphanumeric() || matches!(c, ' ' | '.' | '_' | '-');
+    let starts = name.chars().next().is_some_and(|c| c.is_ascii_alphanumeric());
+    if !starts || name.len() > 64 || !name.chars().all(good) || name.ends_with(' ') {
+        return Err(Error::invalid(format!("{what} name {name:?} is not allowed"))
+            .hint("use 1 to 64 letters, digits, spaces, '.', '_' or '-', starting with a letter or digit"));
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ids_are_lower_case_and_fresh() {
+        let a = new_id("sb");
+        assert_eq!(a.len(), 15);
+        assert!(a.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-'), "{a}");
+        assert_ne!(a, new_id("sb"));
+        assert_eq!(new_machine_id().len(), 32);
+    }
+
+    #[test]
+    fn slugs_are_host_names() {
+        assert_eq!(slug("my-agent-workspace"), "my-agent-workspace");
+        assert_eq!(slug("  After: deps  Installed! "), "after-deps-installed");
+        assert_eq!(slug("日本"), "sandbox");
+        assert!(slug(&"x-".repeat(60)).len() <= 63);
+    }
+
+    #[test]
+    fn names_are_checked() {
+        for name in ["a", "my-agent-workspace", "A b.c_d-9"] {
+            assert!(check_name("sandbox", name).is_ok(), "{name}");
+        }
+        for name in ["", "-a", " a", "a ", "a/b", "a\n", "ü", &"x".repeat(65)] {
+            assert!(check_name("sandbox", name).is_err(), "{name:?}");
+        }
+    }
+}

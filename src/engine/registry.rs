@@ -1,0 +1,228 @@
+//! Who exists, by id and by name. In memory; the store is the durable truth.
+//!
+//! One short lock, never held across a wait. A name is reserved before the transaction that makes it durable and given
+//! up if that fails, so two creates of one name cannot both succeed.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+
+use parking_lot::Mutex;
+
+use super::error::{Error, Kind, Result};
+use super::records::{SnapshotRecord, TemplateRecord, check_name};
+use super::sandbox::Sandbox;
+
+/// The registry.
+#[derive(Default)]
+pub(crate) struct Registry {
+    inner: Arc<Mutex<Inner>>,
+}
+
+#[derive(Default)]
+struct Inner {
+    sandboxes: BTreeMap<String, Arc<Sandbox>>,
+    /// Names in use, and names reserved by an operation in progress.
+    names: BTreeMap<String, Holder>,
+    snapshots: BTreeMap<String, SnapshotRecord>,
+    templates: BTreeMap<String, TemplateRecord>,
+    /// Templates being built.
+    building: BTreeSet<String>,
+}
+
+enum Holder {
+    Reserved,
+    Sandbox(String),
+}
+
+/// Names held for an operation in progress; given up when dropped unless a sandbox took them.
+pub(crate) struct Reservation {
+    inner: Arc<Mutex<Inner>>,
+    names: Vec<String>,
+}
+
+impl Drop for Reservation {
+    fn drop(&mut self) {
+        let mut inner = self.inner.lock();
+        for name in &self.names {
+            if matches!(inner.names.get(name), Some(Holder::Reserved)) {
+                inner.names.remove(name);
+            }
+        }
+    }
+}
+
+/// The one build of a template of this name; ends when dropped.
+pub(crate) struct Building {
+    inner: Arc<Mutex<Inner>>,
+    name: String,
+}
+
+impl Drop for Building {
+    fn drop(&mut self) {
+        self.inner.lock().building.remove(&self.name);
+    }
+}
+
+impl Registry {
+    /// Reserves all of these names or none.
+    pub(crate) fn reserve_names(&self, names: &[String]) -> Result<Reservation> {
+        let mut inner = self.inner.lock();
+        let mut seen = BTreeSet::new();
+        for name in names {
+            check_name("sandbox", name)?;
+            if !seen.insert(name) || inner.names.contains_key(name) || inner.sandboxes.contains_key(name) {
+                return Err(Error::new(Kind::NameTaken, format!("a sandbox named {name:?} exists already"))
+                    .hint(format!("choose another --name, or destroy it: miosa sandbox destroy {name:?}")));
+            }
+        }
+        for name in names {
+            inner.names.insert(name.clone(), Holder::Reserved);
+        }
+        Ok(Reservation { inner: self.inner.clone(), names: names.to_vec() })
+    }
+
+    /// Adds a sandbox under its reserved name.
+    pub(crate) fn insert(&self, sandbox: Arc<Sandbox>, reservation: Reservation) {
+        self.insert_all(vec![sandbox], reservation);
+    }
+
+    /// Adds sandboxes under their reserved names.
+    pub(crate) fn insert_all(&self, sandboxes: Vec<Arc<Sandbox>>, reservation: Reservation) {
+        let mut inner = self.inner.lock();
+        for sandbox in sandboxes {
+            inner.names.insert(sandbox.name(), Holder::Sandbox(sandbox.id().to_owned()));
+            inner.sandboxes.insert(sandbox.id().to_owned(), sandbox);
+        }
+        // The reservation's drop takes the lock.
+        drop(inner);
+        drop(reservation);
+    }
+
+    /// Adds a sandbox found in the store; a destroyed one holds no name.
+    pub(crate) fn restore(&self, sandbox: Arc<Sandbox>, live: bool) {
+        let mut inner = self.inner.lock();
+        if live {
+            inner.names.insert(sandbox.name(), Holder::Sandbox(sandbox.id().to_owned()));
+        }
+        inner.sandboxes.insert(sandbox.id().to_owned(), sandbox);
+    }
+
+    /// Gives up the name of a sandbox that was destroyed.
+    pub(crate) fn release_name(&self, name: &str, id: &str) {
+        let mut inner = self.inner.lock();
+        if matches!(inner.names.get(name), Some(Holder::Sandbox(holder)) if holder == id) {
+            inner.names.remove(name);
+        }
+    }
+
+    /// Forgets sandboxes.
+    pub(crate) fn forget(&self, ids: &[String]) {
+        let mut inner = self.inner.lock();
+        for id in ids {
+            inner.sandboxes.remove(id);
+        }
+    }
+
+    /// Forgets everybody: the engine goes.
+    pub(crate) fn clear(&self) {
+        let gone = std::mem::take(&mut *self.inner.lock());
+        drop(gone);
+    }
+
+    /// All sandboxes, destroyed ones too.
+    pub(crate) fn sandboxes(&self) -> Vec<Arc<Sandbox>> {
+        self.inner.lock().sandboxes.values().cloned().collect()
+    }
+
+    /// The sandbox of this id or name.
+    pub(crate) fn sandbox(&self, key: &str) -> Result<Arc<Sandbox>> {
+        let found = self.inner.lock().sandboxes.get(key).cloned();
+        match found {
+            Some(sandbox) => Ok(sandbox),
+            None => self.sandbox_by_name(key),
+        }
+    }
+
+    /// The live sandbox of this name.
+    pub(crate) fn sandbox_by_name(&self, name: &str) -> Result<Arc<Sandbox>> {
+        let inner = self.inner.lock();
+        let found = match inner.names.get(name) {
+            Some(Holder::Sandbox(id)) => inner.sandboxes.get(id).cloned(),
+            _ => None,
+        };
+        found.ok_or_else(|| {
+            Error::new(Kind::SandboxNotFound, format!("there is no sandbox {name:?}"))
+                .hint("list them: miosa sandbox list")
+        })
+    }
+
+    pub(crate) fn insert_snapshot(&self, record: SnapshotRecord) {
+        self.inner.lock().snapshots.insert(record.id.clone(), record);
+    }
+
+    pub(crate) fn snapshots(&self) -> Vec<SnapshotRecord> {
+        self.inner.lock().snapshots.values().cloned().collect()
+    }
+
+    /// A snapshot by id, or by a name that only one (of this sandbox, if given) has.
+    pub(crate) fn snapshot(&self, key: &str, sandbox_id: Option<&str>) -> Result<SnapshotRecord> {
+        let inner = self.inner.lock();
+        let fits = |s: &&SnapshotRecord| sandbox_id.is_none_or(|id| s.sandbox_id == id);
+        if let Some(found) = inner.snapshots.get(key).filter(fits) {
+            return Ok(found.clone());
+        }
+        let mut named = inner.snapshots.values().filter(fits).filter(|s| s.comment.as_deref() == Some(key));
+        match (named.next(), named.count()) {
+            (Some(found), 0) => Ok(found.clone()),
+            (Some(_), more) => {
+                Err(Error::new(Kind::SnapshotAmbiguous, format!("{} snapshots are named {key:?}", more + 1))
+                    .hint("use the snapshot's id: miosa sandbox snapshots list SANDBOX"))
+            }
+            (None, _) => Err(Error::new(Kind::SnapshotNotFound, format!("there is no snapshot {key:?}"))
+                .hint("list them: miosa sandbox snapshots list SANDBOX")),
+        }
+    }
+
+    /// Takes a snapshot out, by id.
+    pub(crate) fn take_snapshot(&self, id: &str) -> Result<SnapshotRecord> {
+        self.inner
+            .lock()
+            .snapshots
+            .remove(id)
+            .ok_or_else(|| Error::new(Kind::SnapshotNotFound, format!("there is no snapshot {id:?}")))
+    }
+
+    pub(crate) fn templates(&self) -> Vec<TemplateRecord> {
+        self.inner.lock().templates.values().cloned().collect()
+    }
+
+    pub(crate) fn template(&self, name: &str) -> Result<TemplateRecord> {
+        let inner = self.inner.lock();
+        inner.templates.get(name).cloned().ok_or_else(|| {
+            let error = Error::new(Kind::TemplateNotFound, format!("there is no template {name:?}"));
+            let known: Vec<_> = inner.templates.keys().map(String::as_str).collect();
+            match known.is_empty() {
+                true => error.hint("build one first: miosa template build base"),
+                false => error.hint(format!("there is: {}; or build it: miosa template build NAME", known.join(", "))),
+            }
+        })
+    }
+
+    /// Registers a template; the one of this name before, if any.
+    pub(crate) fn insert_template(&self, record: TemplateRecord) -> Option<TemplateRecord> {
+        self.inner.lock().templates.insert(record.name.clone(), record)
+    }
+
+    pub(crate) fn remove_template(&self, name: &str) {
+        self.inner.lock().templates.remove(name);
+    }
+
+    /// Claims the building (or deleting) of a template.
+    pub(crate) fn claim_template(&self, name: &str) -> Result<Building> {
+        if !self.inner.lock().building.insert(name.to_owned()) {
+            return Err(Error::new(Kind::Busy, format!("template {name:?} is being built or deleted"))
+                .hint("wait for that to end: miosa template list"));
+        }
+        Ok(Building { inner: self.inner.clone(), name: name.to_owned() })
+    }
+}

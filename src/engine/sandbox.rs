@@ -1,0 +1,417 @@
+//! One sandbox: its record, its session, and the one owner that changes them.
+//!
+//! Readers see [`Face`], a copy behind a short lock that is never held across a wait. Whoever wants to change anything
+//! takes the owner's lock, asks the table, does the work and publishes the outcome; callers queue on that lock, so two
+//! resumes start one session and a stop that meets an exec waits until the exec has been handed to the guest. Calls that
+//! last (exec, files) hold the lock only until they have begun; a stop ends them.
+//!
+//! Order at the end of a session, and what a crash leaves: (1) the guest shuts down: all it wrote is at the disk's front
+//! end; (2) the front end is detached: all of it is in the store; (3) the disk is flushed: all of it is durable; (4) the
+//! record says `paused`. A crash after (3) and before (4) leaves a record that says `running`, which [`super::recover`]
+//! reads as `paused`.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use jiff::Timestamp;
+use parking_lot::RwLock;
+use tokio::sync::{Mutex, OwnedMutexGuard};
+use tokio::time::Instant;
+
+use super::error::{Error, Kind, Result};
+use super::lifecycle::{Decision, Refusal, Request, State, decide};
+use super::records::{Record, SandboxRecord};
+use super::session::{Ending, Session};
+use super::{SandboxView, Shared};
+
+/// Destroyed sandboxes are remembered, so that a late caller is told what happened, but not without bound.
+const REMEMBERED_DESTROYED: usize = 1_000;
+
+/// A sandbox. Always in an `Arc`.
+pub(crate) struct Sandbox {
+    id: String,
+    pub(super) shared: Arc<Shared>,
+    face: RwLock<Face>,
+    owner: Arc<Mutex<Owner>>,
+}
+
+/// What readers see.
+struct Face {
+    record: SandboxRecord,
+    deadline: Option<Instant>,
+    session_began: Option<Instant>,
+}
+
+/// What the owner alone touches.
+#[derive(Default)]
+pub(super) struct Owner {
+    pub(super) session: Option<Session>,
+    sessions_begun: u64,
+}
+
+/// The owner's lock, held.
+pub(super) type OwnerGuard = OwnedMutexGuard<Owner>;
+
+impl Sandbox {
+    pub(super) fn new(shared: Arc<Shared>, record: SandboxRecord) -> Arc<Self> {
+        Arc::new(Self {
+            id: record.id.clone(),
+            shared,
+            face: RwLock::new(Face { record, deadline: None, session_began: None }),
+            owner: Arc::default(),
+        })
+    }
+
+    pub(super) fn id(&self) -> &str {
+        &self.id
+    }
+
+    pub(super) fn name(&self) -> String {
+        self.face.read().record.name.clone()
+    }
+
+    pub(super) fn record(&self) -> SandboxRecord {
+        self.face.read().record.clone()
+    }
+
+    pub(super) fn view(&self) -> SandboxView {
+        let face = self.face.read();
+        let now = Instant::now();
+        SandboxView {
+            record: face.record.clone(),
+            timeout_remaining: face.deadline.map(|d| d.saturating_duration_since(now)),
+            session_age: face.session_began.map(|b| now.saturating_duration_since(b)),
+        }
+    }
+
+    /// Waits for its turn.
+    pub(super) async fn own(&self) -> OwnerGuard {
+        self.owner.clone().lock_owned().await
+    }
+
+    /// Asks the table. With the owner's lock held no transition is in progress, so nobody is told to wait but by a
+    /// defect; that is refused rather than guessed at.
+    pub(super) fn decide(&self, request: Request) -> Result<Option<State>> {
+        let (state, persistent) = {
+            let face = self.face.read();
+            (face.record.state, face.record.persistent)
+        };
+        let name = self.name();
+        match decide(state, request, persistent) {
+            Decision::Next(next) => Ok(Some(next)),
+            Decision::Stay => Ok(None),
+            Decision::Wait => {
+                Err(Error::new(Kind::Busy, format!("sandbox {name} is {}", state.name())).hint("try again in a moment"))
+            }
+            Decision::Refuse(Refusal::Destroyed) => {
+                Err(Error::new(Kind::SandboxDestroyed, format!("sandbox {} has been destroyed", self.id))
+                    .hint("its state is gone; create a new one: miosa sandbox create --template NAME"))
+            }
+            Decision::Refuse(Refusal::NotRunning) => {
+                Err(Error::new(Kind::NotRunning, format!("sandbox {name} is {}, not running", state.name()))
+                    .hint(format!("start a session: miosa sandbox resume {}", self.id)))
+            }
+            Decision::Refuse(Refusal::Stale) => {
+                Err(Error::internal(format!("{request:?} does not fit sandbox {name}, which is {}", state.name())))
+            }
+        }
+    }
+
+    /// Changes what readers see.
+    pub(super) fn publish(&self, change: impl FnOnce(&mut SandboxRecord)) {
+        change(&mut self.face.write().record);
+    }
+
+    fn publish_deadline(&self, deadline: Option<Instant>) {
+        self.face.write().deadline = deadline;
+    }
+
+    /// Makes the record durable as it is now.
+    pub(super) async fn save(&self) -> Result<()> {
+        let record = self.record();
+        self.shared
+            .with_store(move |store| {
+                let mut tx = store.begin();
+                tx.put_record(SandboxRecord::KIND, &record.id, record.encode()?);
+                Ok(tx.commit_durable()?)
+            })
+            .await
+    }
+
+    /// Saves, where the operation has had its effect already: after a crash the record is corrected by recovery.
+    async fn save_or_warn(&self) {
+        if let Err(error) = self.save().await {
+            tracing::warn!(sandbox = %self.id, %error, "the record could not be saved; it is corrected at the next start");
+        }
+    }
+
+    /// The first session, with the lock taken before the sandbox could be found.
+    pub(super) async fn start_first(self: &Arc<Self>, mut owner: OwnerGuard) -> Result<()> {
+        self.begin_session(&mut owner).await
+    }
+
+    pub(super) async fn resume(self: &Arc<Self>) -> Result<SandboxView> {
+        let mut owner = self.own().await;
+        self.ensure_session(&mut owner, Request::Resume).await?;
+        Ok(self.view())
+    }
+
+    /// Sees that there is a session, starting one if the table says so.
+    pub(super) async fn ensure_session(self: &Arc<Self>, owner: &mut OwnerGuard, request: Request) -> Result<()> {
+        if self.decide(request)?.is_none() {
+            return Ok(());
+        }
+        self.publish(|r| r.state = State::Creating);
+        self.begin_session(owner).await
+    }
+
+    /// Starts a session; the state is `creating`.
+    async fn begin_session(self: &Arc<Self>, owner: &mut OwnerGuard) -> Result<()> {
+        self.shared.check_open().inspect_err(|_| self.publish(|r| r.state = State::Paused))?;
+        owner.sessions_begun += 1;
+        self.publish(|r| {
+            r.last_error = None;
+            r.started_at = Some(Timestamp::now());
+            r.ready_at = None;
+        });
+        let begun = match self.save().await {
+            Ok(()) => Session::begin(&self.shared, &self.record(), owner.sessions_begun).await,
+            Err(error) => Err(error),
+        };
+        match begun {
+            Ok(session) => {
+                self.decide(Request::Started)?;
+                self.publish(|r| {
+                    r.state = State::Running;
+                    // Until an orderly end says otherwise.
+                    r.unclean = true;
+                    r.ready_at = Some(Timestamp::now());
+                    r.boot_ms = Some(session.boot.as_millis() as u64);
+                });
+                {
+                    let mut face = self.face.write();
+                    face.session_began = Some(session.began);
+                    face.deadline = session.deadline();
+                }
+                session.supervise(self.clone());
+                owner.session = Some(session);
+                self.save_or_warn().await;
+                Ok(())
+            }
+            Err(error) => {
+                self.decide(Request::StartFailed)?;
+                self.publish(|r| {
+                    r.state = State::Error;
+                    r.last_error = Some(error.to_string());
+                });
+                self.save_or_warn().await;
+                Err(error)
+            }
+        }
+    }
+
+    pub(super) async fn stop(self: &Arc<Self>) -> Result<SandboxView> {
+        let mut owner = self.own().await;
+        if let Some(next) = self.decide(Request::Stop)? {
+            self.rest(&mut owner, next, Ending::Orderly, None).await?;
+        }
+        Ok(self.view())
+    }
+
+    /// The session's time is up, unless it was extended while this waited for its turn.
+    pub(super) async fn expired(self: &Arc<Self>, session: u64) {
+        let mut owner = self.own().await;
+        match &owner.session {
+            Some(s) if s.number == session && s.deadline().is_some_and(|d| d <= Instant::now()) => {}
+            _ => return,
+        }
+        let ended = match self.decide(Request::Expired) {
+            Ok(Some(next)) => self.rest(&mut owner, next, Ending::Orderly, None).await,
+            Ok(None) => Ok(()),
+            Err(error) => Err(error),
+        };
+        if let Err(error) = ended {
+            tracing::error!(sandbox = %self.id, %error, "a timeout could not be carried out in full");
+        }
+    }
+
+    /// The machine ended by itself.
+    pub(super) async fn machine_lost(self: &Arc<Self>, session: u64, how: vmm::ExitReason) {
+        let mut owner = self.own().await;
+        if owner.session.as_ref().is_none_or(|s| s.number != session) {
+            return;
+        }
+        let note = super::session::describe_loss(&how);
+        if let Some(note) = &note {
+            tracing::warn!(sandbox = %self.id, %note, "machine lost");
+        }
+        let ended = match self.decide(Request::MachineLost) {
+            Ok(Some(next)) => self.rest(&mut owner, next, Ending::AlreadyGone, note).await,
+            Ok(None) => Ok(()),
+            Err(error) => Err(error),
+        };
+        if let Err(error) = ended {
+            tracing::error!(sandbox = %self.id, %error, "the loss of a machine could not be recorded in full");
+        }
+    }
+
+    /// Ends the session, if there is one, and brings the sandbox to rest in `next`.
+    async fn rest(
+        self: &Arc<Self>,
+        owner: &mut OwnerGuard,
+        next: State,
+        how: Ending,
+        note: Option<String>,
+    ) -> Result<()> {
+        if next == State::Destroyed {
+            return self.remove(owner, how).await;
+        }
+        let ended = self.end_session(owner, how).await;
+        let problem = match &ended {
+            Ok(trouble) => trouble.clone().or(note.clone()),
+            Err(error) => Some(error.to_string()),
+        };
+        self.publish(|r| {
+            r.state = next;
+            r.last_error = problem;
+            if matches!(ended, Ok(None)) && note.is_none() {
+                r.unclean = false;
+            }
+        });
+        let saved = self.save().await;
+        self.shared.want_seal();
+        ended?;
+        saved
+    }
+
+    /// Ends the session. What went wrong in the guest is told as `Ok(Some)`: the file system is then as after a power
+    /// cut. An error means that what was written may not be durable.
+    async fn end_session(&self, owner: &mut OwnerGuard, how: Ending) -> Result<Option<String>> {
+        let Some(session) = owner.session.take() else { return Ok(None) };
+        let age = session.began.elapsed();
+        let ended = session.end(&self.shared, how).await;
+        {
+            let mut face = self.face.write();
+            face.deadline = None;
+            face.session_began = None;
+            face.record.total_runtime_ms += age.as_millis() as u64;
+        }
+        ended
+    }
+
+    pub(super) async fn destroy(self: &Arc<Self>) -> Result<SandboxView> {
+        let mut owner = self.own().await;
+        if self.decide(Request::Destroy)?.is_some() {
+            self.remove(&mut owner, Ending::Kill).await?;
+        }
+        Ok(self.view())
+    }
+
+    /// Deletes the disk, and leaves a record that says so.
+    async fn remove(self: &Arc<Self>, owner: &mut OwnerGuard, how: Ending) -> Result<()> {
+        // Nobody will read this disk again: no need to wait for the guest, or for durability.
+        let how = if matches!(how, Ending::Orderly) { Ending::Kill } else { how };
+        if let Err(error) = self.end_session(owner, how).await {
+            tracing::warn!(sandbox = %self.id, %error, "the last session of a sandbox to be destroyed");
+        }
+        let mut record = self.record();
+        record.state = State::Destroyed;
+        record.destroyed_at = Some(Timestamp::now());
+        record.last_error = None;
+        let to_save = record.clone();
+        let removed = self
+            .shared
+            .with_store(move |store| {
+                let mut tx = store.begin();
+                tx.delete_disk(to_save.disk);
+                tx.put_record(SandboxRecord::KIND, &to_save.id, to_save.encode()?);
+                Ok(tx.commit_durable()?)
+            })
+            .await;
+        if let Err(error) = removed {
+            // It is still there, without a session.
+            self.publish(|r| {
+                r.state = State::Paused;
+                r.last_error = Some(format!("could not be destroyed: {error}"));
+            });
+            return Err(error);
+        }
+        let name = record.name.clone();
+        self.publish(|r| *r = record);
+        self.shared.registry.release_name(&name, &self.id);
+        forget_long_destroyed(&self.shared).await;
+        Ok(())
+    }
+
+    pub(super) async fn extend(self: &Arc<Self>, timeout: Option<Duration>) -> Result<SandboxView> {
+        let owner = self.own().await;
+        self.decide(Request::Extend)?;
+        let own_timeout = self.record().timeout_ms.map(Duration::from_millis);
+        let Some(timeout) = timeout.or(own_timeout) else {
+            return Err(Error::invalid("the sandbox has no timeout to extend").hint("name one: --timeout 2h"));
+        };
+        if let Some(session) = &owner.session {
+            let deadline = Instant::now() + timeout;
+            session.set_deadline(deadline);
+            self.publish_deadline(Some(deadline));
+        }
+        self.publish(|r| r.timeout_ms = Some(timeout.as_millis() as u64));
+        self.save().await?;
+        Ok(self.view())
+    }
+
+    /// The daemon ends: as `stop`, and nothing is refused.
+    pub(super) async fn shut_down(self: &Arc<Self>) {
+        let mut owner = self.own().await;
+        if owner.session.is_none() {
+            return;
+        }
+        let ended = match self.decide(Request::Stop) {
+            Ok(Some(next)) => self.rest(&mut owner, next, Ending::Orderly, None).await,
+            Ok(None) => Ok(()),
+            Err(error) => Err(error),
+        };
+        if let Err(error) = ended {
+            tracing::error!(sandbox = %self.id, %error, "could not be stopped in full");
+        }
+    }
+
+    /// The daemon ends and has no more time: kills the machine if the owner is free, and flushes the disk.
+    pub(super) async fn kill_machine(&self) {
+        let Ok(mut owner) = self.owner.clone().try_lock_owned() else { return };
+        if let Err(error) = self.end_session(&mut owner, Ending::Kill).await {
+            tracing::error!(sandbox = %self.id, %error, "the disk of a killed machine");
+        }
+    }
+}
+
+/// Drops the oldest records of destroyed sandboxes beyond a bound.
+async fn forget_long_destroyed(shared: &Arc<Shared>) {
+    let mut gone: Vec<_> = shared
+        .registry
+        .sandboxes()
+        .iter()
+        .map(|s| s.record())
+        .filter(|r| r.state == State::Destroyed)
+        .map(|r| (r.destroyed_at, r.id))
+        .collect();
+    if gone.len() <= REMEMBERED_DESTROYED {
+        return;
+    }
+    gone.sort();
+    let ids: Vec<_> = gone.drain(..gone.len() - REMEMBERED_DESTROYED).map(|(_, id)| id).collect();
+    let keys = ids.clone();
+    let deleted = shared
+        .with_store(move |store| {
+            let mut tx = store.begin();
+            for key in &keys {
+                tx.delete_record(SandboxRecord::KIND, key);
+            }
+            Ok(tx.commit_durable()?)
+        })
+        .await;
+    match deleted {
+        Ok(()) => shared.registry.forget(&ids),
+        Err(error) => tracing::warn!(%error, "old records could not be dropped; tried again later"),
+    }
+}

@@ -1,0 +1,258 @@
+//! One run of a sandbox's machine: attach the disk, start, watch, end.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use storage::Disk;
+use tokio::sync::watch;
+use tokio::time::Instant;
+use vmm::{Agent, ExitReason, Machine, MachineSpec};
+
+use super::Shared;
+use super::attach::AttachedDisk;
+use super::error::{Error, Kind, Result};
+use super::records::{SandboxRecord, slug};
+use super::sandbox::Sandbox;
+
+/// How a session is to end.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Ending {
+    /// The guest shuts down; killed if it does not in time.
+    Orderly,
+    /// At once.
+    Kill,
+    /// The machine is gone already.
+    AlreadyGone,
+}
+
+/// A running machine and the disk it is attached to.
+pub(super) struct Session {
+    /// Counts the sandbox's sessions, so that a late event is known to be late.
+    pub(super) number: u64,
+    pub(super) machine: Arc<dyn Machine>,
+    attached: Option<Box<dyn AttachedDisk>>,
+    disk: Disk,
+    run_dir: PathBuf,
+    deadline: watch::Sender<Option<Instant>>,
+    pub(super) began: Instant,
+    /// From the call to the agent's answer.
+    pub(super) boot: Duration,
+}
+
+impl Session {
+    /// Starts a machine on the sandbox's disk. On failure nothing is left of it.
+    pub(super) async fn begin(shared: &Arc<Shared>, record: &SandboxRecord, number: u64) -> Result<Session> {
+        let boot_files = shared.templates.boot_files().await?;
+        let _slot = shared.boots.acquire().await.map_err(|_| Error::internal("no machine can be started any more"))?;
+        // The deadline of the session counts from here, not from when it waited for others.
+        let began = Instant::now();
+
+        let run_dir = shared.settings.run_root.join(&record.id);
+        let (id, dir, front) = (record.id.clone(), run_dir.clone(), shared.disks.clone());
+        let disk_id = record.disk;
+        let (disk, attached) = shared
+            .with_store(move |store| {
+                let disk = store.disk(disk_id)?;
+                private_dir(&dir)
+                    .map_err(|e| Error::internal(format!("could not make the directory {}: {e}", dir.display())))?;
+                let attached = front.attach(&id, &dir, disk.clone())?;
+                Ok((disk, attached))
+            })
+            .await?;
+        let spec = MachineSpec {
+            id: record.id.clone(),
+            run_dir: run_dir.clone(),
+            cpus: record.cpus,
+            memory_mib: u32::try_from(record.memory_mib).unwrap_or(u32::MAX),
+            kernel: boot_files.kernel,
+            initramfs: boot_files.initramfs,
+            disk: attached.attachment(),
+            accel: shared.settings.accel,
+            hostname: slug(&record.name),
+            network: shared.settings.network,
+            kernel_args: shared.settings.kernel_args.clone(),
+        };
+        let machine = match shared.vmm.start(spec, shared.settings.boot_deadline).await {
+            Ok(machine) => machine,
+            Err(error) => {
+                detach(attached).await;
+                return Err(error.into());
+            }
+        };
+        let boot = began.elapsed();
+        let timeout = record.timeout_ms.map(|ms| began + Duration::from_millis(ms));
+        let session = Session {
+            number,
+            machine,
+            attached: Some(attached),
+            disk,
+            run_dir,
+            deadline: watch::Sender::new(timeout),
+            began,
+            boot,
+        };
+        if let Err(error) = session.settle(shared, record).await {
+            // The machine is up but not usable.
+            if let Err(also) = session.end(shared, Ending::Kill).await {
+                tracing::error!(sandbox = %record.id, error = %also, "ending a session that could not be set up");
+            }
+            return Err(error);
+        }
+        Ok(session)
+    }
+
+    /// Gives the guest what makes it this sandbox and no other: the time, and its own machine id.
+    async fn settle(&self, shared: &Shared, record: &SandboxRecord) -> Result<()> {
+        let agent = self.machine.agent();
+        within(shared.settings.agent_deadline, "setting the guest's clock", async {
+            Ok(agent.set_clock(SystemTime::now()).await?)
+        })
+        .await?;
+        within(shared.settings.agent_deadline, "giving the guest its machine id", async {
+            super::guest::put_small_file(&agent, "/etc/machine-id", format!("{}\n", record.machine_id)).await
+        })
+        .await
+    }
+
+    /// When the session's time is up.
+    pub(super) fn deadline(&self) -> Option<Instant> {
+        *self.deadline.borrow()
+    }
+
+    /// Moves that.
+    pub(super) fn set_deadline(&self, deadline: Instant) {
+        self.deadline.send_replace(Some(deadline));
+    }
+
+    /// A client of the guest's agent.
+    pub(super) fn agent(&self) -> Agent {
+        self.machine.agent()
+    }
+
+    /// Watches over the session until it ends: its timeout, and a machine that ends by itself.
+    pub(super) fn supervise(&self, sandbox: Arc<Sandbox>) {
+        let (number, machine, mut deadline) = (self.number, self.machine.clone(), self.deadline.subscribe());
+        tokio::spawn(async move {
+            // `wait` alone keeps the machine's handle; it resolves however the machine ends, so this task ends too.
+            loop {
+                let due = *deadline.borrow_and_update();
+                tokio::select! {
+                    how = machine.wait() => {
+                        sandbox.machine_lost(number, how).await;
+                        return;
+                    }
+                    () = sleep_until(due) => {
+                        sandbox.expired(number).await;
+                        // Extended meanwhile, or ended (then the sender is gone).
+                        if deadline.changed().await.is_err() {
+                            return;
+                        }
+                    }
+                    changed = deadline.changed() => {
+                        if changed.is_err() {
+                            return;
+                        }
+                    }
+                }
+            }
+        });
+    }
+
+    /// Ends the machine, then makes all that it wrote durable. `Ok(Some)` says what went wrong in the guest; an error,
+    /// that the disk may not have everything.
+    pub(super) async fn end(mut self, shared: &Shared, how: Ending) -> Result<Option<String>> {
+        let reason = match how {
+            Ending::Orderly => self.machine.shutdown(shared.settings.stop_deadline).await,
+            Ending::Kill => self.machine.kill().await,
+            Ending::AlreadyGone => Ok(self.machine.wait().await),
+        };
+        let trouble = match (how, reason) {
+            (_, Err(error)) => Some(format!("the machine did not end: {error}")),
+            (Ending::Kill, Ok(_)) | (_, Ok(ExitReason::Shutdown)) => None,
+            (Ending::Orderly, Ok(ExitReason::Killed)) => Some(format!(
+                "the guest did not shut down within {} s and was killed; what it had not flushed is lost",
+                shared.settings.stop_deadline.as_secs()
+            )),
+            (_, Ok(other)) => describe_loss(&other),
+        };
+        if let Some(attached) = self.attached.take() {
+            detach(attached).await;
+        }
+        let disk = self.disk.clone();
+        shared.with_store(move |_| Ok(disk.flush()?)).await?;
+        if let Err(error) = tokio::fs::remove_dir_all(&self.run_dir).await
+            && error.kind() != std::io::ErrorKind::NotFound
+        {
+            tracing::debug!(dir = %self.run_dir.display(), %error, "the session's directory stays until the next start");
+        }
+        Ok(trouble)
+    }
+}
+
+/// What to tell about a machine that ended by itself; nothing if the guest powered off in order.
+pub(super) fn describe_loss(how: &ExitReason) -> Option<String> {
+    match how {
+        ExitReason::Shutdown => None,
+        ExitReason::Killed => Some("the machine was killed; what the guest had flushed is kept".to_owned()),
+        ExitReason::GuestReset => Some("the guest crashed or rebooted; what it had flushed is kept".to_owned()),
+        ExitReason::Failed { message } => {
+            Some(format!("the machine ended by itself ({message}); what the guest had flushed is kept"))
+        }
+    }
+}
+
+async fn detach(attached: Box<dyn AttachedDisk>) {
+    if let Err(error) = tokio::task::spawn_blocking(move || attached.detach()).await {
+        tracing::error!(%error, "detaching a disk did not end");
+    }
+}
+
+async fn sleep_until(due: Option<Instant>) {
+    match due {
+        Some(due) => tokio::time::sleep_until(due).await,
+        None => std::future::pending().await,
+    }
+}
+
+/// Runs a call to the guest that should be quick.
+pub(super) async fn within<T>(deadline: Duration, what: &str, call: impl Future<Output = Result<T>>) -> Result<T> {
+    match tokio::time::timeout(deadline, call).await {
+        Ok(done) => done,
+        Err(_) => Err(Error::new(Kind::AgentTimeout, format!("{what} took longer than {} s", deadline.as_secs()))
+            .hint("the guest is overloaded or stuck; try again, or stop and resume the sandbox")),
+    }
+}
+
+/// Makes a directory that nobody else can look into.
+fn private_dir(dir: &std::path::Path) -> std::io::Result<()> {
+    use std::os::unix::fs::DirBuilderExt;
+    std::fs::DirBuilder::new().recursive(true).mode(0o700).create(dir)
+}
+
+impl From<vmm::Error> for Error {
+    fn from(error: vmm::Error) -> Self {
+        use vmm::{ErrorKind, GuestErrorKind};
+        let kind = match error.kind {
+            ErrorKind::QemuMissing | ErrorKind::ToolMissing => Kind::MachineUnavailable,
+            ErrorKind::Invalid => Kind::InvalidInput,
+            ErrorKind::StartFailed | ErrorKind::BootTimeout | ErrorKind::Qmp => Kind::BootFailed,
+            ErrorKind::AgentTimeout | ErrorKind::Guest(GuestErrorKind::Timeout) => Kind::AgentTimeout,
+            ErrorKind::AgentLost | ErrorKind::Guest(GuestErrorKind::Cancelled) => Kind::SessionEnded,
+            ErrorKind::Guest(GuestErrorKind::Busy) => Kind::Busy,
+            ErrorKind::Guest(GuestErrorKind::NotFound) => Kind::FileNotFound,
+            ErrorKind::Guest(GuestErrorKind::NoSpace) => Kind::GuestDiskFull,
+            ErrorKind::Guest(_) => Kind::GuestFile,
+            ErrorKind::Image => Kind::ImageMissing,
+            ErrorKind::Io => Kind::Internal,
+        };
+        let converted = Error::new(kind, error.message);
+        match error.hint {
+            Some(hint) => converted.hint(hint),
+            None if kind == Kind::SessionEnded => {
+                converted.hint("the sandbox was stopped, or its machine ended; the next call starts a new session")
+            }
+            None => converted,
+        }
+    }
+}

@@ -1,0 +1,109 @@
+//! The front ends, as the engine asks for them.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use storage::Disk;
+use vmm::DiskAttachment;
+
+use super::Error;
+use crate::cli::{DiskFrontendArg, VmmArg};
+use crate::engine::attach::{AttachedDisk, DiskFrontend};
+use crate::engine::error::{Error as EngineError, Kind, Result};
+use crate::frontend::{FuseMount, VhostUserServer};
+
+/// The front end of the daemon's setting. A fake machine needs none.
+pub(super) fn open(
+    kind: DiskFrontendArg,
+    vmm: VmmArg,
+    dir: &Path,
+) -> std::result::Result<Arc<dyn DiskFrontend>, Error> {
+    match (vmm, kind) {
+        (VmmArg::Fake, _) => Ok(Arc::new(Unshown)),
+        (VmmArg::Qemu, DiskFrontendArg::VhostUser) => Ok(Arc::new(VhostUser)),
+        (VmmArg::Qemu, DiskFrontendArg::Fuse) => {
+            let mount = FuseMount::mount(dir).map_err(|e| {
+                Error::new(4, "fuse_unavailable", chain(&e)).hint("install fuse3, or use --disk-frontend vhost-user")
+            })?;
+            Ok(Arc::new(Fuse { mount: Arc::new(mount) }))
+        }
+    }
+}
+
+fn chain(error: &dyn std::error::Error) -> String {
+    match error.source() {
+        Some(source) => format!("{error}: {}", chain(source)),
+        None => error.to_string(),
+    }
+}
+
+/// One virtio-blk back end a disk.
+struct VhostUser;
+
+impl DiskFrontend for VhostUser {
+    fn attach(&self, _: &str, run_dir: &Path, disk: Disk) -> Result<Box<dyn AttachedDisk>> {
+        let server = VhostUserServer::start(disk, &run_dir.join("disk.sock"))
+            .map_err(|e| EngineError::new(Kind::MachineUnavailable, chain(&e)))?;
+        Ok(Box::new(VhostUserDisk(server)))
+    }
+}
+
+struct VhostUserDisk(VhostUserServer);
+
+impl AttachedDisk for VhostUserDisk {
+    fn attachment(&self) -> DiskAttachment {
+        DiskAttachment::VhostUserBlk { socket: self.0.socket().to_owned() }
+    }
+
+    fn detach(self: Box<Self>) {
+        self.0.stop();
+    }
+}
+
+/// One file a disk.
+struct Fuse {
+    mount: Arc<FuseMount>,
+}
+
+impl DiskFrontend for Fuse {
+    fn attach(&self, name: &str, _: &Path, disk: Disk) -> Result<Box<dyn AttachedDisk>> {
+        self.mount.add(name, disk).map_err(|e| EngineError::new(Kind::MachineUnavailable, chain(&e)))?;
+        Ok(Box::new(FuseDisk { mount: self.mount.clone(), name: name.to_owned() }))
+    }
+}
+
+struct FuseDisk {
+    mount: Arc<FuseMount>,
+    name: String,
+}
+
+impl AttachedDisk for FuseDisk {
+    fn attachment(&self) -> DiskAttachment {
+        DiskAttachment::RawFile { path: self.mount.path(&self.name) }
+    }
+
+    fn detach(self: Box<Self>) {
+        if !self.mount.remove(&self.name) {
+            tracing::warn!(name = %self.name, "a disk to be taken off the FUSE mount was not there");
+        }
+    }
+}
+
+/// For fake machines, which have files of their own.
+struct Unshown;
+
+impl DiskFrontend for Unshown {
+    fn attach(&self, _: &str, run_dir: &Path, _: Disk) -> Result<Box<dyn AttachedDisk>> {
+        Ok(Box::new(UnshownDisk(run_dir.join("disk"))))
+    }
+}
+
+struct UnshownDisk(std::path::PathBuf);
+
+impl AttachedDisk for UnshownDisk {
+    fn attachment(&self) -> DiskAttachment {
+        DiskAttachment::RawFile { path: self.0.clone() }
+    }
+
+    fn detach(self: Box<Self>) {}
+}

@@ -1,0 +1,11 @@
+//! The command line as users meet it: the real program against a real daemon process, whose machines are stand-ins.
+//! What is looked at is stdout, stderr and the exit code.
+
+#![allow(clippy::unwrap_used, reason = "helpers of tests are tests too")]
+
+#[path = "cli/errors.rs"]
+mod errors;
+#[path = "cli/story.rs"]
+mod story;
+#[path = "cli/support.rs"]
+mod support;

@@ -1,0 +1,196 @@
+//! What the product's page says can be done, line by line.
+
+use std::io::Read;
+use std::process::Stdio;
+
+use nix::sys::signal::Signal;
+use serde_json::Value;
+
+use crate::support::{Daemon, miosa};
+
+fn text(value: &Value) -> String {
+    value.as_str().unwrap().to_owned()
+}
+
+#[test]
+fn the_pages_lines_work_as_printed() {
+    let d = Daemon::start();
+    let created = d
+        .run(&[
+            "sandbox",
+            "create",
+            "--template",
+            "base",
+            "--name",
+            "my-agent-workspace",
+            "--timeout",
+            "1h",
+            "--wait",
+            "--json",
+        ])
+        .json();
+    assert_eq!((&created["state"], &created["timeout_sec"]), (&"running".into(), &3_600.into()));
+    assert_eq!((&created["persistent"], &created["ready"]), (&true.into(), &true.into()));
+    let id = text(&created["id"]);
+
+    let page = d.dir.path().join("page.jsx");
+    std::fs::write(&page, "export default 1\n").unwrap();
+    let written =
+        d.run(&["sandbox", "write-file", &id, "/workspace/app/page.jsx", page.to_str().unwrap(), "--json"]).json();
+    assert_eq!(written, serde_json::json!({ "path": "/workspace/app/page.jsx", "size_bytes": 17 }));
+    let ran = d.run(&["sandbox", "exec", &id, "--json", "--", "sh", "-lc", "echo out; echo err >&2; exit 7"]);
+    assert_eq!(ran.code, 7);
+    let ran = ran.document();
+    assert_eq!((&ran["stdout"], &ran["stderr"], &ran["exit_code"]), (&"out\n".into(), &"err\n".into(), &7.into()));
+    assert!(ran["duration_ms"].is_u64());
+
+    assert_eq!(d.run(&["sandbox", "stop", &id, "--json"]).json()["state"], "paused");
+    assert_eq!(d.run(&["sandbox", "resume", &id, "--json"]).json()["state"], "running");
+
+    let snapshot = d.run(&["sandbox", "snapshot", &id, "--name", "after dependencies installed", "--json"]).json();
+    assert_eq!((&snapshot["status"], &snapshot["consistency"]), (&"ready".into(), &"filesystem".into()));
+    let listed = d.run(&["sandbox", "snapshots", "list", &id, "--json"]).json();
+    assert_eq!(listed.as_array().unwrap().len(), 1);
+    assert_eq!(listed[0]["comment"], "after dependencies installed");
+    let restored = d
+        .run(&[
+            "sandbox",
+            "create",
+            "--snapshot",
+            &text(&snapshot["id"]),
+            "--name",
+            "my-agent-workspace-restored",
+            "--timeout",
+            "1h",
+            "--wait",
+            "--json",
+        ])
+        .json();
+    assert_eq!(restored["state"], "running");
+
+    let fork = d.run(&["sandbox", "fork", &id, "--name", "my-agent-workspace-auth-branch", "--json"]).json();
+    assert_eq!((&fork["state"], &fork["forked_from"]), (&"paused".into(), &id.clone().into()));
+    let ran = d.run(&["sandbox", "exec", "my-agent-workspace-auth-branch", "--", "echo", "resumed"]);
+    assert_eq!((ran.code, ran.out.as_str(), ran.err.as_str()), (0, "resumed\n", ""));
+
+    let fleeting = d
+        .run(&[
+            "sandbox",
+            "create",
+            "--template",
+            "base",
+            "--name",
+            "one-off-test",
+            "--timeout",
+            "10m",
+            "--non-persistent",
+            "--json",
+        ])
+        .json();
+    assert_eq!(fleeting["persistent"], false);
+    assert_eq!(d.run(&["sandbox", "destroy", &id, "--json"]).json()["state"], "destroyed");
+    let left = d.run(&["sandbox", "list", "--json"]).json();
+    assert_eq!(left.as_array().unwrap().len(), 3);
+}
+
+#[test]
+fn files_and_streams_are_passed_on_byte_for_byte() {
+    let d = Daemon::start();
+    let id = d.run(&["sandbox", "create", "--wait", "--quiet"]).out.trim().to_owned();
+    let content: String = (0..200_000).map(|i| format!("{i}\n")).collect();
+    assert_eq!(d.run_with(&["sandbox", "write-file", &id, "/big", "-"], content.as_bytes()).code, 0);
+    assert!(d.run(&["sandbox", "read-file", &id, "/big"]).out == content);
+    let output = d.dir.path().join("out");
+    assert_eq!(d.run(&["sandbox", "read-file", &id, "/big", "--output", output.to_str().unwrap()]).code, 0);
+    assert!(std::fs::read_to_string(&output).unwrap() == content);
+    let small = d.run_with(&["sandbox", "write-file", &id, "/small", "-", "--mode", "755"], b"x").code;
+    assert_eq!(small, 0);
+    assert_eq!(d.run(&["sandbox", "read-file", &id, "/small", "--json"]).json()["content"], "x");
+    // Standard input reaches the command, which may leave the rest of it.
+    assert!(d.run_with(&["sandbox", "exec", &id, "--", "cat"], content.as_bytes()).out == content);
+    assert_eq!(d.run_with(&["sandbox", "exec", &id, "--", "head", "-n", "1"], content.as_bytes()).out, "0\n");
+    // Output comes as it is written.
+    let mut command =
+        miosa(d.dir.path(), &["sandbox", "exec", &id, "--", "sh", "-c", "echo first; read line; echo $line"]);
+    let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+    let mut out = child.stdout.take().unwrap();
+    let mut first = [0; 6];
+    out.read_exact(&mut first).unwrap();
+    assert_eq!(&first, b"first\n");
+    std::io::Write::write_all(&mut child.stdin.take().unwrap(), b"second\n").unwrap();
+    let mut rest = String::new();
+    out.read_to_string(&mut rest).unwrap();
+    assert_eq!((rest.as_str(), child.wait().unwrap().code()), ("second\n", Some(0)));
+}
+
+#[test]
+fn a_reader_that_goes_away_ends_the_command_in_silence() {
+    let d = Daemon::start();
+    let id = d.run(&["sandbox", "create", "--wait", "--quiet"]).out.trim().to_owned();
+    let mut command = miosa(d.dir.path(), &["sandbox", "exec", &id, "--", "yes"]);
+    let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    let mut out = child.stdout.take().unwrap();
+    out.read_exact(&mut [0; 100]).unwrap();
+    drop(out);
+    let output = child.wait_with_output().unwrap();
+    assert_eq!((output.status.code(), String::from_utf8(output.stderr).unwrap().as_str()), (Some(141), ""));
+    // And `yes` with it; the sandbox is fine.
+    assert_eq!(d.run(&["sandbox", "exec", &id, "--", "true"]).code, 0);
+}
+
+#[test]
+fn people_get_tables_and_a_next_step() {
+    let d = Daemon::start();
+    let none = d.run(&["sandbox", "list"]);
+    assert!(none.out.contains("next: miosa sandbox create"), "{none:?}");
+    let created = d.run(&["sandbox", "create", "--name", "one", "--no-start"]);
+    assert!(
+        created.out.contains("one is paused") && created.out.contains("next: miosa sandbox exec sb-"),
+        "{created:?}"
+    );
+    let list = d.run(&["sandbox", "ls"]);
+    assert!(list.out.starts_with("ID ") && list.out.lines().count() == 2, "{list:?}");
+    assert!(d.run(&["sandbox", "show", "one"]).out.contains("persistent"));
+    assert!(d.run(&["template", "list"]).out.contains("base"));
+    assert!(d.run(&["store", "stats"]).out.contains("dedup"), "{:?}", d.run(&["store", "stats"]));
+    assert!(d.run(&["store", "stats", "--json"]).json()["stored_bytes"].is_u64());
+    assert!(d.run(&["store", "seal", "--json"]).json().is_object());
+}
+
+#[test]
+fn many_forks_in_one_command() {
+    let d = Daemon::start();
+    d.run(&["sandbox", "create", "--name", "p", "--no-start", "--json"]).json();
+    let children = d.run(&["sandbox", "fork", "p", "--name", "c", "--count", "20", "--json"]).json();
+    assert_eq!(children.as_array().unwrap().len(), 20);
+    assert_eq!(children[19]["name"], "c-20");
+    let quiet = d.run(&["sandbox", "fork", "p", "--count", "2", "--quiet"]);
+    assert_eq!(quiet.out.lines().count(), 2);
+    assert_eq!(d.run(&["sandbox", "fork", "p", "--name", "w", "--wait", "--json"]).json()["state"], "running");
+}
+
+#[test]
+fn a_daemon_that_is_told_to_end_pauses_what_runs() {
+    let mut d = Daemon::start();
+    let id = d.run(&["sandbox", "create", "--name", "one", "--wait", "--quiet"]).out.trim().to_owned();
+    assert_eq!(d.end(Signal::SIGTERM), Some(0), "{}", d.log());
+    assert!(!d.dir.path().join("miosa.sock").exists());
+    assert_eq!(d.run(&["sandbox", "list", "--json"]).error(2)["code"], "daemon_unreachable");
+    d.start_again();
+    let sandbox = d.run(&["sandbox", "show", &id, "--json"]).json();
+    assert_eq!((&sandbox["state"], &sandbox["last_error"]), (&"paused".into(), &Value::Null));
+}
+
+#[test]
+fn a_daemon_that_is_killed_has_everything_when_it_is_back() {
+    let mut d = Daemon::start();
+    let id = d.run(&["sandbox", "create", "--name", "one", "--wait", "--quiet"]).out.trim().to_owned();
+    d.run(&["sandbox", "snapshot", "one", "--name", "s", "--json"]).json();
+    assert_eq!(d.end(Signal::SIGKILL), None);
+    d.start_again();
+    let sandbox = d.run(&["sandbox", "show", "one", "--json"]).json();
+    assert_eq!((&sandbox["id"], &sandbox["state"]), (&id.into(), &"paused".into()));
+    assert!(sandbox["last_error"].is_string());
+    assert_eq!(d.run(&["sandbox", "snapshots", "get", "one", "s", "--json"]).json()["comment"], "s");
+    assert_eq!(d.run(&["sandbox", "exec", "one", "--", "echo", "up"]).out, "up\n");
+}

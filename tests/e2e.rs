@@ -1,0 +1,297 @@
+//! End to end: the real program, a real daemon, real QEMU, a real Debian guest.
+//!
+//! Needs root, QEMU, mmdebstrap and Debian's package sources. Kernel and base image are made once and kept in
+//! `MIOSA_CACHE_DIR` (default `~/.cache/miosa`). The guest's agent is `MIOSA_AGENT`, or `miosa-agent` next to `miosa`, or
+//! is built. Nothing is skipped and nothing depends on speed: deadlines are there only so that a hang ends.
+
+#![allow(clippy::unwrap_used, reason = "helpers of tests are tests too")]
+
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::{Mutex, OnceLock, PoisonError};
+use std::time::{Duration, Instant};
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use serde_json::Value;
+
+/// Far more than anything here takes.
+const PATIENCE: Duration = Duration::from_secs(300);
+
+fn miosa_path() -> &'static Path {
+    Path::new(env!("CARGO_BIN_EXE_miosa"))
+}
+
+fn cache_dir() -> PathBuf {
+    let home = || PathBuf::from(std::env::var_os("HOME").unwrap_or_else(|| "/root".into())).join(".cache/miosa");
+    std::env::var_os("MIOSA_CACHE_DIR").map_or_else(home, PathBuf::from)
+}
+
+/// The guest's agent, a static program; found or built once.
+fn agent() -> &'static Path {
+    static AGENT: OnceLock<PathBuf> = OnceLock::new();
+    AGENT.get_or_init(find_agent)
+}
+
+fn find_agent() -> PathBuf {
+    if let Some(path) = std::env::var_os("MIOSA_AGENT") {
+        return path.into();
+    }
+    let dir = miosa_path().parent().unwrap();
+    let beside = dir.join("miosa-agent");
+    if beside.is_file() && is_static(&beside) {
+        return beside;
+    }
+    let target = "x86_64-unknown-linux-gnu";
+    let status = Command::new(env!("CARGO"))
+        .args(["build", "--quiet", "--release", "-p", "miosa-agent", "--target", target])
+        .env("CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUSTFLAGS", "-C target-feature=+crt-static")
+        .current_dir(env!("CARGO_MANIFEST_DIR"))
+        .status()
+        .unwrap();
+    assert!(status.success(), "the agent does not build");
+    dir.parent().unwrap().join(target).join("release/miosa-agent")
+}
+
+/// A program that names a loader has its path in it.
+fn is_static(program: &Path) -> bool {
+    let bytes = std::fs::read(program).unwrap();
+    !bytes[..bytes.len().min(4_096)].windows(9).any(|w| w == b"ld-linux-")
+}
+
+struct Lab {
+    dir: tempfile::TempDir,
+    daemon: Child,
+    extra: &'static [&'static str],
+}
+
+impl Lab {
+    fn new(extra: &'static [&'static str]) -> Lab {
+        let dir = tempfile::tempdir().unwrap();
+        let daemon = Lab::spawn(dir.path(), extra);
+        let lab = Lab { dir, daemon, extra };
+        lab.until_ready();
+        // The first one makes the image, which takes minutes; it is not to be made four times at once.
+        static IMAGE: Mutex<()> = Mutex::new(());
+        let making = IMAGE.lock().unwrap_or_else(PoisonError::into_inner);
+        lab.json(&["template", "build", "base", "--disk", "2gb"]);
+        drop(making);
+        lab
+    }
+
+    fn spawn(state: &Path, extra: &[&str]) -> Child {
+        let log = std::fs::File::options().create(true).append(true).open(state.join("log")).unwrap();
+        Command::new(miosa_path())
+            .args(["daemon", "--default-memory", "384mb", "--boot-timeout", "4m"])
+            .args(extra)
+            .env("MIOSA_STATE_DIR", state)
+            .env("MIOSA_CACHE_DIR", cache_dir())
+            .env("MIOSA_AGENT", agent())
+            .stdin(Stdio::null())
+            .stderr(log)
+            .spawn()
+            .unwrap()
+    }
+
+    fn until_ready(&self) {
+        until("the daemon to be ready", || self.run(&["sandbox", "list"]).0 == 0);
+    }
+
+    fn run(&self, args: &[&str]) -> (i32, String, String) {
+        let output = Command::new(miosa_path())
+            .args(args)
+            .env("MIOSA_STATE_DIR", self.dir.path())
+            .stdin(Stdio::null())
+            .output()
+            .unwrap();
+        let text = |bytes| String::from_utf8_lossy(bytes).into_owned();
+        (output.status.code().unwrap_or(-1), text(&output.stdout), text(&output.stderr))
+    }
+
+    fn json(&self, args: &[&str]) -> Value {
+        let (code, out, err) = self.run(&[&["--json"], args].concat());
+        let log = || std::fs::read_to_string(self.dir.path().join("log")).unwrap_or_default();
+        assert_eq!(code, 0, "{args:?}: {out}{err}\n{}", log());
+        serde_json::from_str(&out).unwrap()
+    }
+
+    /// A line of shell in a sandbox: its output.
+    fn sh(&self, sandbox: &str, line: &str) -> String {
+        let (code, out, err) = self.run(&["sandbox", "exec", sandbox, "--", "sh", "-c", line]);
+        assert_eq!(code, 0, "{line}: {out}{err}");
+        out
+    }
+
+    fn state(&self, sandbox: &str) -> String {
+        self.json(&["sandbox", "show", sandbox])["state"].as_str().unwrap().to_owned()
+    }
+
+    /// The QEMU processes of this lab.
+    fn machines(&self) -> Vec<i32> {
+        let ours = self.dir.path().join("run");
+        let ours = ours.to_str().unwrap();
+        let entries = std::fs::read_dir("/proc").unwrap().flatten();
+        let pids = entries.filter_map(|e| e.file_name().to_str()?.parse::<i32>().ok());
+        let is_ours = |pid: &i32| {
+            let line = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+            let line = String::from_utf8_lossy(&line).into_owned();
+            line.contains("qemu-system") && line.contains(ours)
+        };
+        pids.filter(is_ours).collect()
+    }
+
+    fn kill_daemon(&mut self) {
+        self.daemon.kill().unwrap();
+        self.daemon.wait().unwrap();
+    }
+
+    fn start_daemon(&mut self) {
+        self.daemon = Lab::spawn(self.dir.path(), self.extra);
+        self.until_ready();
+    }
+
+    fn end_daemon(&mut self) -> Option<i32> {
+        kill(Pid::from_raw(i32::try_from(self.daemon.id()).unwrap()), Signal::SIGTERM).unwrap();
+        self.daemon.wait().unwrap().code()
+    }
+}
+
+impl Drop for Lab {
+    fn drop(&mut self) {
+        let _ = self.daemon.kill();
+        let _ = self.daemon.wait();
+        for pid in self.machines() {
+            let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
+        }
+        // Of a daemon that was killed with its FUSE mount.
+        let disks = self.dir.path().join("disks");
+        let _ = nix::mount::umount2(&disks, nix::mount::MntFlags::MNT_DETACH);
+    }
+}
+
+fn until(what: &str, condition: impl Fn() -> bool) {
+    let began = Instant::now();
+    while !condition() {
+        assert!(began.elapsed() < PATIENCE, "waited in vain for {what}");
+        std::thread::sleep(Duration::from_millis(100));
+    }
+}
+
+#[test]
+fn the_whole_story() {
+    let mut lab = Lab::new(&[]);
+    assert_eq!(
+        lab.json(&["sandbox", "create", "--template", "base", "--name", "work", "--timeout", "1h", "--wait"])["state"],
+        "running"
+    );
+    let program = lab.dir.path().join("count.py");
+    std::fs::write(&program, "import sys\nprint(sum(range(1000)))\nsys.exit(3)\n").unwrap();
+    lab.json(&["sandbox", "write-file", "work", "/workspace/app/count.py", program.to_str().unwrap()]);
+    let (code, out, _) = lab.run(&["sandbox", "exec", "work", "--", "python3", "/workspace/app/count.py"]);
+    assert_eq!((code, out.as_str()), (3, "499500\n"));
+
+    // Written and not synced: a snapshot of the running machine has it all the same.
+    lab.sh("work", "echo precious > /workspace/note");
+    let snapshot = lab.json(&["sandbox", "snapshot", "work", "--name", "before risky work"]);
+    assert_eq!(snapshot["consistency"], "filesystem");
+    lab.sh("work", "rm -rf /workspace/app /usr/lib/python3* && echo ruined > /workspace/note");
+    let restored = ["sandbox", "create", "--snapshot", "before risky work", "--name", "restored", "--wait"];
+    assert_eq!(lab.json(&restored)["state"], "running");
+    assert_eq!(
+        lab.sh("restored", "cat /workspace/note; python3 /workspace/app/count.py || true"),
+        "precious\n499500\n"
+    );
+    assert_eq!(lab.sh("work", "cat /workspace/note"), "ruined\n");
+
+    // Forks of a running one have what was written before the call, and diverge.
+    lab.sh("restored", "echo shared > /workspace/choice");
+    for name in ["left", "right"] {
+        lab.json(&["sandbox", "fork", "restored", "--name", name]);
+    }
+    lab.sh("left", "cat /workspace/choice && echo left > /workspace/choice");
+    assert_eq!(lab.sh("right", "cat /workspace/choice"), "shared\n");
+    assert_eq!(lab.sh("restored", "cat /workspace/choice"), "shared\n");
+    // Each its own.
+    let who = |name| lab.sh(name, "hostname; cat /etc/machine-id");
+    let (left, right, parent) = (who("left"), who("right"), who("restored"));
+    assert!(left.starts_with("left\n") && left != right && right != parent, "{left}{right}{parent}");
+
+    // What was written before the stop answered is there after the resume, without a sync of the guest's.
+    lab.sh(
+        "left",
+        "dd if=/dev/urandom of=/workspace/blob bs=1M count=8 2>/dev/null; sha256sum /workspace/blob > /workspace/sum",
+    );
+    assert_eq!(lab.json(&["sandbox", "stop", "left"])["state"], "paused");
+    assert_eq!(lab.sh("left", "cat /workspace/choice; sha256sum -c /workspace/sum"), "left\n/workspace/blob: OK\n");
+    assert_eq!(lab.state("left"), "running");
+    // A fork of a paused one.
+    lab.json(&["sandbox", "stop", "left"]);
+    lab.json(&["sandbox", "fork", "left", "--name", "later"]);
+    assert_eq!(lab.sh("later", "sha256sum -c /workspace/sum"), "/workspace/blob: OK\n");
+
+    // The daemon is killed: what was synced is there, nobody is running, and all can be used.
+    lab.sh("right", "echo synced > /workspace/kept; sync");
+    lab.kill_daemon();
+    lab.start_daemon();
+    assert!(lab.machines().is_empty());
+    for name in ["work", "restored", "left", "right", "later"] {
+        assert_eq!(lab.state(name), "paused", "{name}");
+    }
+    assert_eq!(lab.sh("right", "cat /workspace/kept"), "synced\n");
+
+    for name in ["work", "restored", "left", "right", "later"] {
+        assert_eq!(lab.json(&["sandbox", "destroy", name])["state"], "destroyed");
+    }
+    assert!(lab.machines().is_empty());
+    assert_eq!(lab.json(&["store", "stats"])["disks"], 0);
+    assert_eq!(lab.end_daemon(), Some(0));
+}
+
+#[test]
+fn what_was_synced_survives_the_death_of_qemu() {
+    let lab = Lab::new(&[]);
+    lab.json(&["sandbox", "create", "--name", "one", "--wait"]);
+    lab.sh("one", "for i in $(seq 200); do echo $i > /workspace/f$i; done; sync");
+    let pids = lab.machines();
+    assert_eq!(pids.len(), 1);
+    kill(Pid::from_raw(pids[0]), Signal::SIGKILL).unwrap();
+    until("the loss to be seen", || lab.state("one") == "paused");
+    assert!(lab.json(&["sandbox", "show", "one"])["last_error"].is_string());
+    assert_eq!(lab.sh("one", "cat /workspace/f* | wc -l; cat /workspace/f137"), "200\n137\n");
+    lab.json(&["sandbox", "destroy", "one"]);
+}
+
+#[test]
+fn a_timeout_pauses_and_an_orderly_end_keeps_everything() {
+    let mut lab = Lab::new(&[]);
+    lab.json(&["sandbox", "create", "--name", "short", "--wait", "--timeout", "15s"]);
+    lab.sh("short", "echo unsynced > /workspace/x");
+    until("the timeout", || lab.state("short") == "paused");
+    assert_eq!(lab.json(&["sandbox", "show", "short"])["last_error"], Value::Null);
+    let fleeting =
+        lab.json(&["sandbox", "create", "--name", "fleeting", "--non-persistent", "--timeout", "2s", "--wait"]);
+    until("the end", || lab.state(fleeting["id"].as_str().unwrap()) == "destroyed");
+    // The daemon's own end is a stop.
+    lab.json(&["sandbox", "create", "--name", "long", "--wait"]);
+    lab.sh("long", "echo unsynced > /workspace/y");
+    assert_eq!(lab.end_daemon(), Some(0));
+    assert!(lab.machines().is_empty());
+    lab.start_daemon();
+    assert_eq!(lab.sh("long", "cat /workspace/y"), "unsynced\n");
+    assert_eq!(lab.sh("short", "cat /workspace/x"), "unsynced\n");
+}
+
+#[test]
+fn disks_through_fuse_hold_the_same_promises() {
+    let lab = Lab::new(&["--disk-frontend", "fuse"]);
+    lab.json(&["sandbox", "create", "--name", "one", "--wait"]);
+    lab.sh(
+        "one",
+        "dd if=/dev/urandom of=/workspace/blob bs=1M count=4 2>/dev/null; sha256sum /workspace/blob > /workspace/sum",
+    );
+    lab.json(&["sandbox", "fork", "one", "--name", "two"]);
+    lab.json(&["sandbox", "stop", "one"]);
+    for name in ["one", "two"] {
+        assert_eq!(lab.sh(name, "sha256sum -c /workspace/sum"), "/workspace/blob: OK\n", "{name}");
+    }
+}

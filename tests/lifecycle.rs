@@ -1,0 +1,17 @@
+//! The life of sandboxes: the real engine on the real store, with machines that are stand-ins (`vmm::FakeVmm`: the real
+//! agent protocol against a directory of the host).
+
+#![allow(clippy::unwrap_used, reason = "helpers of tests are tests too")]
+
+#[path = "lifecycle/concurrency.rs"]
+mod concurrency;
+#[path = "lifecycle/recovery.rs"]
+mod recovery;
+#[path = "lifecycle/sessions.rs"]
+mod sessions;
+#[path = "lifecycle/states.rs"]
+mod states;
+#[path = "lifecycle/support.rs"]
+mod support;
+#[path = "lifecycle/timeouts.rs"]
+mod timeouts;

@@ -1,0 +1,94 @@
+//! A daemon that ends, well or badly, and the next one.
+
+use std::time::Duration;
+
+use miosa::engine::CreateRequest;
+use miosa::engine::error::Kind;
+use miosa::engine::lifecycle::State;
+use vmm::fake::Script;
+
+use crate::support::{World, forks, refused, wanted};
+
+#[tokio::test(flavor = "multi_thread")]
+async fn after_a_crash_every_sandbox_is_at_rest() {
+    let w = World::new().await;
+    let running = w.create("running").await.record;
+    w.disk(running.disk).write(4_096, b"flushed").unwrap();
+    w.disk(running.disk).flush().unwrap();
+    let fleeting =
+        w.engine.create(CreateRequest { persistent: false, wait: true, ..wanted("fleeting") }).await.unwrap().record;
+    w.create("stopped").await;
+    w.engine.stop("stopped").await.unwrap();
+    let snapshot = w.engine.snapshot("stopped", Some("kept".into())).await.unwrap();
+    w.engine.fork("running", forks("child", 1)).await.unwrap();
+    w.engine.destroy(&w.create("gone").await.record.id).await.unwrap();
+
+    let w = w.crash().await;
+    let record = w.engine.show("running").unwrap().record;
+    assert_eq!(record.state, State::Paused);
+    assert!(record.unclean && record.last_error.is_some());
+    let mut content = [0; 7];
+    w.disk(record.disk).read(4_096, &mut content).unwrap();
+    assert_eq!(&content, b"flushed");
+    assert_eq!(w.state(&fleeting.id), State::Destroyed);
+    let stopped = w.engine.show("stopped").unwrap().record;
+    assert_eq!((stopped.state, stopped.last_error), (State::Paused, None));
+    assert_eq!(w.state("child"), State::Paused);
+    assert_eq!(refused(w.engine.show("gone")), Kind::SandboxNotFound);
+    assert_eq!(w.engine.find_snapshot("kept", None).unwrap().id, snapshot.id);
+    assert_eq!(w.engine.templates().len(), 1);
+    assert_eq!(w.store.disks().len(), 3);
+    // And can be used; the names of the dead are free.
+    assert_eq!(w.sh("running", "echo up").await.unwrap().0, "up\n");
+    w.create("fleeting").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_start_that_was_cut_off_leaves_a_paused_sandbox() {
+    let w = World::new().await;
+    w.vmm.script(Script { boot_delay: Duration::from_secs(600), ..Script::default() });
+    let id = w.engine.create(wanted("one")).await.unwrap().record.id;
+    w.until_true(|| w.vmm.starts() == 1).await;
+    let w = w.crash().await;
+    assert_eq!(w.state(&id), State::Paused);
+    w.engine.resume(&id).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_no_record_names_is_deleted() {
+    let w = World::new().await;
+    w.create("one").await;
+    let mut tx = w.store.begin();
+    let disk = tx.create_disk("import-cut-off", 1 << 20);
+    tx.commit_durable().unwrap();
+    let mut tx = w.store.begin();
+    tx.snapshot(disk, "template-cut-off");
+    tx.commit_durable().unwrap();
+    let w = w.crash().await;
+    assert_eq!((w.store.disks().len(), w.store.snapshots().len()), (1, 1));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_orderly_end_stops_everything_and_refuses_the_rest() {
+    let w = World::new().await;
+    w.create("one").await;
+    w.create("two").await;
+    w.engine.shutdown(Duration::from_secs(60)).await.unwrap();
+    assert_eq!(refused(w.engine.create(wanted("late")).await), Kind::ShuttingDown);
+    assert_eq!(refused(w.engine.resume("one").await), Kind::ShuttingDown);
+    let w = w.crash().await;
+    for name in ["one", "two"] {
+        let record = w.engine.show(name).unwrap().record;
+        assert_eq!((record.state, record.last_error, record.unclean), (State::Paused, None, false), "{name}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_end_does_not_wait_for_ever() {
+    let w = World::new().await;
+    w.vmm.script(Script { hang_at_shutdown: true, ..Script::default() });
+    w.create("stuck").await;
+    w.engine.shutdown(Duration::from_millis(300)).await.unwrap();
+    let w = w.crash().await;
+    assert_eq!(w.state("stuck"), State::Paused);
+}

@@ -1,0 +1,138 @@
+//! Sessions that are limited in time. The tests move tokio's clock; nothing here waits for a real timeout.
+
+use std::time::Duration;
+
+use miosa::engine::CreateRequest;
+use miosa::engine::error::Kind;
+use miosa::engine::lifecycle::State;
+
+use crate::support::{World, refused, wanted};
+
+const HOUR: Duration = Duration::from_secs(3_600);
+
+/// Stops tokio's clock for good: it moves when a test moves it, and not when everybody waits for I/O (which a blocking
+/// task that is under way prevents).
+struct StoppedClock {
+    _end: std::sync::mpsc::Sender<()>,
+}
+
+impl StoppedClock {
+    fn new() -> Self {
+        let (end, ended) = std::sync::mpsc::channel::<()>();
+        tokio::time::pause();
+        tokio::task::spawn_blocking(move || {
+            let _ = ended.recv();
+        });
+        Self { _end: end }
+    }
+
+    async fn advance(&self, by: Duration) {
+        tokio::time::advance(by).await;
+    }
+
+    /// Sees something through. The clock creeps on meanwhile, a millisecond at a time: even a sleep of no length needs
+    /// that.
+    async fn through<T>(&self, work: impl Future<Output = T>) -> T {
+        let mut work = std::pin::pin!(work);
+        let began = std::time::Instant::now();
+        loop {
+            tokio::select! {
+                biased;
+                done = &mut work => return done,
+                () = real_moment() => tokio::time::advance(Duration::from_millis(1)).await,
+            }
+            assert!(began.elapsed() < Duration::from_secs(60), "did not end in a minute");
+        }
+    }
+
+    async fn until(&self, w: &World, key: &str, state: State) {
+        self.through(async {
+            while w.state(key) != state {
+                real_moment().await;
+            }
+        })
+        .await;
+    }
+}
+
+async fn real_moment() {
+    tokio::task::spawn_blocking(|| std::thread::sleep(Duration::from_millis(1))).await.unwrap();
+}
+
+/// The clock creeps while work is under way; this is far more than it creeps, and far less than what tests look at.
+const SLACK: Duration = Duration::from_secs(100);
+
+fn about(is: Option<Duration>, wanted: Duration) {
+    let is = is.unwrap();
+    assert!(is <= wanted && is + SLACK > wanted, "{is:?} is not about {wanted:?}");
+}
+
+fn limited(name: &str, persistent: bool) -> CreateRequest {
+    CreateRequest { timeout: Some(HOUR), persistent, wait: true, ..wanted(name) }
+}
+
+#[tokio::test]
+async fn a_persistent_sandbox_is_paused_and_its_next_session_has_the_whole_time() {
+    let w = World::new().await;
+    let clock = StoppedClock::new();
+    clock.through(w.engine.create(limited("one", true))).await.unwrap();
+    clock.advance(HOUR / 2).await;
+    let view = w.engine.show("one").unwrap();
+    assert_eq!(view.record.state, State::Running);
+    about(view.timeout_remaining, HOUR / 2);
+    clock.advance(HOUR / 2).await;
+    clock.until(&w, "one", State::Paused).await;
+    let record = w.engine.show("one").unwrap().record;
+    assert_eq!((record.last_error, record.unclean), (None, false));
+    about(Some(HOUR + SLACK / 2), Duration::from_millis(record.total_runtime_ms) + SLACK / 2);
+
+    clock.through(w.engine.resume("one")).await.unwrap();
+    about(w.engine.show("one").unwrap().timeout_remaining, HOUR);
+    clock.advance(HOUR).await;
+    clock.until(&w, "one", State::Paused).await;
+}
+
+#[tokio::test]
+async fn one_that_is_not_persistent_is_destroyed() {
+    let w = World::new().await;
+    let clock = StoppedClock::new();
+    let id = clock.through(w.engine.create(limited("one", false))).await.unwrap().record.id;
+    clock.advance(HOUR).await;
+    clock.until(&w, &id, State::Destroyed).await;
+    assert!(w.store.disks().is_empty());
+}
+
+#[tokio::test]
+async fn stop_destroys_one_that_is_not_persistent() {
+    let w = World::new().await;
+    let id = w.engine.create(limited("one", false)).await.unwrap().record.id;
+    assert_eq!(w.engine.stop(&id).await.unwrap().record.state, State::Destroyed);
+}
+
+#[tokio::test]
+async fn time_can_be_extended() {
+    let w = World::new().await;
+    let clock = StoppedClock::new();
+    clock.through(w.engine.create(limited("one", true))).await.unwrap();
+    clock.advance(HOUR / 2).await;
+    let view = clock.through(w.engine.extend("one", Some(2 * HOUR))).await.unwrap();
+    about(view.timeout_remaining, 2 * HOUR);
+    clock.advance(HOUR).await;
+    // Long past the first limit; give a wrong timeout the chance to show.
+    clock.through(w.sh("one", "true")).await.unwrap();
+    assert_eq!(w.state("one"), State::Running);
+    clock.advance(HOUR).await;
+    clock.until(&w, "one", State::Paused).await;
+    assert_eq!(refused(clock.through(w.engine.extend("one", Some(HOUR))).await), Kind::NotRunning);
+}
+
+#[tokio::test]
+async fn without_a_timeout_there_is_none() {
+    let w = World::new().await;
+    let clock = StoppedClock::new();
+    clock.through(w.create("one")).await;
+    clock.advance(1_000 * HOUR).await;
+    clock.through(w.sh("one", "true")).await.unwrap();
+    assert_eq!(w.state("one"), State::Running);
+    assert_eq!(refused(clock.through(w.engine.extend("one", None)).await), Kind::InvalidInput);
+}
