@@ -5,7 +5,7 @@
 use crate::block::{BLOCK_SIZE, BlockId, GROUP_BLOCKS, GroupId, PackId};
 use crate::catalogue::{Catalogue, Table};
 use crate::error::{Error, Result};
-use crate::format::{Codec, FrameHeader, Node, PackContents, PackFooter, PackHeader, StoreUuid};
+use crate::format::{Codec, FrameHeader, GroupKind, Node, PackContents, PackFooter, PackHeader, StoreUuid};
 use crate::map::NodeSource;
 use crate::medium::{File, Medium, Mode};
 use crate::pack::{self, Digest, GroupPlace, PackFacts};
@@ -15,6 +15,7 @@ use std::sync::Arc;
 
 /// A group's blocks, decoded and verified.
 pub(crate) struct Group {
+    kind: GroupKind,
     slots: u16,
     bytes: Vec<u8>,
 }
@@ -173,8 +174,9 @@ impl Blocks {
         Ok(bytes.as_chunks::<32>().0.to_vec())
     }
 
-    /// A pack's table of contents; verifies header, footer and all sections.
-    pub fn contents(&self, store: StoreUuid, pack: PackId, facts: &PackFacts) -> Result<PackContents> {
+    /// A pack's table of contents, and the digests of all its blocks in that order; verifies header, footer and all
+    /// sections.
+    pub fn contents(&self, store: StoreUuid, pack: PackId, facts: &PackFacts) -> Result<(PackContents, Vec<Digest>)> {
         let damaged = |what: &str| Error::damaged(format!("{pack}: {what}"));
         let file = self.file(pack)?;
         let read = |at: u64, buf: &mut [u8]| file.read_at(buf, at).map_err(|e| unreadable(pack, e));
@@ -199,7 +201,8 @@ impl Blocks {
         let upto = (footer.manifest_at - footer.digests_at) as usize;
         let contents =
             zstd::stream::decode_all(&sections[from..upto]).map_err(|_| damaged("the contents do not decompress"))?;
-        postcard::from_bytes(&contents).map_err(|_| damaged("the contents cannot be read"))
+        let contents = postcard::from_bytes(&contents).map_err(|_| damaged("the contents cannot be read"))?;
+        Ok((contents, sections[..from].as_chunks::<32>().0.to_vec()))
     }
 
     /// Closes a pack that is about to go.
@@ -224,8 +227,8 @@ impl NodeSource for Blocks {
         self.nodes.get_or_insert_with(&id, || {
             let group = self.group(id.group())?;
             let block = group.block(id.slot()).ok_or_else(|| missing(id))?;
-            let node =
-                Node::decode(block).ok_or_else(|| Error::damaged(format!("block {} is not a map node", id.0)))?;
+            let node = Some(block).filter(|_| group.kind == GroupKind::Node).and_then(Node::decode);
+            let node = node.ok_or_else(|| Error::damaged(format!("block {} is not a map node", id.0)))?;
             Ok(Arc::new(node))
         })
     }
@@ -270,5 +273,5 @@ fn decode(id: GroupId, place: &GroupPlace, bytes: &[u8]) -> Result<Group> {
         let from = skip as usize * BLOCK_SIZE;
         raw = raw[from..from + entry.blocks() as usize * BLOCK_SIZE].to_vec();
     }
-    Ok(Group { slots: entry.slots, bytes: raw })
+    Ok(Group { slots: entry.slots, bytes: raw, kind: entry.kind })
 }

@@ -51,7 +51,7 @@ pub(crate) fn check(inner: &Inner) -> Result<CheckReport> {
 }
 
 fn check_pack(inner: &Inner, pack: PackId, facts: &PackFacts, report: &mut CheckReport) -> Result<()> {
-    let contents = inner.blocks.contents(inner.uuid, pack, facts)?;
+    let (contents, _) = inner.blocks.contents(inner.uuid, pack, facts)?;
     let mut digest_index = 0;
     for frame in &contents.frames {
         for entry in &frame.groups {

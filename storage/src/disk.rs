@@ -94,7 +94,8 @@ impl Device {
 /// has returned is seen by every later read, snapshot and fork, and survives a crash once a later [`Disk::flush`] has
 /// returned; a block that was not flushed reads as it was before or as it was written, never torn.
 ///
-/// Errors: `InvalidInput` beyond the end, `ReadOnly`, `NotFound` after deletion, `NoSpace` before anything was accepted,
+/// Errors: `InvalidInput` beyond the end, `ReadOnly`, `NotFound` after deletion, `NoSpace` (of a write of more than
+/// 1 MiB, or of parts of blocks, a part may have been accepted; nothing accepted before is lost),
 /// `Damaged` rather than wrong data, `Poisoned` after a failed sync.
 #[derive(Clone)]
 pub struct Disk {
@@ -202,6 +203,9 @@ impl Disk {
     pub fn write_zeroes(&self, offset: u64, len: u64) -> Result<()> {
         self.check_writable()?;
         self.check_range(offset, len)?;
+        if len == 0 {
+            return Ok(());
+        }
         let end = offset + len;
         let (first, last) = (offset.div_ceil(BLOCK_BYTES), end / BLOCK_BYTES);
         const ZEROES: [u8; BLOCK_SIZE] = [0; BLOCK_SIZE];
@@ -255,6 +259,7 @@ impl Disk {
                     state = now;
                 }
                 Err(Miss::Released) => {
+                    self.device.check_alive()?;
                     // Sealed meanwhile: the present state says where it is now.
                     let now = self.device.state();
                     if now.overlay.same(&state.overlay) {

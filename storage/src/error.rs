@@ -52,7 +52,7 @@ impl ErrorKind {
     }
 }
 
-/// An error of the store. `Display` shows the context only; print the chain of sources once, at the top.
+/// An error of the store. `Display` shows the context and what caused it; `source` is what lies below that.
 #[derive(Clone)]
 pub struct Error {
     kind: ErrorKind,
@@ -112,6 +112,6 @@ impl fmt::Debug for Error {
 
 impl std::error::Error for Error {
     fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
-        self.source.as_ref().map(|s| s.as_ref() as &(dyn std::error::Error + 'static))
+        self.source.as_ref().and_then(|s| s.source())
     }
 }

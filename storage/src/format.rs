@@ -169,8 +169,9 @@ impl RecordHeader {
         (self.payload_offset() + self.payload as usize) as u64
     }
 
-    /// Appends header and checksum table; the payload follows by the caller. The header's own checksum covers both.
-    pub fn encode(&self, checksums: &[u32], out: &mut Vec<u8>) {
+    /// Appends header and checksum table; the payload follows by the caller. The header's own checksum covers both, and
+    /// the store: a guest, which does not know that, cannot write data that looks like a record.
+    pub fn encode(&self, store: &StoreUuid, checksums: &[u32], out: &mut Vec<u8>) {
         let start = out.len();
         out.extend_from_slice(&RECORD_MAGIC.to_le_bytes());
         out.extend_from_slice(&[self.kind as u8, 0, 0, 0]);
@@ -185,18 +186,18 @@ impl RecordHeader {
         for crc in checksums {
             out.extend_from_slice(&crc.to_le_bytes());
         }
-        let crc = Self::checksum(&out[start..]);
+        let crc = Self::checksum(store, &out[start..]);
         out[crc_at..crc_at + 4].copy_from_slice(&crc.to_le_bytes());
     }
 
-    fn checksum(header_and_table: &[u8]) -> u32 {
-        let crc = crc32c::crc32c(&header_and_table[..Self::BYTES - 4]);
+    fn checksum(store: &StoreUuid, header_and_table: &[u8]) -> u32 {
+        let crc = crc32c::crc32c_append(crc32c::crc32c(store), &header_and_table[..Self::BYTES - 4]);
         crc32c::crc32c_append(crc, &header_and_table[Self::BYTES..])
     }
 
-    /// Decodes the record that starts at `bytes[0]`, which is position `pos`; returns it with its checksum table.
-    /// `None`: there is no whole, intact header and table here.
-    pub fn decode(bytes: &[u8], pos: LogPos) -> Option<(Self, Vec<u32>)> {
+    /// Decodes the record that starts at `bytes[0]`; returns it with its checksum table. `None`: there is no whole, intact
+    /// header and table of this store here. Whether it is at the right position is for the caller to see.
+    pub fn decode(store: &StoreUuid, bytes: &[u8]) -> Option<(Self, Vec<u32>)> {
         if bytes.len() < Self::BYTES || u32_at(bytes, 0) != RECORD_MAGIC {
             return None;
         }
@@ -222,11 +223,11 @@ impl RecordHeader {
             RecordKind::Transaction => true,
         };
         let in_range = header.block.checked_add(header.count).is_some_and(|end| end <= MAX_DISK_BLOCKS);
-        if header.pos != pos || payload > Self::PAYLOAD_MAX || !sane || !in_range {
+        if payload > Self::PAYLOAD_MAX || !sane || !in_range {
             return None;
         }
         let table = bytes.get(..header.payload_offset())?;
-        if Self::checksum(table) != u32_at(bytes, Self::BYTES - 4) {
+        if Self::checksum(store, table) != u32_at(bytes, Self::BYTES - 4) {
             return None;
         }
         let checksums = table[Self::BYTES..].as_chunks::<4>().0.iter().map(|c| u32::from_le_bytes(*c)).collect();

@@ -241,7 +241,7 @@ fn move_pack(
     writer: &mut PackWriter,
     batch: &mut Batch,
 ) -> Result<()> {
-    let contents = inner.blocks.contents(inner.uuid, candidate.pack, &candidate.facts)?;
+    let (contents, all_digests) = inner.blocks.contents(inner.uuid, candidate.pack, &candidate.facts)?;
     for frame in &contents.frames {
         for entry in &frame.groups {
             let group = entry.group;
@@ -249,16 +249,18 @@ fn move_pack(
             if place.pack != candidate.pack {
                 continue;
             }
-            let digests = inner.blocks.digests(place.pack, place.digest, entry.blocks())?;
+            let first = place.digest as usize;
+            let digests = all_digests.get(first..first + entry.blocks() as usize);
+            let digests = digests.ok_or_else(|| Error::damaged(format!("{} has too few digests", place.pack)))?;
             let kept = live.slots(group, entry.slots);
-            for (slot, digest) in entry.slots().zip(&digests).filter(|(slot, _)| kept >> slot & 1 == 0) {
+            for (slot, digest) in entry.slots().zip(digests).filter(|(slot, _)| kept >> slot & 1 == 0) {
                 forget_digest(inner, BlockId::new(group, slot), digest, batch)?;
             }
             if kept == 0 {
                 batch.delete(Table::Groups, group.0.to_be_bytes());
                 continue;
             }
-            let (blocks, digests) = pick(&inner.blocks, group, &place, kept, &digests)?;
+            let (blocks, digests) = pick(&inner.blocks, group, &place, kept, digests)?;
             writer.put_group(GroupEntry { group, slots: kept, kind: entry.kind }, &blocks, &digests)?;
         }
     }

@@ -158,7 +158,7 @@ impl Log {
         self.make_room(&mut state, header.record_bytes())?;
         header.pos = state.end;
         let tail = state.tail()?;
-        header.encode(record.checksums, &mut tail.bytes);
+        header.encode(&self.store, record.checksums, &mut tail.bytes);
         tail.bytes.extend_from_slice(record.payload);
         state.end = header.pos.plus(header.record_bytes());
         Ok(Appended { record: header.pos, payload: header.pos.plus(header.payload_offset() as u64) })
@@ -220,7 +220,7 @@ impl Log {
 
     /// Forgets everything before `upto`, a position that [`Log::rotate`] returned and up to which all is kept elsewhere,
     /// durably. Returns the bytes given back.
-    pub fn release(&self, upto: LogPos) -> Result<u64> {
+    pub fn release(&self, upto: LogPos) -> u64 {
         {
             let mut state = self.state.lock();
             state.durable = state.durable.max(upto);
@@ -233,11 +233,12 @@ impl Log {
         let mut bytes = 0;
         for segment in released {
             bytes += segment.file.file_bytes().unwrap_or(0);
-            self.medium
-                .remove(&file_name(segment.number))
-                .map_err(|e| Error::io(format!("cannot remove log segment {:016x}", segment.number), e))?;
+            if let Err(e) = self.medium.remove(&file_name(segment.number)) {
+                // It is from before the log's beginning: the next start removes it.
+                tracing::warn!("cannot remove log segment {:016x}: {e}", segment.number);
+            }
         }
-        Ok(bytes)
+        bytes
     }
 
     fn wait<'a>(&self, mut state: MutexGuard<'a, State>) -> MutexGuard<'a, State> {
@@ -362,11 +363,12 @@ impl Log {
         segment.file.sync().map_err(WriteSyncError::Sync)
     }
 
-    /// Reads the log from `start` on, calls `apply` with each whole record (header, checksums, where its payload is, the
-    /// payload), and returns the log, ready for more. `next_number` is above every segment that was ever released.
+    /// Reads the log from `start` on, calls `apply` with each whole record, and returns the log, ready for more.
+    /// `next_number` is above every segment that was ever released.
     ///
-    /// The end is the first record that is not whole. If a later record says that the log was durable beyond that point,
-    /// this is damage and an error: acknowledged writes would be lost.
+    /// The end is the first record that is not whole. It is an unfinished write, unless something says that the log had
+    /// been durable beyond it: a later record by its `durable` field, or a later segment by being there, since a segment
+    /// is begun only when the one before is durable. Then it is damage, and an error, since acknowledged writes are lost.
     pub fn recover(
         medium: Arc<dyn Medium>,
         store: StoreUuid,
@@ -374,73 +376,42 @@ impl Log {
         next_number: u64,
         apply: &mut Apply<'_>,
     ) -> Result<Self> {
-        let mut found = Vec::new();
-        let mut next_number = next_number;
-        let mut removed = false;
-        for (name, bytes) in medium.list(DIR).map_err(|e| Error::io("cannot list the log", e))? {
-            let Some(number) = parse_name(&name) else { continue };
-            next_number = next_number.max(number + 1);
-            let open_error = |e| Error::io(format!("cannot open log segment {number:016x}"), e);
-            let file = medium.open(&file_name(number), Mode::Read).map_err(open_error)?;
-            let mut head = [0; SegmentHeader::BYTES as usize];
-            let header = match file.read_at(&mut head, 0) {
-                Ok(()) => SegmentHeader::decode(&head)?,
-                Err(e) if e.kind() == std::io::ErrorKind::UnexpectedEof => None,
-                Err(e) => return Err(open_error(e)),
-            };
-            match header {
-                Some(h) if h.store != store => {
-                    return Err(Error::damaged(format!("log segment {number:016x} belongs to another store")));
-                }
-                Some(h) if h.number == number && h.base >= start => {
-                    found.push((Arc::new(Segment { number, base: h.base, file }), bytes));
-                }
-                // Released before the crash, or never finished.
-                _ => {
-                    medium.remove(&file_name(number)).map_err(|e| Error::io("cannot remove an old log segment", e))?;
-                    removed = true;
-                }
-            }
-        }
-        found.sort_by_key(|(segment, _)| segment.number);
-
+        let (found, next_number) = list_segments(&*medium, &store, start, next_number)?;
         let mut end = start;
         let mut kept = BTreeMap::new();
-        let mut stop: Option<(Arc<Segment>, Vec<u8>)> = None;
-        let mut rest = found.into_iter();
-        for (segment, bytes) in rest.by_ref() {
-            if segment.base != end {
-                let data = read_all(&segment, bytes)?;
-                stop = Some((segment, data));
-                break;
-            }
-            let data = read_all(&segment, bytes)?;
-            end = replay(&segment, &data, apply)?;
-            // Not known to be synced if only the process died.
-            segment.file.sync().map_err(|e| Error::io("cannot sync the log", e))?;
-            kept.insert(segment.base, segment.clone());
-            stop = Some((segment, data));
-        }
-        // Everything behind the end: the stopping segment's remainder, and segments that do not continue it.
-        let stopped = stop.into_iter().map(Ok);
-        let others = rest.map(|(segment, bytes)| read_all(&segment, bytes).map(|data| (segment, data)));
-        for item in stopped.chain(others) {
-            let (segment, data) = item?;
-            if let Some(durable) = latest_durable(&segment, &data, end)
-                && durable > end
-            {
-                return Err(Error::damaged(format!(
-                    "the log is damaged at position {} (segment {:016x}): writes up to {} had been made durable; \
-                     restore the state directory from a backup, or run `miosa store repair` to go on without them",
-                    end.0, segment.number, durable.0
-                )));
-            }
-            if !kept.contains_key(&segment.base) || kept[&segment.base].number != segment.number {
-                medium.remove(&file_name(segment.number)).map_err(|e| Error::io("cannot remove a log segment", e))?;
+        let mut removed = false;
+        let mut last: Option<(Arc<Segment>, Vec<u8>)> = None;
+        for Found { number, base, file } in found {
+            let data = read_all(number, &*file)?;
+            let Some(base) = base.filter(|base| *base == end) else {
+                // Either begins behind the end, or has lost its header.
+                let testimony = latest_durable(&store, &data, 0).max(base).unwrap_or(start);
+                if testimony > end {
+                    return Err(damaged(end, number, testimony));
+                }
+                medium.remove(&file_name(number)).map_err(|e| Error::io("cannot remove a log segment", e))?;
                 removed = true;
-            }
+                continue;
+            };
+            let segment = Arc::new(Segment { number, base, file });
+            end = replay(&store, &segment, &data, apply)?;
+            kept.insert(base, segment.clone());
+            last = Some((segment, data));
         }
-        if removed || !kept.is_empty() {
+        if let Some((segment, data)) = &last {
+            let valid = (end.0 - segment.base.0) as usize;
+            if let Some(testimony) = latest_durable(&store, data, valid)
+                && testimony > end
+            {
+                return Err(damaged(end, segment.number, testimony));
+            }
+            // What the page cache has need not be on disk, not even when a sync says so, if an earlier sync failed.
+            // Writing it again makes the sync mean something. Segments before the last were durable when it was begun.
+            let cannot = |e| Error::io("cannot make the recovered log durable", e);
+            segment.file.write_at(&data[..valid], 0).map_err(cannot)?;
+            segment.file.sync().map_err(cannot)?;
+        }
+        if removed || last.is_some() {
             medium.sync_dir(DIR).map_err(|e| Error::io("cannot sync the log's directory", e))?;
         }
         let state = State {
@@ -497,12 +468,58 @@ fn parse_name(name: &str) -> Option<u64> {
     u64::from_str_radix(name.strip_suffix(".log")?, 16).ok()
 }
 
-fn read_all(segment: &Segment, bytes: u64) -> Result<Vec<u8>> {
-    let mut data = vec![0; bytes as usize];
-    segment
-        .file
-        .read_at(&mut data, 0)
-        .map_err(|e| Error::io(format!("cannot read log segment {:016x}", segment.number), e))?;
+/// A segment's file, as found when opening; `base` is `None` when the header cannot be read.
+struct Found {
+    number: u64,
+    base: Option<LogPos>,
+    file: Arc<dyn File>,
+}
+
+/// The segments from `start` on, in order; those before it were released and are removed. Also the next free number.
+fn list_segments(
+    medium: &dyn Medium,
+    store: &StoreUuid,
+    start: LogPos,
+    mut next_number: u64,
+) -> Result<(Vec<Found>, u64)> {
+    let mut found = Vec::new();
+    for (name, _) in medium.list(DIR).map_err(|e| Error::io("cannot list the log", e))? {
+        let Some(number) = parse_name(&name) else { continue };
+        next_number = next_number.max(number + 1);
+        let cannot = |e| Error::io(format!("cannot open log segment {number:016x}"), e);
+        let file = medium.open(&file_name(number), Mode::Modify).map_err(cannot)?;
+        let mut head = [0; SegmentHeader::BYTES as usize];
+        let header = match file.read_at(&mut head, 0) {
+            Ok(()) => SegmentHeader::decode(&head)?,
+            Err(e) if e.kind() == std::io::ErrorKind::UnexpectedEof => None,
+            Err(e) => return Err(cannot(e)),
+        };
+        match header {
+            Some(h) if h.store != *store || h.number != number => {
+                return Err(Error::damaged(format!("log segment {number:016x} belongs to another store or place")));
+            }
+            Some(h) if h.base < start => {
+                medium.remove(&file_name(number)).map_err(|e| Error::io("cannot remove an old log segment", e))?;
+            }
+            header => found.push(Found { number, base: header.map(|h| h.base), file }),
+        }
+    }
+    found.sort_by_key(|f| f.number);
+    Ok((found, next_number))
+}
+
+fn damaged(end: LogPos, segment: u64, testimony: LogPos) -> Error {
+    Error::damaged(format!(
+        "the log is damaged at position {}, as segment {segment:016x} shows: writes up to {} had been made durable; \
+         restore the state directory from a backup",
+        end.0, testimony.0
+    ))
+}
+
+fn read_all(number: u64, file: &dyn File) -> Result<Vec<u8>> {
+    let cannot = |e| Error::io(format!("cannot read log segment {number:016x}"), e);
+    let mut data = vec![0; file.file_bytes().map_err(cannot)? as usize];
+    file.read_at(&mut data, 0).map_err(cannot)?;
     Ok(data)
 }
 
@@ -518,18 +535,21 @@ fn intact(header: &RecordHeader, checksums: &[u32], payload: &[u8]) -> bool {
     }
 }
 
-/// The whole record at `at`, if there is one.
-fn record_at(segment: &Segment, data: &[u8], at: usize) -> Option<(RecordHeader, Vec<u32>, usize)> {
-    let (header, checksums) = RecordHeader::decode(data.get(at..)?, segment.base.plus(at as u64))?;
+/// The whole, intact record at `at`, if there is one, with where its payload begins.
+fn record_at(store: &StoreUuid, data: &[u8], at: usize) -> Option<(RecordHeader, Vec<u32>, usize)> {
+    let (header, checksums) = RecordHeader::decode(store, data.get(at..)?)?;
     let payload_at = at + header.payload_offset();
     let payload = data.get(payload_at..payload_at + header.payload as usize)?;
     intact(&header, &checksums, payload).then_some((header, checksums, payload_at))
 }
 
 /// Applies a segment's records; returns where they end.
-fn replay(segment: &Segment, data: &[u8], apply: &mut Apply<'_>) -> Result<LogPos> {
+fn replay(store: &StoreUuid, segment: &Segment, data: &[u8], apply: &mut Apply<'_>) -> Result<LogPos> {
     let mut at = SegmentHeader::BYTES as usize;
-    while let Some((header, checksums, payload_at)) = record_at(segment, data, at) {
+    while let Some((header, checksums, payload_at)) = record_at(store, data, at) {
+        if header.pos != segment.base.plus(at as u64) {
+            break;
+        }
         let payload = &data[payload_at..payload_at + header.payload as usize];
         apply(&header, checksums, segment.base.plus(payload_at as u64), payload)?;
         at += header.record_bytes() as usize;
@@ -537,20 +557,19 @@ fn replay(segment: &Segment, data: &[u8], apply: &mut Apply<'_>) -> Result<LogPo
     Ok(segment.base.plus(at as u64))
 }
 
-/// The furthest durable position that any intact record behind `end` testifies to.
-fn latest_durable(segment: &Segment, data: &[u8], end: LogPos) -> Option<LogPos> {
-    let from = end.0.saturating_sub(segment.base.0).max(SegmentHeader::BYTES) as usize;
+/// The furthest durable position that any intact record from `from` bytes on testifies to.
+fn latest_durable(store: &StoreUuid, data: &[u8], from: usize) -> Option<LogPos> {
     let magic = RecordHeader::magic();
-    let tail = data.get(from..)?;
     let mut found = None;
-    let mut at = 0;
-    while let Some(skip) = tail.get(at..).and_then(|t| t.windows(4).position(|w| w == magic)) {
+    let mut at = from;
+    while let Some(skip) = data.get(at..).and_then(|rest| rest.windows(4).position(|w| w == magic)) {
         at += skip;
-        if let Some((header, ..)) = record_at(segment, data, from + at) {
-            found = found.max(Some(header.durable));
-            at += header.record_bytes() as usize;
-        } else {
-            at += 1;
+        match record_at(store, data, at) {
+            Some((header, ..)) => {
+                found = found.max(Some(header.durable));
+                at += header.record_bytes() as usize;
+            }
+            None => at += 1,
         }
     }
     found

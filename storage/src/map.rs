@@ -86,6 +86,7 @@ fn visit<E: From<crate::Error>>(
         return f(start, end - start, BlockId::NONE);
     }
     match &*source.node(at.node)? {
+        Node::Leaf(_) if level != 0 => Err(wrong_level(at.node).into()),
         Node::Leaf(extents) => {
             let mut next = start;
             // The first extent that ends beyond `start`.
@@ -138,6 +139,7 @@ fn count(source: &dyn NodeSource, at: NodeRef, level: u32, base: u64, start: u64
         return Ok(at.mapped);
     }
     match &*source.node(at.node)? {
+        Node::Leaf(_) if level != 0 => Err(wrong_level(at.node)),
         Node::Leaf(extents) => Ok(extents
             .iter()
             .map(|e| {

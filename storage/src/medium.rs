@@ -59,6 +59,8 @@ pub enum WriteSyncError {
 pub enum Mode {
     /// An existing file, for reading.
     Read,
+    /// An existing file, for reading and writing.
+    Modify,
     /// A new file; `AlreadyExists` if there is one.
     Create,
 }

@@ -93,8 +93,7 @@ struct Writing {
     finished: Finished,
 }
 
-/// Writes as many packs as it takes. Dropping it without [`PackWriter::finish`] leaves files that nothing refers to,
-/// which the next start removes.
+/// Writes as many packs as it takes. Dropping it without [`PackWriter::finish`] removes what it wrote.
 pub(crate) struct PackWriter {
     medium: Arc<dyn Medium>,
     store: StoreUuid,
@@ -103,12 +102,23 @@ pub(crate) struct PackWriter {
     filling: [Filling; 2],
     current: Option<Writing>,
     done: Vec<Finished>,
+    /// Files made so far; they go when the writer is dropped before it has finished.
+    made: Vec<PackId>,
 }
 
 impl PackWriter {
     /// `level` is zstd's.
     pub fn new(medium: Arc<dyn Medium>, store: StoreUuid, counters: Arc<Counters>, level: i32) -> Self {
-        Self { medium, store, counters, level, filling: Default::default(), current: None, done: Vec::new() }
+        Self {
+            medium,
+            store,
+            counters,
+            level,
+            filling: Default::default(),
+            current: None,
+            done: Vec::new(),
+            made: Vec::new(),
+        }
     }
 
     /// Takes a new block and gives it its address.
@@ -199,6 +209,7 @@ impl PackWriter {
             empty => {
                 let pack = PackId(self.counters.pack.fetch_add(1, Ordering::Relaxed));
                 let file = self.medium.open(&file_name(pack), Mode::Create).map_err(|e| cannot_write(pack, e))?;
+                self.made.push(pack);
                 let header = PackHeader { store: self.store, pack }.encode();
                 let facts = PackFacts {
                     bytes: 0,
@@ -263,7 +274,17 @@ impl PackWriter {
         }
         self.finish_current(manifest)?;
         self.medium.sync_dir(DIR).map_err(|e| Error::io("cannot make a pack's name durable", e))?;
-        Ok(self.done)
+        self.made.clear();
+        Ok(std::mem::take(&mut self.done))
+    }
+}
+
+impl Drop for PackWriter {
+    fn drop(&mut self) {
+        for pack in &self.made {
+            // Nothing refers to it; what cannot be removed now is removed at the next start.
+            drop(self.medium.remove(&file_name(*pack)));
+        }
     }
 }
 

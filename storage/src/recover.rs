@@ -39,21 +39,11 @@ pub(crate) fn recover(
         medium.create_dir(dir).map_err(|e| Error::io(format!("cannot make the directory {dir}"), e))?;
     }
     let (uuid, catalogue) = match read_header(&*medium)? {
-        Some(header) => {
-            let missing = |e: Error| match e.kind() {
-                ErrorKind::Io => Error::caused(
-                    ErrorKind::Damaged,
-                    "the store's catalogue cannot be opened: `miosa store repair` makes it again from the packs",
-                    e,
-                ),
-                _ => e,
-            };
-            (header.uuid, open_catalogue(false).map_err(missing)?)
-        }
+        Some(header) => (header.uuid, open_catalogue(false)?),
         None => create(&*medium, open_catalogue)?,
     };
     if catalogue.get(Table::Meta, b"store")?.as_deref() != Some(&uuid) {
-        return Err(Error::damaged("the catalogue belongs to another store: `miosa store repair` makes it again"));
+        return Err(Error::damaged("the catalogue belongs to another store, or is empty: restore it from a backup"));
     }
     load(medium, uuid, catalogue)
 }
@@ -199,13 +189,19 @@ fn remove_unfinished_packs(medium: &dyn Medium, catalogue: &dyn Catalogue) -> Re
         known.insert(parse_id(key)?);
         Ok(())
     })?;
+    let mut removed = false;
     let mut next = known.last().map_or(1, |last| last + 1);
     for (name, _) in medium.list(pack::DIR).map_err(|e| Error::io("cannot list the packs", e))? {
         let Some(pack) = pack::parse_name(&name) else { continue };
         next = next.max(pack.0 + 1);
         if !known.contains(&pack.0) {
             medium.remove(&pack::file_name(pack)).map_err(|e| Error::io(format!("cannot remove {pack}"), e))?;
+            removed = true;
         }
+    }
+    if removed {
+        // The numbers of its groups are given out again: it must not come back beside them.
+        medium.sync_dir(pack::DIR).map_err(|e| Error::io("cannot sync the packs' directory", e))?;
     }
     Ok(next)
 }

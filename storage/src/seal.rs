@@ -196,7 +196,7 @@ fn execute(inner: &Inner, plan: &Plan) -> Result<SealReport> {
                 unix_ms: device.created_unix_ms,
                 // Without a fork point the map had everything at the plan, and its root has not changed since: only a
                 // checkpoint changes roots.
-                root: sealed.copied().unwrap_or_else(|| device.state().root),
+                root: sealed.map_or_else(|| device.state().root, |(_, root)| *root),
             }
         });
         manifest.devices.push((*source, row));
@@ -230,24 +230,13 @@ fn execute(inner: &Inner, plan: &Plan) -> Result<SealReport> {
     batch.put(Table::Meta, "checkpoint", encode(&manifest.checkpoint)?);
     inner.catalogue.commit(batch)?;
 
-    for layer in plan.layers.values().flat_map(open_chain) {
-        if let Some(root) = roots.get(&Arc::as_ptr(&layer)) {
-            // Each is set once: a layer that had a root is not in an open chain.
-            let _ = layer.sealed.set(*root);
-        }
+    for (layer, root) in roots.values() {
+        // Each is set once: what was sealed before is not sealed again.
+        let _ = layer.sealed.set(*root);
     }
     move_onto_roots(inner);
-    inner.log.release(plan.checkpoint.log_start)?;
+    inner.log.release(plan.checkpoint.log_start);
     Ok(report)
-}
-
-/// A layer and the unsealed ones below it, newest first.
-fn open_chain(layer: &Arc<Layer>) -> Vec<Arc<Layer>> {
-    if layer.sealed.get().is_some() {
-        return Vec::new();
-    }
-    let (below, _) = layer.frozen.read().chain();
-    std::iter::once(layer.clone()).chain(below).collect()
 }
 
 /// Step 5. Devices first, then fork points made meanwhile, newest first: each finds the sealed one below it through
@@ -278,7 +267,8 @@ struct Sealing<'a> {
     writer: PackWriter,
     /// Map nodes written by this checkpoint, which no catalogue knows yet.
     fresh: HashMap<BlockId, Arc<Node>>,
-    roots: HashMap<*const Layer, NodeRef>,
+    /// By the layer's address.
+    roots: HashMap<*const Layer, (Arc<Layer>, NodeRef)>,
     report: SealReport,
 }
 
@@ -300,18 +290,23 @@ impl NodeSink for Sealing<'_> {
 impl Sealing<'_> {
     /// Seals a fork point after those it grew from.
     fn seal_with_bases(&mut self, layer: &Arc<Layer>, level: u32) -> Result<()> {
-        for layer in open_chain(layer).into_iter().rev() {
-            if !self.roots.contains_key(&Arc::as_ptr(&layer)) {
-                let root = self.seal(&layer, level)?;
-                self.roots.insert(Arc::as_ptr(&layer), root);
-            }
+        let mut open = Vec::new();
+        let mut next = Some(layer.clone());
+        while let Some(layer) = next.take_if(|l| l.sealed.get().is_none() && !self.roots.contains_key(&Arc::as_ptr(l)))
+        {
+            next = layer.frozen.read().base.clone();
+            open.push(layer);
+        }
+        for layer in open.into_iter().rev() {
+            let root = self.seal(&layer, level)?;
+            self.roots.insert(Arc::as_ptr(&layer), (layer, root));
         }
         Ok(())
     }
 
     fn seal(&mut self, layer: &Layer, level: u32) -> Result<NodeRef> {
         let state = layer.frozen.read().clone();
-        let base = state.base.as_ref().and_then(|b| Some((b, *self.roots.get(&Arc::as_ptr(b))?)));
+        let base = state.base.as_ref().and_then(|b| Some((b, self.roots.get(&Arc::as_ptr(b))?.1)));
         let (root, extents) = match base {
             Some((base, root)) => (root, state.overlay.since(&base.frozen.read().overlay, base.upto)),
             None => (state.root, state.overlay.iter().map(|(start, e)| (start, e.clone())).collect()),
@@ -416,6 +411,8 @@ struct SealerState {
     thread: Option<std::thread::JoinHandle<()>>,
 }
 
+/// Sealings after which collection looks for small packs to merge.
+const PACKS_BEFORE_GC: u64 = 32;
 /// How often the background thread looks whether the store is idle.
 const LOOK: Duration = Duration::from_millis(500);
 
@@ -475,6 +472,8 @@ pub(crate) fn start(inner: &Arc<Inner>) -> Result<()> {
 fn run(weak: &Weak<Inner>) {
     let mut seen = LogPos(0);
     let mut quiet_since = Instant::now();
+    // Sealings since garbage was last collected: each makes a pack, and collection merges small ones.
+    let mut sealed = 0;
     // After a failure the next try waits, so that a full disk is not hammered.
     let mut not_before = Instant::now();
     while let Some(inner) = weak.upgrade() {
@@ -500,7 +499,9 @@ fn run(weak: &Weak<Inner>) {
             continue;
         }
         if !(requested || idle || full) {
-            if quiet && inner.deleted.swap(0, Ordering::Relaxed) > 0 {
+            if quiet && inner.deleted.load(Ordering::Relaxed) + sealed / PACKS_BEFORE_GC > 0 {
+                inner.deleted.store(0, Ordering::Relaxed);
+                sealed = 0;
                 match crate::gc::collect(&inner, false) {
                     Ok(report) => tracing::info!(?report, "garbage collected"),
                     Err(e) => tracing::error!("garbage collection failed: {e}"),
@@ -512,6 +513,7 @@ fn run(weak: &Weak<Inner>) {
         let mut state = inner.sealer.state.lock();
         state.tried += 1;
         state.failure = outcome.err();
+        sealed += 1;
         if let Some(e) = &state.failure {
             tracing::error!("sealing failed; it will be tried again: {e}");
             not_before = Instant::now() + Duration::from_secs(1);

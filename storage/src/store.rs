@@ -156,6 +156,9 @@ impl Store {
     pub fn open(dir: &Path, options: Options) -> Result<Self> {
         let at = |what: &str| format!("cannot {what} {}", dir.display());
         std::fs::create_dir_all(dir).map_err(|e| Error::io(at("make the directory"), e))?;
+        if let Some(parent) = dir.parent().filter(|p| !p.as_os_str().is_empty()) {
+            std::fs::File::open(parent).and_then(|p| p.sync_all()).map_err(|e| Error::io(at("make durable"), e))?;
+        }
         let lock = lock(dir)?;
         let medium = Arc::new(FileMedium::new(dir, options.backend));
         let place = dir.join("catalogue");
@@ -178,7 +181,7 @@ impl Store {
         let catalogue = recovered.catalogue;
         let blocks =
             Arc::new(Blocks::new(medium.clone(), catalogue.clone(), options.cache_bytes, options.node_cache_bytes));
-        let index = Index::new(catalogue.clone(), blocks.clone(), options.index_digests);
+        let index = Index::new(catalogue.clone(), blocks.clone(), recovered.uuid, options.index_digests);
         let (dir, lock) = place.unzip();
         let inner = Arc::new(Inner {
             uuid: recovered.uuid,

@@ -57,9 +57,7 @@ impl Medium for FileMedium {
     fn open(&self, name: &str, mode: Mode) -> io::Result<Arc<dyn File>> {
         let mut options = fs::OpenOptions::new();
         options.read(true).mode(0o600);
-        if mode == Mode::Create {
-            options.write(true).create_new(true);
-        }
+        options.write(mode != Mode::Read).create_new(mode == Mode::Create);
         let file = options.open(self.root.join(name))?;
         Ok(Arc::new(HostFile { file, backend: self.backend }))
     }

@@ -251,8 +251,8 @@ impl Medium for SimMedium {
     fn open(&self, name: &str, mode: Mode) -> io::Result<Arc<dyn File>> {
         let mut state = self.state.lock();
         let file = match (mode, state.files.get(name).cloned()) {
-            (Mode::Read, Some(file)) => file,
-            (Mode::Read, None) => return Err(io::ErrorKind::NotFound.into()),
+            (Mode::Read | Mode::Modify, Some(file)) => file,
+            (Mode::Read | Mode::Modify, None) => return Err(io::ErrorKind::NotFound.into()),
             (Mode::Create, Some(_)) => return Err(io::ErrorKind::AlreadyExists.into()),
             (Mode::Create, None) => {
                 state.event(Event::Create)?;
