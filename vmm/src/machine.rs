@@ -113,8 +113,9 @@ pub struct Reaped {
 /// A kind of virtual machine monitor.
 #[async_trait]
 pub trait Vmm: Send + Sync {
-    /// Starts a machine and waits until its agent answers. When the future is dropped or fails, the machine's process
-    /// is dead before anything else can see it.
+    /// Starts a machine and waits until its agent answers. When it fails, the machine's process is gone. When the
+    /// future is dropped, the process has been sent SIGKILL; it is gone, and with it its hold on the disk, when its
+    /// record in the run directory is.
     ///
     /// # Errors
     /// `QemuMissing`, `Invalid`, `StartFailed` (with what the process wrote last), `BootTimeout` (with the console's
@@ -136,7 +137,7 @@ pub trait Vmm: Send + Sync {
     async fn version(&self) -> Result<String>;
 }
 
-/// A running machine. Dropping the last handle kills it.
+/// A running machine. Dropping the last handle sends it SIGKILL without waiting; [`Machine::kill`] waits.
 #[async_trait]
 pub trait Machine: Send + Sync {
     /// A client of the guest's agent; clones share one connection.
