@@ -67,7 +67,8 @@ pub enum Accel {
 /// What a guest's network reaches.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Network {
-    /// Outgoing connections through the host's user; `eth0` is 10.0.2.15/24.
+    /// Outgoing connections with the host's own address; `eth0` is 10.0.2.15/24. The guest also reaches what listens
+    /// on the host's loopback, as 10.0.2.2: QEMU cannot forbid it, so services there must not trust their callers.
     User,
     /// No network device.
     None,
@@ -112,8 +113,9 @@ pub struct Reaped {
 /// A kind of virtual machine monitor.
 #[async_trait]
 pub trait Vmm: Send + Sync {
-    /// Starts a machine and waits until its agent answers. When the future is dropped or fails, the machine's process
-    /// is dead before anything else can see it.
+    /// Starts a machine and waits until its agent answers. When it fails, the machine's process is gone. When the
+    /// future is dropped, the process has been sent SIGKILL; it is gone, and with it its hold on the disk, when its
+    /// record in the run directory is.
     ///
     /// # Errors
     /// `QemuMissing`, `Invalid`, `StartFailed` (with what the process wrote last), `BootTimeout` (with the console's
@@ -135,7 +137,7 @@ pub trait Vmm: Send + Sync {
     async fn version(&self) -> Result<String>;
 }
 
-/// A running machine. Dropping the last handle kills it.
+/// A running machine. Dropping the last handle sends it SIGKILL without waiting; [`Machine::kill`] waits.
 #[async_trait]
 pub trait Machine: Send + Sync {
     /// A client of the guest's agent; clones share one connection.
