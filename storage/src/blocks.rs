@@ -5,7 +5,7 @@
 use crate::block::{BLOCK_SIZE, BlockId, GROUP_BLOCKS, GroupId, PackId};
 use crate::catalogue::{Catalogue, Table};
 use crate::error::{Error, Result};
-use crate::format::{Codec, FrameHeader, Node};
+use crate::format::{Codec, FrameHeader, Node, PackContents, PackFooter, PackHeader, StoreUuid};
 use crate::map::NodeSource;
 use crate::medium::{File, Medium, Mode};
 use crate::pack::{self, Digest, GroupPlace, PackFacts};
@@ -85,8 +85,12 @@ impl Blocks {
     }
 
     /// Brings the groups of `runs` (address, blocks) into the cache, reading what is missing in as few round trips as
-    /// the medium allows. Pays when several groups are missing; a failure shows again at [`Blocks::read`].
-    pub fn prefetch(&self, runs: &[(BlockId, u64)]) -> Result<()> {
+    /// the medium allows. Pays when several groups are missing. A failure shows again, or not, at [`Blocks::read`].
+    pub fn prefetch(&self, runs: &[(BlockId, u64)]) {
+        drop(self.try_prefetch(runs));
+    }
+
+    fn try_prefetch(&self, runs: &[(BlockId, u64)]) -> Result<()> {
         let mut wanted = Vec::new();
         for (first, blocks) in runs {
             for group in first.group().0..=first.plus(blocks - 1).group().0 {
@@ -116,7 +120,15 @@ impl Blocks {
     }
 
     fn group(&self, id: GroupId) -> Result<Arc<Group>> {
-        self.groups.get_or_insert_with(&id, || Ok(Arc::new(self.load(id, &self.place(id)?)?)))
+        self.groups.get_or_insert_with(&id, || {
+            let place = self.place(id)?;
+            let loaded = self.load(id, &place).or_else(|e| {
+                // Garbage collection may have moved it since we asked where it is.
+                let now = self.place(id)?;
+                if now == place { Err(e) } else { self.load(id, &now) }
+            });
+            Ok(Arc::new(loaded?))
+        })
     }
 
     fn load(&self, id: GroupId, place: &GroupPlace) -> Result<Group> {
@@ -159,6 +171,40 @@ impl Blocks {
         }
         self.file(pack)?.read_at(&mut bytes, at).map_err(|e| unreadable(pack, e))?;
         Ok(bytes.as_chunks::<32>().0.to_vec())
+    }
+
+    /// A pack's table of contents; verifies header, footer and all sections.
+    pub fn contents(&self, store: StoreUuid, pack: PackId, facts: &PackFacts) -> Result<PackContents> {
+        let damaged = |what: &str| Error::damaged(format!("{pack}: {what}"));
+        let file = self.file(pack)?;
+        let read = |at: u64, buf: &mut [u8]| file.read_at(buf, at).map_err(|e| unreadable(pack, e));
+        let mut head = [0; PackHeader::BYTES as usize];
+        read(0, &mut head)?;
+        if PackHeader::decode(&head)? != Some(PackHeader { store, pack }) {
+            return Err(damaged("the header is damaged or another pack's"));
+        }
+        let mut foot = [0; PackFooter::BYTES as usize];
+        let sections_end = facts.bytes.checked_sub(PackFooter::BYTES).ok_or_else(|| damaged("too short"))?;
+        read(sections_end, &mut foot)?;
+        let footer = PackFooter::decode(&foot, facts.bytes).ok_or_else(|| damaged("the footer is damaged"))?;
+        if (footer.pack, footer.digests_at, footer.contents_at) != (pack, facts.digests_at, facts.contents_at) {
+            return Err(damaged("the footer and the catalogue disagree"));
+        }
+        let mut sections = vec![0; (sections_end - footer.digests_at) as usize];
+        read(footer.digests_at, &mut sections)?;
+        if crc32c::crc32c(&sections) != footer.sections_crc {
+            return Err(damaged("the digests, contents or manifest are damaged"));
+        }
+        let from = (footer.contents_at - footer.digests_at) as usize;
+        let upto = (footer.manifest_at - footer.digests_at) as usize;
+        let contents =
+            zstd::stream::decode_all(&sections[from..upto]).map_err(|_| damaged("the contents do not decompress"))?;
+        postcard::from_bytes(&contents).map_err(|_| damaged("the contents cannot be read"))
+    }
+
+    /// Closes a pack that is about to go.
+    pub fn forget_pack(&self, pack: PackId) {
+        self.files.remove(&pack);
     }
 
     fn file(&self, pack: PackId) -> Result<Arc<dyn File>> {

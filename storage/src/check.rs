@@ -5,9 +5,7 @@ use crate::blocks::Blocks;
 use crate::catalogue::Table;
 use crate::disk::Device;
 use crate::error::{Error, Result};
-use crate::format::{PackContents, PackFooter, PackHeader};
 use crate::map;
-use crate::medium::{File, Mode};
 use crate::pack::{self, PackFacts};
 use crate::seal::parse_id;
 use crate::store::Inner;
@@ -53,10 +51,7 @@ pub(crate) fn check(inner: &Inner) -> Result<CheckReport> {
 }
 
 fn check_pack(inner: &Inner, pack: PackId, facts: &PackFacts, report: &mut CheckReport) -> Result<()> {
-    let damaged = |what: String| Error::damaged(format!("{pack}: {what}"));
-    let file =
-        inner.medium.open(&pack::file_name(pack), Mode::Read).map_err(|e| damaged(format!("cannot be opened: {e}")))?;
-    let contents = read_contents(inner, &*file, pack, facts)?;
+    let contents = inner.blocks.contents(inner.uuid, pack, facts)?;
     let mut digest_index = 0;
     for frame in &contents.frames {
         for entry in &frame.groups {
@@ -75,36 +70,6 @@ fn check_pack(inner: &Inner, pack: PackId, facts: &PackFacts, report: &mut Check
         }
     }
     Ok(())
-}
-
-fn read_contents(inner: &Inner, file: &dyn File, pack: PackId, facts: &PackFacts) -> Result<PackContents> {
-    let damaged = |what: &str| Error::damaged(format!("{pack}: {what}"));
-    let read = |at: u64, buf: &mut [u8]| {
-        file.read_at(buf, at)
-            .map_err(|e| Error::damaged(format!("{pack}: cannot read {} bytes at {at}: {e}", buf.len())))
-    };
-    let mut head = [0; PackHeader::BYTES as usize];
-    read(0, &mut head)?;
-    if PackHeader::decode(&head)? != Some(PackHeader { store: inner.uuid, pack }) {
-        return Err(damaged("the header is damaged or another pack's"));
-    }
-    let mut foot = [0; PackFooter::BYTES as usize];
-    let sections_end = facts.bytes.checked_sub(PackFooter::BYTES).ok_or_else(|| damaged("too short"))?;
-    read(sections_end, &mut foot)?;
-    let footer = PackFooter::decode(&foot, facts.bytes).ok_or_else(|| damaged("the footer is damaged"))?;
-    if (footer.pack, footer.digests_at, footer.contents_at) != (pack, facts.digests_at, facts.contents_at) {
-        return Err(damaged("the footer and the catalogue disagree"));
-    }
-    let mut sections = vec![0; (sections_end - footer.digests_at) as usize];
-    read(footer.digests_at, &mut sections)?;
-    if crc32c::crc32c(&sections) != footer.sections_crc {
-        return Err(damaged("the digests, contents or manifest are damaged"));
-    }
-    let from = (footer.contents_at - footer.digests_at) as usize;
-    let upto = (footer.manifest_at - footer.digests_at) as usize;
-    let contents =
-        zstd::stream::decode_all(&sections[from..upto]).map_err(|_| damaged("the contents do not decompress"))?;
-    postcard::from_bytes(&contents).map_err(|_| damaged("the contents cannot be read"))
 }
 
 /// Decodes a group afresh and compares every block with its digest.

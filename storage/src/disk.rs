@@ -245,7 +245,15 @@ impl Disk {
         loop {
             match read_state(&self.store, &state, self.device.level(), first, buf) {
                 Ok(()) => return Ok(()),
-                Err(Miss::Error(e)) => return Err(e),
+                Err(Miss::Error(e)) => {
+                    self.device.check_alive()?;
+                    // Moved onto a sealed root meanwhile: the old root's nodes may have been collected.
+                    let now = self.device.state();
+                    if now.root == state.root {
+                        return Err(e);
+                    }
+                    state = now;
+                }
                 Err(Miss::Released) => {
                     // Sealed meanwhile: the present state says where it is now.
                     let now = self.device.state();
@@ -348,7 +356,7 @@ fn read_state(store: &Inner, state: &State, level: u32, first: u64, buf: &mut [u
     })?;
     if stored.len() > 1 || stored.first().is_some_and(|(_, len, _)| *len > 1) {
         let runs: Vec<_> = stored.iter().map(|(_, len, block)| (*block, *len)).collect();
-        store.blocks.prefetch(&runs)?;
+        store.blocks.prefetch(&runs);
     }
     for (start, len, block) in stored {
         store.blocks.read(block, &mut buf[place(start, len)])?;

@@ -291,6 +291,12 @@ impl GroupEntry {
     pub fn blocks(&self) -> u32 {
         self.slots.count_ones()
     }
+
+    /// The slots that are there, lowest first.
+    pub fn slots(&self) -> impl Iterator<Item = u64> + use<> {
+        let slots = self.slots;
+        (0..16).filter(move |slot| slots >> slot & 1 == 1)
+    }
 }
 
 /// The head of a frame: groups compressed together. 32 bytes, then 12 for each group, then the payload.

@@ -9,7 +9,9 @@ use crate::blocks::Blocks;
 use crate::catalogue::{Catalogue, Table};
 use crate::error::{Error, Result};
 use crate::format::GroupKind;
+use crate::gc::Live;
 use crate::pack::Digest;
+use parking_lot::RwLock;
 use quick_cache::sync::Cache;
 use std::sync::Arc;
 
@@ -25,6 +27,8 @@ pub(crate) struct Index {
     neighbours: Cache<Digest, BlockId>,
     /// Windows whose digests were brought in.
     windows: Cache<u64, ()>,
+    /// While garbage is collected: what may still be found.
+    keep: RwLock<Option<Arc<Live>>>,
 }
 
 /// Is this digest one that the index on disk keeps?
@@ -41,7 +45,13 @@ impl Index {
     /// `digests` bounds the digests kept in memory, at some 70 bytes each.
     pub fn new(catalogue: Arc<dyn Catalogue>, blocks: Arc<Blocks>, digests: usize) -> Self {
         let windows = (digests / 1024).max(16);
-        Self { catalogue, blocks, neighbours: Cache::new(digests), windows: Cache::new(windows) }
+        Self {
+            catalogue,
+            blocks,
+            neighbours: Cache::new(digests),
+            windows: Cache::new(windows),
+            keep: RwLock::default(),
+        }
     }
 
     /// Brings in what the sampled ones among these digests lead to.
@@ -83,12 +93,19 @@ impl Index {
 
     /// A stored block with this digest, if one is known.
     pub fn find(&self, digest: &Digest) -> Option<BlockId> {
-        self.neighbours.get(digest)
+        let found = self.neighbours.get(digest)?;
+        self.keep.read().as_ref().is_none_or(|live| live.keeps(found)).then_some(found)
     }
 
     /// Remembers a block that is being stored.
     pub fn insert(&self, digest: Digest, id: BlockId) {
         self.neighbours.insert(digest, id);
+    }
+
+    /// From now on only what `live` keeps is found; with `None`, everything again that is found afresh.
+    pub fn keep_only(&self, live: Option<Arc<Live>>) {
+        *self.keep.write() = live;
+        self.clear();
     }
 
     /// Forgets everything in memory: what was remembered may not have become durable.

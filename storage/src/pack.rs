@@ -30,6 +30,8 @@ pub(crate) struct GroupPlace {
     /// The frame: offset in the pack and bytes with its header.
     pub offset: u64,
     pub bytes: u32,
+    /// Of these bytes, the part that is this group's.
+    pub share: u32,
     pub slots: u16,
     pub kind: GroupKind,
     /// Index of the first block's digest among the pack's.
@@ -49,6 +51,12 @@ pub(crate) struct PackFacts {
     pub node_bytes: u64,
 }
 
+impl PackFacts {
+    pub fn has_manifest(&self) -> bool {
+        self.manifest_at + PackFooter::BYTES < self.bytes
+    }
+}
+
 /// A finished pack and what the catalogue has to learn of it.
 pub(crate) struct Finished {
     pub pack: PackId,
@@ -65,10 +73,10 @@ pub(crate) struct Counters {
     pub pack: AtomicU64,
 }
 
-/// A group that is being filled.
+/// A frame that is being filled: of each group its blocks, lowest slot first.
 #[derive(Default)]
 struct Filling {
-    group: Option<GroupId>,
+    groups: Vec<GroupEntry>,
     bytes: Vec<u8>,
     digests: Vec<Digest>,
 }
@@ -103,52 +111,71 @@ impl PackWriter {
         Self { medium, store, counters, level, filling: Default::default(), current: None, done: Vec::new() }
     }
 
-    /// Takes a block and gives it its address.
+    /// Takes a new block and gives it its address.
     pub fn put(&mut self, kind: GroupKind, block: &[u8], digest: Digest) -> Result<BlockId> {
         let filling = &mut self.filling[kind as usize];
-        let group = *filling.group.get_or_insert_with(|| GroupId(self.counters.group.fetch_add(1, Ordering::Relaxed)));
-        let id = BlockId::new(group, filling.digests.len() as u64);
+        if filling.groups.is_empty() {
+            let group = GroupId(self.counters.group.fetch_add(1, Ordering::Relaxed));
+            filling.groups.push(GroupEntry { group, slots: 0, kind });
+        }
+        let entry = &mut filling.groups[0];
+        let slot = entry.blocks();
+        entry.slots |= 1 << slot;
+        let id = BlockId::new(entry.group, u64::from(slot));
         filling.bytes.extend_from_slice(block);
         filling.digests.push(digest);
-        if filling.digests.len() as u64 == GROUP_BLOCKS {
-            self.close_group(kind)?;
-        }
+        self.close_if_full(kind)?;
         Ok(id)
     }
 
-    /// Turns what a group has into a frame.
-    fn close_group(&mut self, kind: GroupKind) -> Result<()> {
-        let Filling { group: Some(group), bytes, digests } = std::mem::take(&mut self.filling[kind as usize]) else {
+    /// Takes what is left of a group under its old addresses. Such groups share a frame until it is full. Not to be mixed
+    /// with [`PackWriter::put`] in one writer.
+    pub fn put_group(&mut self, entry: GroupEntry, blocks: &[u8], digests: &[Digest]) -> Result<()> {
+        let filling = &mut self.filling[entry.kind as usize];
+        filling.groups.push(entry);
+        filling.bytes.extend_from_slice(blocks);
+        filling.digests.extend_from_slice(digests);
+        self.close_if_full(entry.kind)
+    }
+
+    fn close_if_full(&mut self, kind: GroupKind) -> Result<()> {
+        if self.filling[kind as usize].digests.len() as u64 >= GROUP_BLOCKS {
+            self.close_frame(kind)?;
+        }
+        Ok(())
+    }
+
+    /// Compresses what has been collected and appends it to the pack.
+    fn close_frame(&mut self, kind: GroupKind) -> Result<()> {
+        let Filling { groups, bytes, digests } = std::mem::take(&mut self.filling[kind as usize]);
+        if groups.is_empty() {
             return Ok(());
-        };
+        }
         let compressed =
             zstd::bulk::compress(&bytes, self.level).map_err(|e| Error::io("cannot compress a frame", e))?;
         let (codec, payload) =
             if compressed.len() < bytes.len() { (Codec::Zstd, &compressed) } else { (Codec::Raw, &bytes) };
-        let slots = ((1u32 << digests.len()) - 1) as u16;
-        let entry = GroupEntry { group, slots, kind };
-        let header = FrameHeader { codec, stored: payload.len() as u32, groups: vec![entry] };
+        let header = FrameHeader { codec, stored: payload.len() as u32, groups };
 
         let out = self.writing()?;
         let offset = out.written + out.buffer.len() as u64;
         header.encode(payload, &mut out.buffer);
         let frame_bytes = (header.bytes() + payload.len()) as u32;
-        let place = GroupPlace {
-            pack: out.pack,
-            offset,
-            bytes: frame_bytes,
-            slots,
-            kind,
-            digest: (out.digests.len() / size_of::<Digest>()) as u32,
-        };
-        out.contents.frames.push(FrameEntry { offset, bytes: frame_bytes, groups: header.groups });
-        out.finished.groups.push((group, place));
-        for (slot, digest) in digests.iter().enumerate() {
-            out.digests.extend_from_slice(digest);
+        let mut digest = (out.digests.len() / size_of::<Digest>()) as u32;
+        let mut first = 0;
+        for entry in &header.groups {
+            let GroupEntry { group, slots, .. } = *entry;
+            let share = (u64::from(frame_bytes) * u64::from(entry.blocks()) / digests.len() as u64) as u32;
+            let place = GroupPlace { pack: out.pack, offset, bytes: frame_bytes, share, slots, kind, digest };
+            out.finished.groups.push((group, place));
             if kind == GroupKind::Data {
-                out.finished.data.push((*digest, BlockId::new(group, slot as u64)));
+                let here = digests[first..].iter().zip(entry.slots());
+                out.finished.data.extend(here.map(|(digest, slot)| (*digest, BlockId::new(group, slot))));
             }
+            digest += entry.blocks();
+            first += entry.blocks() as usize;
         }
+        out.digests.extend(digests.iter().flatten());
         match kind {
             GroupKind::Data => out.finished.facts.data_blocks += digests.len() as u64,
             GroupKind::Node => {
@@ -156,6 +183,7 @@ impl PackWriter {
                 out.finished.facts.node_bytes += u64::from(frame_bytes);
             }
         }
+        out.contents.frames.push(FrameEntry { offset, bytes: frame_bytes, groups: header.groups });
         if out.buffer.len() >= WRITE_BYTES {
             out.write_buffer()?;
         }
@@ -220,16 +248,19 @@ impl PackWriter {
         Ok(())
     }
 
-    /// Ends the groups that are being filled: from here on no more ids are taken.
-    pub fn end_groups(&mut self) -> Result<()> {
-        self.close_group(GroupKind::Data)?;
-        self.close_group(GroupKind::Node)
+    /// Ends the frames that are being filled: from here on no more ids are taken.
+    pub fn end_frames(&mut self) -> Result<()> {
+        self.close_frame(GroupKind::Data)?;
+        self.close_frame(GroupKind::Node)
     }
 
-    /// Ends all packs, the last with `manifest`, and makes them and their names durable.
+    /// Ends all packs, the last with `manifest`, and makes them and their names durable. Without a manifest there may be
+    /// no pack at all.
     pub fn finish(mut self, manifest: &[u8]) -> Result<Vec<Finished>> {
-        self.end_groups()?;
-        self.writing()?;
+        self.end_frames()?;
+        if !manifest.is_empty() {
+            self.writing()?;
+        }
         self.finish_current(manifest)?;
         self.medium.sync_dir(DIR).map_err(|e| Error::io("cannot make a pack's name durable", e))?;
         Ok(self.done)

@@ -20,7 +20,7 @@ use crate::index::{self, Index};
 use crate::map::{self, Change, NodeSink, NodeSource, push_change};
 use crate::overlay::{Content, Extent};
 use crate::pack::{Digest, PackWriter, digest};
-use crate::registry::RecordKey;
+use crate::registry::{RecordKey, Registry};
 use crate::state::Layer;
 use crate::store::Inner;
 use bytes::Bytes;
@@ -87,7 +87,7 @@ pub(crate) fn record_key((kind, key): &RecordKey) -> Vec<u8> {
     [kind.as_bytes(), &[0], key.as_bytes()].concat()
 }
 
-fn encode<T: Serialize>(value: &T) -> Result<Vec<u8>> {
+pub(crate) fn encode<T: Serialize>(value: &T) -> Result<Vec<u8>> {
     postcard::to_stdvec(value).map_err(|e| Error::new(ErrorKind::InvalidInput, format!("cannot encode: {e}")))
 }
 
@@ -103,6 +103,22 @@ struct Plan {
 /// Seals everything written before the call. One at a time.
 pub(crate) fn checkpoint(inner: &Inner) -> Result<SealReport> {
     let _one = inner.sealer.running.lock();
+    checkpoint_locked(inner)
+}
+
+/// A checkpoint whose manifest has the whole catalogue, so that no older one is needed.
+pub(crate) fn checkpoint_all(inner: &Inner) -> Result<SealReport> {
+    let _one = inner.sealer.running.lock();
+    {
+        let mut registry = inner.registry.lock();
+        let Registry { devices, records, touched, touched_records, .. } = &mut *registry;
+        touched.extend(devices.keys());
+        touched_records.extend(records.keys().cloned());
+    }
+    checkpoint_locked(inner)
+}
+
+fn checkpoint_locked(inner: &Inner) -> Result<SealReport> {
     let Some(plan) = plan(inner)? else { return Ok(SealReport::default()) };
     let outcome = execute(inner, &plan);
     if outcome.is_err() {
@@ -159,7 +175,7 @@ fn execute(inner: &Inner, plan: &Plan) -> Result<SealReport> {
         }
     }
     let Sealing { mut writer, roots, mut report, .. } = sealing;
-    writer.end_groups()?;
+    writer.end_frames()?;
 
     let mut manifest = Manifest {
         checkpoint: Checkpoint {
@@ -385,7 +401,7 @@ impl Blocks {
 #[derive(Default)]
 pub(crate) struct Sealer {
     /// Held while a checkpoint runs.
-    running: Mutex<()>,
+    pub running: Mutex<()>,
     state: Mutex<SealerState>,
     changed: Condvar,
 }
@@ -477,9 +493,19 @@ fn run(weak: &Weak<Inner>) {
             (seen, quiet_since) = (end, Instant::now());
         }
         let live = inner.log.live_bytes();
-        let idle = live > 0 && quiet_since.elapsed() >= inner.options.idle;
+        let quiet = quiet_since.elapsed() >= inner.options.idle;
+        let idle = live > 0 && quiet;
         let full = live >= inner.options.log_bytes;
-        if !(requested || idle || full) || Instant::now() < not_before {
+        if Instant::now() < not_before {
+            continue;
+        }
+        if !(requested || idle || full) {
+            if quiet && inner.deleted.swap(0, Ordering::Relaxed) > 0 {
+                match crate::gc::collect(&inner, false) {
+                    Ok(report) => tracing::info!(?report, "garbage collected"),
+                    Err(e) => tracing::error!("garbage collection failed: {e}"),
+                }
+            }
             continue;
         }
         let outcome = checkpoint(&inner);

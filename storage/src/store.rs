@@ -40,7 +40,8 @@ pub struct Options {
     pub idle: Duration,
     /// zstd level of what is sealed.
     pub level: i32,
-    /// Seal in the background. Without it, only [`Store::seal`] does, and writers never wait.
+    /// Seal, and collect garbage, in the background. Without it only [`Store::seal`] and [`Store::gc`] do, and writers
+    /// never wait.
     pub background: bool,
 }
 
@@ -103,6 +104,10 @@ pub(crate) struct Inner {
     /// The next disk or snapshot id.
     pub next_id: AtomicU64,
     pub sealer: Sealer,
+    /// Held while garbage is collected.
+    pub collecting: Mutex<()>,
+    /// Disks and snapshots deleted since garbage was last collected.
+    pub deleted: AtomicU64,
     pub options: Options,
     /// Where the store is, on a file medium.
     pub dir: Option<PathBuf>,
@@ -186,6 +191,8 @@ impl Store {
             counters: Arc::new(recovered.counters),
             next_id: AtomicU64::new(recovered.next_id),
             sealer: Sealer::default(),
+            collecting: Mutex::new(()),
+            deleted: AtomicU64::new(0),
             options,
             dir,
             _lock: lock,
@@ -257,6 +264,24 @@ impl Store {
     /// Reads everything that is sealed and compares it with its checksums and digests. Slow: it reads the whole store.
     pub fn check(&self) -> Result<crate::CheckReport> {
         crate::check::check(self.inner())
+    }
+
+    /// Gives back the space of what nothing refers to; with `dry_run` only says what it would give back. Disks are in use
+    /// meanwhile. Needs free space for one pack at a time.
+    pub fn gc(&self, dry_run: bool) -> Result<crate::GcReport> {
+        crate::gc::collect(self.inner(), dry_run)
+    }
+
+    /// What every disk and snapshot costs. Walks all maps; sealing waits meanwhile.
+    pub fn usage(&self) -> Result<Vec<crate::Usage>> {
+        crate::gc::usage(self.inner(), None)
+    }
+
+    /// What one of them costs. Walks all maps too, since others may share.
+    pub fn usage_of(&self, source: Source) -> Result<crate::Usage> {
+        self.inner().registry.lock().device(source)?;
+        let gone = || Error::new(ErrorKind::NotFound, format!("{source} has been deleted"));
+        crate::gc::usage(self.inner(), Some(source))?.pop().ok_or_else(gone)
     }
 
     /// Makes everything written so far durable.
@@ -408,6 +433,8 @@ impl Transaction<'_> {
         };
         inner.log.append(&record)?;
         let upto = inner.log.end();
+        let deleted = self.ops.iter().filter(|op| matches!(op, Op::DeleteDisk { .. } | Op::DeleteSnapshot { .. }));
+        inner.deleted.fetch_add(deleted.count() as u64, Ordering::Relaxed);
         registry.apply(self.ops, upto)?;
         drop(stopped);
         Ok(Commit { inner: inner.clone(), upto })
@@ -503,7 +530,7 @@ impl Store {
 }
 
 /// Mapped blocks plus what the overlay adds or takes. A zero block in the log counts until it is sealed.
-fn logical_blocks(inner: &Inner, device: &Device) -> Result<u64> {
+pub(crate) fn logical_blocks(inner: &Inner, device: &Device) -> Result<u64> {
     let state = device.state();
     let mut blocks = state.root.mapped;
     for (start, extent) in state.overlay.iter() {

@@ -29,6 +29,8 @@ use console::Tail;
 const SHOWN: usize = 1500;
 /// How long a guest that has flushed its disk may take to power off.
 const POWER_OFF_PATIENCE: Duration = Duration::from_secs(3);
+/// How long to wait, when a machine's sockets fail, whether its process is dying.
+const DEATH_PATIENCE: Duration = Duration::from_secs(2);
 /// How long a killed process may take to be gone.
 const KILL_PATIENCE: Duration = Duration::from_secs(15);
 
@@ -125,7 +127,7 @@ impl Vmm for QemuVmm {
     async fn start(&self, spec: MachineSpec, deadline: Duration) -> Result<Arc<dyn Machine>> {
         let (started, at) = (Instant::now(), deadline_at(deadline));
         let mut process = self.spawn(&spec)?;
-        let exit = process.control.clone();
+        let control = process.control.clone();
         let up = async {
             let (qmp, events) = Qmp::connect(&process.paths.qmp, at.saturating_duration_since(Instant::now())).await?;
             if let Some(sender) = process.events.take() {
@@ -136,11 +138,8 @@ impl Vmm for QemuVmm {
             Ok((qmp, agent, BootTiming { process_ms, agent_ms: millis(started) }))
         };
         let result = tokio::select! {
-            reason = exit.exit.wait() => Err(exit.start_failed(&reason)),
-            up = up => match up {
-                Ok(up) => Ok(up),
-                Err(error) => Err(exit.boot_failed(error, at).await),
-            },
+            reason = control.exit.wait() => Err(control.start_failed(&reason)),
+            up = up => up,
         };
         match result {
             Ok((qmp, agent, timing)) => {
@@ -149,8 +148,11 @@ impl Vmm for QemuVmm {
                 Ok(Arc::new(QemuMachine { process, qmp, agent, timing, shutting_down }))
             }
             Err(error) => {
-                process.control.request_kill();
-                let _ = tokio::time::timeout(KILL_PATIENCE, process.control.exit.wait()).await;
+                // The watcher need not wait for events that cannot come any more.
+                drop(process.events.take());
+                let error = control.boot_failed(error, at).await;
+                control.request_kill();
+                let _ = tokio::time::timeout(KILL_PATIENCE, control.exit.wait()).await;
                 Err(error)
             }
         }
@@ -216,8 +218,11 @@ impl Control {
     }
 
     async fn boot_failed(&self, error: Error, at: Instant) -> Error {
+        if error.kind == ErrorKind::StartFailed {
+            return error;
+        }
         // A process that dies closes its sockets first: wait a moment for the better reason.
-        if let Ok(reason) = tokio::time::timeout(Duration::from_millis(500), self.exit.wait()).await {
+        if let Ok(reason) = tokio::time::timeout(DEATH_PATIENCE, self.exit.wait()).await {
             return self.start_failed(&reason);
         }
         if Instant::now() < at && error.kind != ErrorKind::AgentTimeout {
@@ -251,6 +256,11 @@ async fn watch(
             }
         }
     };
+    // The directory may already belong to the machine's next process: only its own record goes, and sockets stay until
+    // the next start removes them.
+    if ProcessId::read(&run_dir).is_ok_and(|record| record.is_some() && record == control.id) {
+        let _ = std::fs::remove_file(run_dir.join(RECORD));
+    }
     // The process is gone, so both of these end by themselves, unless somebody else holds its pipes.
     let said = async {
         let _ = heard.await;
@@ -274,10 +284,6 @@ async fn watch(
         _ if control.killed.load(Ordering::SeqCst) => ExitReason::Killed,
         _ => failed(),
     };
-    let paths = Paths::of(&run_dir);
-    for path in [&paths.qmp, &paths.agent, &run_dir.join(RECORD)] {
-        let _ = std::fs::remove_file(path);
-    }
     tracing::info!(run_dir = %run_dir.display(), ?reason, "machine ended");
     control.exit.tell(reason);
 }

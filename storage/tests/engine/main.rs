@@ -2,7 +2,9 @@
 
 #![allow(clippy::unwrap_used)]
 
+mod concurrency;
 mod crash;
 mod faults;
+mod gc;
 mod model;
 mod ops;

@@ -147,6 +147,7 @@ impl Run {
                 drop(tx.commit()?);
             }
             84..88 => return self.delete(),
+            88..93 => drop(self.store.gc(false)?),
             _ => {
                 self.store.seal()?;
                 self.durable = self.history.len() - 1;

@@ -50,7 +50,11 @@ impl Interface {
 
     fn up(&self) -> Result<()> {
         let mut request = self.request;
-        request.ifr_ifru.ifru_flags = (libc::IFF_UP | libc::IFF_RUNNING) as libc::c_short;
+        // SAFETY: the request is a valid ifreq that outlives the call, and may be written to.
+        check(unsafe { libc::ioctl(self.socket.as_raw_fd(), libc::SIOCGIFFLAGS as _, &mut request) })?;
+        // SAFETY: the call above has made the flags the union's valid member.
+        let flags = unsafe { request.ifr_ifru.ifru_flags };
+        request.ifr_ifru.ifru_flags = flags | libc::IFF_UP as libc::c_short;
         // SAFETY: the request is a valid ifreq that outlives the call.
         check(unsafe { libc::ioctl(self.socket.as_raw_fd(), libc::SIOCSIFFLAGS as _, &request) })
     }

@@ -1,0 +1,379 @@
+//! Garbage collection: plan → check → apply, while disks are in use and snapshots exist.
+//!
+//! 1. *Mark*, with sealing held back: every root that a disk, a snapshot or a fork point stands on is walked; each node
+//!    and block it reaches is live. Groups with numbers from here on belong to later sealings and are left alone.
+//! 2. *Plan*: the group table says how much of each pack is dead. From here on deduplication finds no dead block again,
+//!    so that nothing dead comes back to life.
+//! 3. *Apply*, a few packs at a time: what is live is written to a new pack under its old addresses, so that no map
+//!    changes; one durable batch moves the group table over; then the old packs go.
+//!
+//! A crash at any point leaves either the old packs or the new ones in the catalogue; the others are removed at the next
+//! start. Before the first pack goes, a checkpoint writes the whole catalogue into the newest pack's manifest, since an
+//! old pack may carry a manifest that a repair would need.
+
+use crate::block::{BLOCK_BYTES, BLOCK_SIZE, BlockId, GroupId, PackId, Source};
+use crate::blocks::Blocks;
+use crate::catalogue::{Batch, Table};
+use crate::error::{Error, Result};
+use crate::format::{GroupEntry, Node, NodeRef};
+use crate::index;
+use crate::map::NodeSource;
+use crate::pack::{self, Digest, Finished, GroupPlace, PackFacts, PackWriter};
+use crate::seal::{self, encode, parse_id};
+use crate::store::Inner;
+use roaring::RoaringTreemap;
+use serde::Serialize;
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+/// A pack is rewritten when at least this share of its blocks is dead.
+const DEAD_SHARE: f64 = 0.04;
+/// Packs below this size are small; when there are this many of them they are merged.
+const SMALL_BYTES: u64 = 4 << 20;
+const SMALL_PACKS: usize = 16;
+/// Live bytes rewritten before the old packs go: what a collection needs as free space at a time.
+const BATCH_BYTES: u64 = 64 << 20;
+
+/// What a collection found and did.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
+pub struct GcReport {
+    /// Nothing was changed.
+    pub dry_run: bool,
+    /// Packs looked at.
+    pub packs: u64,
+    /// Blocks and map nodes that something refers to, and that nothing refers to.
+    pub live_blocks: u64,
+    /// See `live_blocks`.
+    pub dead_blocks: u64,
+    /// Packs with nothing live, which go.
+    pub packs_removed: u64,
+    /// Packs whose live part is written anew.
+    pub packs_rewritten: u64,
+    /// Bytes of packs given back, or with `dry_run` about what would be.
+    pub bytes_freed: u64,
+}
+
+/// The addresses that are live, as of a mark.
+pub(crate) struct Live {
+    ids: RoaringTreemap,
+    /// Groups from here on were not looked at.
+    upto: GroupId,
+}
+
+impl Live {
+    /// May this block be referred to from now on?
+    pub fn keeps(&self, id: BlockId) -> bool {
+        id.group() >= self.upto || self.ids.contains(id.0)
+    }
+
+    /// The slots of a group that are live.
+    fn slots(&self, group: GroupId, slots: u16) -> u16 {
+        (0..16).filter(|s| slots >> s & 1 == 1 && self.keeps(BlockId::new(group, *s))).fold(0, |all, s| all | 1 << s)
+    }
+}
+
+/// Adds everything a tree reaches to `ids`. A node that is there already has been walked.
+pub(crate) fn mark(blocks: &Blocks, at: NodeRef, ids: &mut RoaringTreemap) -> Result<()> {
+    if at.node.is_none() || !ids.insert(at.node.0) {
+        return Ok(());
+    }
+    match &*blocks.node(at.node)? {
+        Node::Leaf(extents) => {
+            for extent in extents {
+                ids.insert_range(extent.block.0..extent.block.0 + u64::from(extent.len));
+            }
+            Ok(())
+        }
+        Node::Inner { children, .. } => children.iter().try_for_each(|child| mark(blocks, *child, ids)),
+    }
+}
+
+/// All roots that something stands on. Called with sealing held back, so that none changes.
+fn roots(inner: &Inner) -> Vec<NodeRef> {
+    let registry = inner.registry.lock();
+    let mut roots = Vec::new();
+    for device in registry.devices.values() {
+        let state = device.state();
+        roots.push(state.root);
+        let (open, sealed) = state.chain();
+        for layer in open.iter().chain(&sealed) {
+            roots.push(layer.frozen.read().root);
+            roots.extend(layer.sealed.get());
+        }
+    }
+    roots
+}
+
+/// A pack in the plan.
+struct Candidate {
+    pack: PackId,
+    facts: PackFacts,
+    live: u64,
+    dead: u64,
+    live_bytes: u64,
+}
+
+/// Collects; with `dry_run` only says what would go.
+pub(crate) fn collect(inner: &Inner, dry_run: bool) -> Result<GcReport> {
+    let _one = inner.collecting.lock();
+    inner.log.healthy()?;
+    let live = {
+        let _no_sealing = inner.sealer.running.lock();
+        let upto = GroupId(inner.counters.group.load(Ordering::Relaxed));
+        let mut ids = RoaringTreemap::new();
+        for root in roots(inner) {
+            mark(&inner.blocks, root, &mut ids)?;
+        }
+        let live = Arc::new(Live { ids, upto });
+        if !dry_run {
+            inner.index.keep_only(Some(live.clone()));
+        }
+        live
+    };
+    let outcome = plan(inner, &live, dry_run).and_then(|(mut report, candidates)| {
+        if !dry_run && !candidates.is_empty() {
+            seal::checkpoint_all(inner)?;
+            apply(inner, &live, candidates, &mut report)?;
+        }
+        Ok(report)
+    });
+    if !dry_run {
+        let _no_sealing = inner.sealer.running.lock();
+        inner.index.keep_only(None);
+    }
+    outcome
+}
+
+fn plan(inner: &Inner, live: &Live, dry_run: bool) -> Result<(GcReport, Vec<Candidate>)> {
+    let mut packs = BTreeMap::new();
+    inner.catalogue.scan(Table::Packs, &mut |key, row| {
+        let facts: PackFacts =
+            postcard::from_bytes(row).map_err(|e| Error::damaged(format!("a row of the packs: {e}")))?;
+        let pack = PackId(parse_id(key)?);
+        packs.insert(pack, Candidate { pack, facts, live: 0, dead: 0, live_bytes: 0 });
+        Ok(())
+    })?;
+    // A pack of a later sealing may be in the table already: its groups are all kept.
+    inner.catalogue.scan(Table::Groups, &mut |key, row| {
+        let group = GroupId(parse_id(key)?);
+        let place = inner.blocks.parse_place(group, row)?;
+        let all = u64::from(place.slots.count_ones());
+        let kept = u64::from(live.slots(group, place.slots).count_ones());
+        if let Some(pack) = packs.get_mut(&place.pack) {
+            pack.live += kept;
+            pack.dead += all - kept;
+            pack.live_bytes += u64::from(place.share) * kept / all.max(1);
+        }
+        Ok(())
+    })?;
+    let mut report = GcReport { dry_run, packs: packs.len() as u64, ..GcReport::default() };
+    let newest = packs.values().rfind(|p| p.facts.has_manifest()).map(|p| p.pack);
+    let small = packs.values().filter(|p| p.facts.bytes < SMALL_BYTES).count();
+    let mut candidates = Vec::new();
+    for pack in packs.into_values() {
+        report.live_blocks += pack.live;
+        report.dead_blocks += pack.dead;
+        let dead_share = pack.dead as f64 / (pack.live + pack.dead).max(1) as f64;
+        let merge = small >= SMALL_PACKS && pack.facts.bytes < SMALL_BYTES;
+        // A pack may hold nothing but the newest manifest.
+        let empty = pack.live == 0 && (pack.dead > 0 || Some(pack.pack) != newest);
+        if empty || dead_share >= DEAD_SHARE || merge {
+            let goes = if pack.live == 0 { &mut report.packs_removed } else { &mut report.packs_rewritten };
+            *goes += 1;
+            report.bytes_freed += pack.facts.bytes.saturating_sub(pack.live_bytes);
+            candidates.push(pack);
+        }
+    }
+    // What gives back most for the least work goes first; packs with nothing live need no space at all.
+    candidates.sort_by_key(|p| p.live_bytes);
+    Ok((report, candidates))
+}
+
+fn apply(inner: &Inner, live: &Live, candidates: Vec<Candidate>, report: &mut GcReport) -> Result<()> {
+    report.bytes_freed = 0;
+    let mut rest = &candidates[..];
+    while !rest.is_empty() {
+        let mut bytes = 0;
+        let fits = rest.iter().take_while(|p| {
+            bytes += p.live_bytes;
+            bytes <= BATCH_BYTES
+        });
+        let (now, later) = rest.split_at(fits.count().max(1));
+        move_packs(inner, live, now, report)?;
+        rest = later;
+    }
+    Ok(())
+}
+
+/// Step 3 for some packs.
+fn move_packs(inner: &Inner, live: &Live, packs: &[Candidate], report: &mut GcReport) -> Result<()> {
+    let _no_sealing = inner.sealer.running.lock();
+    let mut writer = PackWriter::new(inner.medium.clone(), inner.uuid, inner.counters.clone(), inner.options.level);
+    let mut batch = Batch::default();
+    for candidate in packs {
+        move_pack(inner, live, candidate, &mut writer, &mut batch)?;
+        batch.delete(Table::Packs, candidate.pack.0.to_be_bytes());
+    }
+    let new = writer.finish(&[])?;
+    for Finished { pack, facts, groups, .. } in &new {
+        batch.put(Table::Packs, pack.0.to_be_bytes(), encode(facts)?);
+        for (group, place) in groups {
+            batch.put(Table::Groups, group.0.to_be_bytes(), encode(place)?);
+        }
+    }
+    inner.catalogue.commit(batch)?;
+    let freed: u64 = packs.iter().map(|p| p.facts.bytes).sum();
+    let written: u64 = new.iter().map(|p| p.facts.bytes).sum();
+    report.bytes_freed += freed.saturating_sub(written);
+    for Candidate { pack, .. } in packs {
+        inner.blocks.forget_pack(*pack);
+        inner.medium.remove(&pack::file_name(*pack)).map_err(|e| Error::io(format!("cannot remove {pack}"), e))?;
+    }
+    Ok(())
+}
+
+/// Copies what is live in a pack to `writer`, and takes what is dead out of the tables.
+fn move_pack(
+    inner: &Inner,
+    live: &Live,
+    candidate: &Candidate,
+    writer: &mut PackWriter,
+    batch: &mut Batch,
+) -> Result<()> {
+    let contents = inner.blocks.contents(inner.uuid, candidate.pack, &candidate.facts)?;
+    for frame in &contents.frames {
+        for entry in &frame.groups {
+            let group = entry.group;
+            let place = inner.blocks.place(group)?;
+            if place.pack != candidate.pack {
+                continue;
+            }
+            let digests = inner.blocks.digests(place.pack, place.digest, entry.blocks())?;
+            let kept = live.slots(group, entry.slots);
+            for (slot, digest) in entry.slots().zip(&digests).filter(|(slot, _)| kept >> slot & 1 == 0) {
+                forget_digest(inner, BlockId::new(group, slot), digest, batch)?;
+            }
+            if kept == 0 {
+                batch.delete(Table::Groups, group.0.to_be_bytes());
+                continue;
+            }
+            let (blocks, digests) = pick(&inner.blocks, group, &place, kept, &digests)?;
+            writer.put_group(GroupEntry { group, slots: kept, kind: entry.kind }, &blocks, &digests)?;
+        }
+    }
+    Ok(())
+}
+
+/// Reads a group, verified against its digests, and keeps some of its slots.
+fn pick(
+    blocks: &Blocks,
+    group: GroupId,
+    place: &GroupPlace,
+    kept: u16,
+    digests: &[Digest],
+) -> Result<(Vec<u8>, Vec<Digest>)> {
+    let bytes = blocks.read_group_uncached(group, place)?;
+    let entry = GroupEntry { group, slots: place.slots, kind: place.kind };
+    let mut out = (Vec::new(), Vec::new());
+    for ((slot, block), digest) in entry.slots().zip(bytes.chunks(BLOCK_SIZE)).zip(digests) {
+        if kept >> slot & 1 == 1 {
+            // A copy must not launder damage under a fresh checksum.
+            if pack::digest(block) != *digest {
+                let what = format!("{}: slot {slot} of group {} does not match its digest", place.pack, group.0);
+                return Err(Error::damaged(what));
+            }
+            out.0.extend_from_slice(block);
+            out.1.push(*digest);
+        }
+    }
+    Ok(out)
+}
+
+/// Takes a dead block out of the index, unless the entry has gone over to another block with the same content.
+fn forget_digest(inner: &Inner, id: BlockId, digest: &Digest, batch: &mut Batch) -> Result<()> {
+    if index::sampled(digest)
+        && inner.catalogue.get(Table::Index, index::key(digest))?.as_deref() == Some(&id.0.to_be_bytes()[..])
+    {
+        batch.delete(Table::Index, index::key(digest));
+    }
+    Ok(())
+}
+
+/// What a disk or snapshot costs.
+#[derive(Debug, Clone, Serialize)]
+pub struct Usage {
+    /// Which.
+    pub id: String,
+    /// Non-zero blocks, each counted once for every place it stands at, in bytes.
+    pub logical_bytes: u64,
+    /// Bytes in packs of everything it refers to, maps included, shared or not.
+    pub referenced_bytes: u64,
+    /// Bytes in packs that nothing else refers to: about what deleting it gives back.
+    pub exclusive_bytes: u64,
+    /// Bytes it has in the log, not yet sealed; not part of the others.
+    pub unsealed_bytes: u64,
+}
+
+/// Logical, referenced and exclusive bytes of everything, or of `only` one. Walks all maps.
+pub(crate) fn usage(inner: &Inner, only: Option<Source>) -> Result<Vec<Usage>> {
+    // Sealing and collection would take nodes away under the walk.
+    let _still = inner.collecting.lock();
+    let _no_sealing = inner.sealer.running.lock();
+    let devices: Vec<_> = inner.registry.lock().devices.values().cloned().collect();
+    let reach = |root: NodeRef| -> Result<RoaringTreemap> {
+        let mut ids = RoaringTreemap::new();
+        mark(&inner.blocks, root, &mut ids)?;
+        Ok(ids)
+    };
+    let (mut once, mut shared) = (RoaringTreemap::new(), RoaringTreemap::new());
+    for device in &devices {
+        let ids = reach(device.state().root)?;
+        shared |= &once & &ids;
+        once |= ids;
+    }
+    let mut out = Vec::new();
+    for device in devices.iter().filter(|d| only.is_none_or(|only| only == d.source)) {
+        let state = device.state();
+        let ids = reach(state.root)?;
+        let referenced_bytes = stored_bytes(&inner.blocks, &ids)?;
+        let exclusive_bytes = stored_bytes(&inner.blocks, &(ids - &shared))?;
+        let own = state.overlay.iter().filter(|(_, e)| state.base.as_ref().is_none_or(|b| e.record >= b.upto));
+        let unsealed =
+            own.filter(|(_, e)| matches!(e.content, crate::overlay::Content::Data { .. })).map(|(_, e)| e.len);
+        out.push(Usage {
+            id: device.source.to_string(),
+            logical_bytes: crate::store::logical_blocks(inner, device)? * BLOCK_BYTES,
+            referenced_bytes,
+            exclusive_bytes,
+            unsealed_bytes: unsealed.sum::<u64>() * BLOCK_BYTES,
+        });
+    }
+    Ok(out)
+}
+
+/// Bytes that these blocks take in packs: their share of their frames, and their digests.
+fn stored_bytes(blocks: &Blocks, ids: &RoaringTreemap) -> Result<u64> {
+    let mut bytes = 0;
+    let mut group: Option<(GroupId, u64)> = None;
+    let mut add = |group: Option<(GroupId, u64)>| -> Result<()> {
+        if let Some((id, count)) = group {
+            let place = blocks.place(id)?;
+            let all = u64::from(place.slots.count_ones()).max(1);
+            bytes += u64::from(place.share) * count / all + count * size_of::<Digest>() as u64;
+        }
+        Ok(())
+    };
+    for id in ids {
+        let of = BlockId(id).group();
+        match &mut group {
+            Some((current, count)) if *current == of => *count += 1,
+            _ => {
+                add(group.take())?;
+                group = Some((of, 1));
+            }
+        }
+    }
+    add(group)?;
+    Ok(bytes)
+}
