@@ -67,7 +67,8 @@ pub enum Accel {
 /// What a guest's network reaches.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Network {
-    /// Outgoing connections through the host's user; `eth0` is 10.0.2.15/24.
+    /// Outgoing connections with the host's own address; `eth0` is 10.0.2.15/24. The guest also reaches what listens
+    /// on the host's loopback, as 10.0.2.2: QEMU cannot forbid it, so services there must not trust their callers.
     User,
     /// No network device.
     None,

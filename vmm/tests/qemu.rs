@@ -129,8 +129,13 @@ fn alive(pid: i32) -> bool {
 #[tokio::test(flavor = "multi_thread")]
 async fn programs_run_as_asked() {
     let lab = Lab::new("programs");
+    // A disk larger than its file system.
+    let DiskAttachment::RawFile { path } = &lab.spec.disk else { unreachable!() };
+    std::fs::File::options().write(true).open(path).unwrap().set_len(4 << 30).unwrap();
     let machine = lab.boot().await;
     let agent = machine.agent();
+    let size: u64 = stdout(&agent, "df -B1 --output=size / | tail -1").await.trim().parse().unwrap();
+    assert!(size > 3 << 30, "the file system has grown to {size}");
 
     let info = agent.ping().await.unwrap();
     assert_eq!(info.kernel, images().kernel.version);
@@ -142,6 +147,16 @@ async fn programs_run_as_asked() {
     assert_eq!(stdout(&agent, "hostname").await, "box");
     assert_eq!(stdout(&agent, "cat /sys/class/net/lo/flags /sys/class/net/eth0/flags").await, "0x9\n0x1003");
     assert_eq!(stdout(&agent, "python3 -c 'print(6*7)' && git --version | cut -c1-3").await, "42\ngit");
+
+    // The network: the host is 10.0.2.2.
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = listener.local_addr().unwrap().port();
+    let greeter = std::thread::spawn(move || std::io::Write::write_all(&mut listener.accept().unwrap().0, b"hello"));
+    let connect =
+        format!("python3 -c 'import socket; print(socket.create_connection((\"10.0.2.2\", {port})).recv(9))'");
+    assert_eq!(stdout(&agent, &connect).await, "b'hello'");
+    greeter.join().unwrap().unwrap();
+    assert_eq!(stdout(&agent, "cat /etc/resolv.conf").await, "nameserver 10.0.2.3");
 
     for code in [0, 1, 7, 126, 255] {
         let output = run(&agent, sh(&format!("exit {code}"))).await;
