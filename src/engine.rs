@@ -1,8 +1,8 @@
 //! The engine: sandboxes as long-lived records, sessions as the compute attached to them now.
 //!
-//! [`Engine`] holds the registry and speaks to callers; each [`sandbox::Sandbox`] is driven by one owner at a time and
+//! [`Engine`] holds the registry and speaks to callers; each `sandbox::Sandbox` is driven by one owner at a time and
 //! decides by the table in [`lifecycle`]. Durable truth is in the store: a record is written in the same transaction as
-//! the disk operation it belongs to, so a crash leaves both or neither, and [`recover`] has only to finish what was in
+//! the disk operation it belongs to, so a crash leaves both or neither, and `recover` has only to finish what was in
 //! progress.
 //!
 //! Trace of a fork: [`Engine::fork`] → registry (names reserved) → the parent's owner lock → table → freeze through the

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use axum::body::Body;
-use axum::extract::{FromRequest, FromRequestParts, Path, Query, Request, State as AppState};
+use axum::extract::{FromRequest, FromRequestParts, Path as UrlPath, Query, Request, State as AppState};
 use axum::http::{HeaderValue, StatusCode, header};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
@@ -660,6 +660,18 @@ async fn request_id(request: Request, next: Next) -> Response {
     response
 }
 
+/// Ids and names in the path.
+struct Path<T>(T);
+
+impl<T: DeserializeOwned + Send, S: Send + Sync> FromRequestParts<S> for Path<T> {
+    type Rejection = ApiError;
+
+    async fn from_request_parts(parts: &mut axum::http::request::Parts, state: &S) -> Result<Self, ApiError> {
+        let path = UrlPath::<T>::from_request_parts(parts, state).await;
+        path.map(|UrlPath(value)| Path(value)).map_err(|e| ApiError::new(400, "invalid_path", e.body_text()))
+    }
+}
+
 /// The query, as a map.
 struct Params(HashMap<String, String>);
 
@@ -713,5 +725,9 @@ async fn parse_json<T: DeserializeOwned>(request: Request, most: usize) -> Resul
         bytes.extend_from_slice(&piece);
     }
     let bytes = if bytes.is_empty() { b"{}" } else { &bytes[..] };
+    // A list would be taken for the fields in their order.
+    if bytes.iter().find(|b| !b.is_ascii_whitespace()) != Some(&b'{') {
+        return Err(ApiError::new(400, "invalid_json", "the request's body is not a JSON object"));
+    }
     serde_json::from_slice(bytes).map_err(|e| ApiError::new(400, "invalid_json", format!("the request's body: {e}")))
 }

@@ -219,7 +219,7 @@ pub fn fail(json: bool, failure: &Failure) -> ExitCode {
         if !details.is_empty() {
             error["details"] = Value::Object(details);
         }
-        writeln!(stderr, "{}", json!({ "ok": false, "error": error }))
+        writeln!(stderr, "{{\"ok\":false,\"error\":{error}}}")
     } else {
         let hint = body.hint.as_ref().map(|h| format!("\nhint: {h}")).unwrap_or_default();
         writeln!(stderr, "error: {} ({}){hint}", body.message, body.code)

@@ -130,7 +130,7 @@ fn check_raw_image(path: &Path) -> Result<()> {
     match std::fs::metadata(path) {
         Err(error) => fail(format!("cannot be read: {error}")),
         Ok(meta) if !meta.is_file() => fail("is not a regular file".to_owned()),
-        Ok(meta) if meta.len() == 0 || meta.len() % 4_096 != 0 => {
+        Ok(meta) if meta.len() == 0 || !meta.len().is_multiple_of(4_096) => {
             fail(format!("has {} bytes, which is not a multiple of 4096", meta.len()))
         }
         Ok(_) => Ok(()),
@@ -246,7 +246,7 @@ mod tests {
         file.set_len(64 << 20).unwrap();
         file.write_all_at(&[7; 100], (32 << 20) + 5_000).unwrap();
         let at = next_data(&file, 0, 64 << 20);
-        assert!(at <= (32 << 20) + 4_096 && at % 4_096 == 0, "{at}");
+        assert!(at <= (32 << 20) + 4_096 && at.is_multiple_of(4_096), "{at}");
         assert!(next_data(&file, 40 << 20, 64 << 20) >= 40 << 20);
     }
 

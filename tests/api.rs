@@ -1,0 +1,205 @@
+//! The HTTP API over its socket, spoken by hand: shapes, statuses, bounds.
+
+#![allow(clippy::unwrap_used, reason = "helpers of tests are tests too")]
+
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
+
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD as BASE64;
+use serde_json::{Value, json};
+
+#[path = "cli/support.rs"]
+#[allow(dead_code, reason = "the command line's tests use more of it")]
+mod support;
+
+use support::Daemon;
+
+struct Answer {
+    status: u16,
+    head: String,
+    body: Vec<u8>,
+}
+
+impl Answer {
+    fn json(&self) -> Value {
+        serde_json::from_slice(&self.body).unwrap_or_else(|e| panic!("{e}: {}", String::from_utf8_lossy(&self.body)))
+    }
+
+    fn data(&self) -> Value {
+        assert!((200..300).contains(&self.status), "{}: {}", self.status, String::from_utf8_lossy(&self.body));
+        self.json()["data"].clone()
+    }
+
+    fn code(&self) -> String {
+        let error = self.json()["error"].clone();
+        let id = error["request_id"].as_str().unwrap();
+        assert!(id.starts_with("req-") && self.head.contains(id), "{error} {}", self.head);
+        error["code"].as_str().unwrap().to_owned()
+    }
+}
+
+/// One request on one connection.
+fn call(d: &Daemon, method: &str, path: &str, kind: &str, body: &[u8]) -> Answer {
+    let mut stream = UnixStream::connect(d.dir.path().join("miosa.sock")).unwrap();
+    let head = format!(
+        "{method} /api/v1{path} HTTP/1.0\r\nhost: x\r\ncontent-type: {kind}\r\ncontent-length: {}\r\n\r\n",
+        body.len()
+    );
+    stream.write_all(head.as_bytes()).unwrap();
+    // A body that is too large is refused before it is all there.
+    let _ = stream.write_all(body);
+    let mut all = Vec::new();
+    let _ = stream.read_to_end(&mut all);
+    let end = all.windows(4).position(|w| w == b"\r\n\r\n").expect("an answer");
+    let head = String::from_utf8(all[..end].to_vec()).unwrap();
+    let status = head.split(' ').nth(1).unwrap().parse().unwrap();
+    Answer { status, head, body: all[end + 4..].to_vec() }
+}
+
+fn get(d: &Daemon, path: &str) -> Answer {
+    call(d, "GET", path, "application/json", b"")
+}
+
+fn post(d: &Daemon, path: &str, body: &Value) -> Answer {
+    call(d, "POST", path, "application/json", body.to_string().as_bytes())
+}
+
+fn sandbox(d: &Daemon) -> String {
+    let made = post(d, "/sandboxes?wait=true", &json!({ "template_id": "base", "name": "one" }));
+    assert_eq!(made.status, 201);
+    made.data()["id"].as_str().unwrap().to_owned()
+}
+
+#[test]
+fn a_sandbox_has_the_public_fields() {
+    let d = Daemon::start();
+    let id = sandbox(&d);
+    let data = get(&d, &format!("/sandboxes/{id}")).data();
+    for field in [
+        "id",
+        "name",
+        "slug",
+        "state",
+        "ready",
+        "template_id",
+        "image_id",
+        "cpu_count",
+        "memory_mb",
+        "disk_size_mb",
+        "timeout_sec",
+        "timeout_remaining_ms",
+        "idle_timeout_sec",
+        "always_on",
+        "persistent",
+        "boot_path",
+        "boot_ms",
+        "ready_at",
+        "preview_url",
+        "metadata",
+        "tags",
+        "created_at",
+        "started_at",
+        "destroyed_at",
+        "total_runtime_sec",
+    ] {
+        assert!(data.get(field).is_some(), "{field} is missing: {data}");
+    }
+    assert_eq!(get(&d, "/sandboxes/by-name/one").data()["id"], *id);
+    let list = get(&d, "/sandboxes").json();
+    assert_eq!((list["data"].as_array().unwrap().len(), &list["page"]["has_more"]), (1, &false.into()));
+    assert_eq!(get(&d, &format!("/sandboxes/{id}/readiness")).data()["ready"], true);
+
+    let snapshot = post(&d, &format!("/sandboxes/{id}/snapshots"), &json!({ "comment": "c" })).data();
+    for field in ["id", "snapshot_id", "sandbox_id", "status", "comment", "created_at", "updated_at", "size_bytes"] {
+        assert!(snapshot.get(field).is_some(), "{field} is missing: {snapshot}");
+    }
+    let route = format!("/sandboxes/{id}/snapshots/{}", snapshot["id"].as_str().unwrap());
+    assert_eq!(get(&d, &route).data()["comment"], "c");
+    assert_eq!(call(&d, "DELETE", &route, "", b"").status, 200);
+    assert_eq!(get(&d, &route).code(), "snapshot_not_found");
+    assert_eq!(post(&d, &format!("/sandboxes/{id}/pause"), &json!({})).data()["state"], "paused");
+    assert_eq!(call(&d, "DELETE", &format!("/sandboxes/{id}"), "", b"").data()["state"], "destroyed");
+    assert_eq!(post(&d, &format!("/sandboxes/{id}/resume"), &json!({})).status, 410);
+}
+
+#[test]
+fn a_command_is_a_line_for_a_shell_or_a_program_with_arguments() {
+    let d = Daemon::start();
+    let id = sandbox(&d);
+    let exec = |body| post(&d, &format!("/sandboxes/{id}/exec"), &body);
+    let ran = exec(json!({ "command": "echo out; echo err >&2; exit 5", "env": { "A": "b" } })).data();
+    assert_eq!((&ran["stdout"], &ran["stderr"], &ran["exit_code"]), (&"out\n".into(), &"err\n".into(), &5.into()));
+    assert_eq!(exec(json!({ "command": ["printf", "%s", "a b"] })).data()["stdout"], "a b");
+    assert_eq!(exec(json!({ "command": ["cat"], "stdin": "given" })).data()["stdout"], "given");
+    assert_eq!(exec(json!({ "command": "sleep 600", "timeout": 0.2 })).data()["exit_code"], 124);
+    assert_eq!(exec(json!({ "command": ["no-such-program"] })).code(), "command_not_found");
+    assert_eq!(exec(json!({ "command": [] })).code(), "invalid_input");
+    assert_eq!(exec(json!({ "command": "true", "timeout": -1 })).code(), "invalid_input");
+    // As events, a line each.
+    let stream = post(&d, &format!("/sandboxes/{id}/exec/stream"), &json!({ "command": "printf 'a\\nb'" }));
+    assert!(stream.head.contains("text/event-stream"), "{}", stream.head);
+    let text = String::from_utf8(stream.body).unwrap();
+    let events = "event: stdout\ndata: {\"line\":\"a\"}\n\nevent: stdout\ndata: {\"line\":\"b\"}\n\nevent: exit\ndata: {\"exit_code\":0,";
+    assert!(text.starts_with(events), "{text}");
+    let absent = post(&d, &format!("/sandboxes/{id}/exec/exec-none/stdin"), &json!({}));
+    assert_eq!((absent.status, absent.code().as_str()), (404, "exec_not_found"));
+}
+
+#[test]
+fn files_come_as_json_or_as_they_are() {
+    let d = Daemon::start();
+    let id = sandbox(&d);
+    let write = |body| post(&d, &format!("/sandboxes/{id}/fs/write"), &body);
+    let read = |path: &str| get(&d, &format!("/sandboxes/{id}/fs/download?path={path}"));
+    let bytes: Vec<u8> = (0..=255).collect();
+    write(json!({ "path": "/workspace/b", "content_base64": BASE64.encode(&bytes) })).data();
+    assert!(read("/workspace/b").body == bytes);
+    write(json!({ "path": "/workspace/t", "content": "aGk=" })).data();
+    assert_eq!(read("/workspace/t").body, b"aGk=");
+    let raw = call(
+        &d,
+        "PUT",
+        &format!("/sandboxes/{id}/fs/write?path=/workspace/r&mode=600"),
+        "application/octet-stream",
+        &bytes,
+    );
+    assert_eq!(raw.data()["size_bytes"], 256);
+    assert!(read("/workspace/r").body == bytes);
+    assert_eq!(read("/absent").code(), "file_not_found");
+    assert_eq!(read("relative").code(), "invalid_input");
+    assert_eq!(write(json!({ "path": "/x" })).code(), "invalid_input");
+    assert_eq!(write(json!({ "path": "/x", "content_base64": "*" })).code(), "invalid_input");
+}
+
+#[test]
+fn what_is_wrong_with_a_request_is_said() {
+    let d = Daemon::start();
+    for (answer, status, code) in [
+        (get(&d, "/nothing"), 404, "route_not_found"),
+        (get(&d, "/volumes"), 404, "route_not_found"),
+        (call(&d, "PATCH", "/sandboxes", "application/json", b"{}"), 405, "method_not_allowed"),
+        (call(&d, "POST", "/sandboxes", "application/json", b"{"), 400, "invalid_json"),
+        (call(&d, "POST", "/sandboxes", "application/json", b"[]"), 400, "invalid_json"),
+        (post(&d, "/sandboxes", &json!({ "template_id": 5 })), 400, "invalid_json"),
+        (post(&d, "/sandboxes", &json!({ "template_id": "base", "snapshot_id": "s" })), 422, "invalid_input"),
+        (post(&d, "/sandboxes", &json!({ "cpu_count": 0 })), 422, "invalid_input"),
+        (post(&d, "/sandboxes", &json!({ "timeout_sec": u64::MAX })), 422, "invalid_input"),
+        (post(&d, "/sandboxes", &json!({ "env": { "A=B": "c" } })), 422, "invalid_input"),
+        (post(&d, "/sandboxes", &json!({ "name": "x".repeat(2 << 20) })), 413, "body_too_large"),
+        (get(&d, "/sandboxes?state=asleep"), 422, "invalid_input"),
+        (get(&d, "/sandboxes/%2e%2e%2fetc"), 404, "sandbox_not_found"),
+        (get(&d, "/sandboxes/%ff"), 400, "invalid_path"),
+        (get(&d, "/snapshots/none"), 404, "snapshot_not_found"),
+        (get(&d, "/sandbox-templates/none"), 404, "template_not_found"),
+    ] {
+        assert_eq!(
+            (answer.status, answer.code().as_str()),
+            (status, code),
+            "{}",
+            String::from_utf8_lossy(&answer.body)
+        );
+    }
+    assert_eq!(get(&d, "/health").data()["status"], "ok");
+    assert!(get(&d, "/sandboxes").data().as_array().unwrap().is_empty());
+}
