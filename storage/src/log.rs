@@ -261,11 +261,13 @@ impl Log {
             // From here on the number is taken, also when the next step fails.
             state.next_number += 1;
             state.made += 1;
-            let first = ALLOCATE_BYTES.max(SegmentHeader::BYTES + bytes);
-            if let Err(e) = file.allocate(0, first) {
-                drop(self.medium.remove(&file_name(number)));
-                return Err(no_room(e));
-            }
+            let first = match allocate(&*file, 0, SegmentHeader::BYTES + bytes) {
+                Ok(first) => first,
+                Err(e) => {
+                    drop(self.medium.remove(&file_name(number)));
+                    return Err(no_room(e));
+                }
+            };
             let segment = Arc::new(Segment { number, base: state.end, file });
             self.segments.write().insert(segment.base, segment.clone());
             let header = SegmentHeader { store: self.store, number, base: state.end };
@@ -276,9 +278,8 @@ impl Log {
         if let Some(open) = &mut state.open {
             let need = state.end.0 - open.segment.base.0 + bytes;
             if need > open.allocated {
-                let more = (need - open.allocated).max(ALLOCATE_BYTES);
-                open.segment.file.allocate(open.allocated, more).map_err(no_room)?;
-                open.allocated += more;
+                let more = allocate(&*open.segment.file, open.allocated, need - open.allocated);
+                open.allocated += more.map_err(no_room)?;
             }
         }
         Ok(())
@@ -474,6 +475,16 @@ impl State {
             self.tails.push(Tail { segment: open.segment.clone(), base: self.end, bytes: Vec::new() });
         }
         self.tails.last_mut().ok_or_else(|| Error::new(ErrorKind::Closed, "the log has no tail"))
+    }
+}
+
+/// Reserves a whole step from `offset` on or, when there is no room for that, as much as is needed. Returns the bytes.
+fn allocate(file: &dyn File, offset: u64, need: u64) -> std::io::Result<u64> {
+    let step = need.max(ALLOCATE_BYTES);
+    match file.allocate(offset, step) {
+        Ok(()) => Ok(step),
+        Err(e) if e.kind() == std::io::ErrorKind::StorageFull => file.allocate(offset, need).map(|()| need),
+        Err(e) => Err(e),
     }
 }
 

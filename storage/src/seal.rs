@@ -509,7 +509,7 @@ fn run(weak: &Weak<Inner>) {
             if quiet && inner.deleted.load(Ordering::Relaxed) + sealed / PACKS_BEFORE_GC > 0 {
                 inner.deleted.store(0, Ordering::Relaxed);
                 sealed = 0;
-                match crate::gc::collect(&inner, false) {
+                match inner.collect() {
                     Ok(report) => tracing::info!(?report, "garbage collected"),
                     Err(e) => tracing::error!("garbage collection failed: {e}"),
                 }

@@ -8,8 +8,8 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::format::{RecordKind, StoreUuid};
 use crate::index::Index;
 use crate::log::{Log, Record};
-use crate::medium::Medium;
 use crate::medium::file::{Backend, FileMedium};
+use crate::medium::{Medium, Mode};
 use crate::pack::Counters;
 use crate::registry::{Op, Registry};
 use crate::seal::{SealReport, Sealer};
@@ -20,6 +20,9 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+/// The file that keeps space back.
+const RESERVE: &str = "RESERVE";
 
 /// How a store runs. None of it is remembered in the store.
 #[derive(Debug, Clone)]
@@ -40,6 +43,8 @@ pub struct Options {
     pub idle: Duration,
     /// zstd level of what is sealed.
     pub level: i32,
+    /// Bytes kept back on the file system, so that deleting and collecting still work when it is full.
+    pub reserve_bytes: u64,
     /// Where the log is damaged, go on without what is behind the damage, and say so, rather than refuse to open.
     pub salvage_log: bool,
     /// Seal, and collect garbage, in the background. Without it only [`Store::seal`] and [`Store::gc`] do, and writers
@@ -58,6 +63,7 @@ impl Default for Options {
             log_bytes_max: 2 << 30,
             idle: Duration::from_secs(5),
             level: 1,
+            reserve_bytes: 8 << 20,
             salvage_log: false,
             background: true,
         }
@@ -119,6 +125,40 @@ pub(crate) struct Inner {
 }
 
 impl Inner {
+    /// Runs something that gives space back. On a full file system the reserve is given up for it.
+    fn with_reserve<T>(&self, mut f: impl FnMut() -> Result<T>) -> Result<T> {
+        match f() {
+            Err(e) if e.kind() == ErrorKind::NoSpace && self.medium.remove(RESERVE).is_ok() => {
+                tracing::warn!("the file system is full; the store's reserve is given up to make room");
+                f()
+            }
+            done => done,
+        }
+    }
+
+    /// Collects garbage, if need be out of the reserve.
+    pub fn collect(&self) -> Result<crate::GcReport> {
+        let report = self.with_reserve(|| crate::gc::collect(self, false));
+        self.set_reserve();
+        report
+    }
+
+    /// Sets the reserve aside, if it is not and there is room.
+    fn set_reserve(&self) {
+        if self.options.reserve_bytes == 0 {
+            return;
+        }
+        if let Ok(file) = self.medium.open(RESERVE, Mode::Create)
+            && file.allocate(0, self.options.reserve_bytes).is_err()
+        {
+            drop(self.medium.remove(RESERVE));
+            tracing::warn!(
+                "the file system has no room for the store's reserve of {} bytes",
+                self.options.reserve_bytes
+            );
+        }
+    }
+
     /// Makes a writer wait while the log is over its limit and sealing goes on. Fails when sealing cannot go on.
     pub fn throttle(&self) -> Result<()> {
         if !self.options.background || self.log.live_bytes() < self.options.log_bytes {
@@ -210,6 +250,7 @@ impl Store {
             dir,
             _lock: lock,
         });
+        inner.set_reserve();
         if inner.options.background {
             crate::seal::start(&inner)?;
         }
@@ -293,7 +334,7 @@ impl Store {
     /// Gives back the space of what nothing refers to; with `dry_run` only says what it would give back. Disks are in use
     /// meanwhile. Needs free space for one pack at a time.
     pub fn gc(&self, dry_run: bool) -> Result<crate::GcReport> {
-        crate::gc::collect(self.inner(), dry_run)
+        if dry_run { crate::gc::collect(self.inner(), true) } else { self.inner().collect() }
     }
 
     /// What every disk and snapshot costs. Walks all maps; sealing waits meanwhile.
@@ -455,7 +496,12 @@ impl Transaction<'_> {
             checksums: &checksums,
             payload: &encoded,
         };
-        inner.log.append(&record)?;
+        let gives_back = |op: &Op| !matches!(op, Op::CreateDisk { .. } | Op::Fork { .. } | Op::Snapshot { .. });
+        if self.ops.iter().all(gives_back) {
+            inner.with_reserve(|| inner.log.append(&record))?;
+        } else {
+            inner.log.append(&record)?;
+        }
         let upto = inner.log.end();
         let deleted = self.ops.iter().filter(|op| matches!(op, Op::DeleteDisk { .. } | Op::DeleteSnapshot { .. }));
         inner.deleted.fetch_add(deleted.count() as u64, Ordering::Relaxed);
