@@ -14,7 +14,7 @@
 use crate::block::{BLOCK_SIZE, BlockId, GroupId, PackId};
 use crate::blocks::Blocks;
 use crate::catalogue::{Batch, Table};
-use crate::error::{Error, Result};
+use crate::error::{Error, ErrorKind, Result};
 use crate::format::{GroupEntry, NodeRef};
 use crate::index;
 use crate::inner::Inner;
@@ -51,6 +51,8 @@ pub struct GcReport {
     pub packs_removed: u64,
     /// Packs whose live part is written anew.
     pub packs_rewritten: u64,
+    /// Packs left alone because something live in them is damaged.
+    pub packs_damaged: u64,
     /// Bytes of packs given back, or with `dry_run` about what would be.
     pub bytes_freed: u64,
 }
@@ -99,8 +101,15 @@ pub(crate) fn collect(inner: &Inner, dry_run: bool) -> Result<GcReport> {
     };
     let outcome = plan(inner, &live, dry_run).and_then(|(mut report, candidates)| {
         if !dry_run && !candidates.is_empty() {
-            seal::checkpoint_all(inner)?;
-            apply(inner, &live, candidates, &mut report)?;
+            report.bytes_freed = 0;
+            // What needs no space goes first: on a full file system it makes room for the rest.
+            let free = |p: &Candidate| p.live == 0 && !p.facts.has_manifest();
+            let (free, rest): (Vec<_>, Vec<_>) = candidates.into_iter().partition(free);
+            apply(inner, &live, &free, &mut report)?;
+            if !rest.is_empty() {
+                seal::checkpoint_all(inner)?;
+                apply(inner, &live, &rest, &mut report)?;
+            }
         }
         Ok(report)
     });
@@ -155,9 +164,8 @@ fn plan(inner: &Inner, live: &Live, dry_run: bool) -> Result<(GcReport, Vec<Cand
     Ok((report, candidates))
 }
 
-fn apply(inner: &Inner, live: &Live, candidates: Vec<Candidate>, report: &mut GcReport) -> Result<()> {
-    report.bytes_freed = 0;
-    let mut rest = &candidates[..];
+fn apply(inner: &Inner, live: &Live, candidates: &[Candidate], report: &mut GcReport) -> Result<()> {
+    let mut rest = candidates;
     while !rest.is_empty() {
         let mut bytes = 0;
         let fits = rest.iter().take_while(|p| {
@@ -165,8 +173,22 @@ fn apply(inner: &Inner, live: &Live, candidates: Vec<Candidate>, report: &mut Gc
             bytes <= BATCH_BYTES
         });
         let (now, later) = rest.split_at(fits.count().max(1));
-        move_packs(inner, live, now, report)?;
+        match move_packs(inner, live, now, report) {
+            Err(e) if e.kind() == ErrorKind::Damaged && now.len() == 1 => {
+                tracing::error!("not collected, since scrub has to heal it first: {e}");
+                report.packs_damaged += 1;
+            }
+            // One of them is damaged: the others can still be collected.
+            Err(e) if e.kind() == ErrorKind::Damaged => {
+                now.chunks(1).try_for_each(|one| apply(inner, live, one, report))?;
+            }
+            done => done?,
+        }
         rest = later;
+        // Writers must not wait for a long collection.
+        if inner.options.background && inner.log.live_bytes() >= inner.options.log_bytes {
+            seal::checkpoint(inner)?;
+        }
     }
     Ok(())
 }
@@ -192,8 +214,8 @@ fn move_packs(inner: &Inner, live: &Live, packs: &[Candidate], report: &mut GcRe
     let written: u64 = new.iter().map(|p| p.facts.bytes).sum();
     report.bytes_freed += freed.saturating_sub(written);
     for Candidate { pack, .. } in packs {
+        pack::remove(&*inner.medium, *pack)?;
         inner.blocks.forget_pack(*pack);
-        inner.medium.remove(&pack::file_name(*pack)).map_err(|e| Error::io(format!("cannot remove {pack}"), e))?;
     }
     Ok(())
 }
@@ -210,10 +232,9 @@ fn move_pack(
     for frame in &contents.frames {
         for entry in &frame.groups {
             let group = entry.group;
-            let place = inner.blocks.place(group)?;
-            if place.pack != candidate.pack {
+            let Some(place) = inner.blocks.find_place(group)?.filter(|place| place.pack == candidate.pack) else {
                 continue;
-            }
+            };
             let first = place.digest as usize;
             let digests = all_digests.get(first..first + entry.blocks() as usize);
             let digests = digests.ok_or_else(|| Error::damaged(format!("{} has too few digests", place.pack)))?;

@@ -43,7 +43,7 @@ pub struct Options {
     pub reserve_bytes: u64,
     /// Where the log is damaged, go on without what is behind the damage, and say so, rather than refuse to open.
     pub salvage_log: bool,
-    /// Seal, and collect garbage, in the background. Without it only [`Store::seal`] and [`Store::gc`] do, and writers
+    /// Seal, and collect garbage, in the background. Without it only [`crate::Store::seal`] and [`crate::Store::gc`] do, and writers
     /// never wait.
     pub background: bool,
 }
@@ -114,7 +114,8 @@ impl Inner {
         if self.options.reserve_bytes == 0 {
             return;
         }
-        if let Ok(file) = self.medium.open(RESERVE, Mode::Create)
+        let file = self.medium.open(RESERVE, Mode::Modify).or_else(|_| self.medium.open(RESERVE, Mode::Create));
+        if let Ok(file) = file
             && file.allocate(0, self.options.reserve_bytes).is_err()
         {
             drop(self.medium.remove(RESERVE));

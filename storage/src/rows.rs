@@ -41,6 +41,8 @@ impl Default for Checkpoint {
 /// again from the packs: rows to set, or to remove where there is no value.
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) struct Manifest {
+    /// The rows are all there are: what is not among them is gone.
+    pub whole: bool,
     pub checkpoint: Checkpoint,
     pub devices: Vec<(Source, Option<DeviceRow>)>,
     pub records: Vec<(RecordKey, Option<Bytes>)>,

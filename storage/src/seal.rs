@@ -53,12 +53,14 @@ struct Plan {
     /// Fork points whose root a device needs.
     layers: HashMap<Source, Arc<Layer>>,
     records: Vec<(RecordKey, Option<Bytes>)>,
+    /// All disks, snapshots and records are in it, not only what changed.
+    whole: bool,
 }
 
 /// Seals everything written before the call. One at a time.
 pub(crate) fn checkpoint(inner: &Inner) -> Result<SealReport> {
     let _one = inner.sealer.running.lock();
-    checkpoint_locked(inner)
+    checkpoint_locked(inner, false)
 }
 
 /// A checkpoint whose manifest has the whole catalogue, so that no older one is needed.
@@ -70,11 +72,21 @@ pub(crate) fn checkpoint_all(inner: &Inner) -> Result<SealReport> {
         touched.extend(devices.keys());
         touched_records.extend(records.keys().cloned());
     }
-    checkpoint_locked(inner)
+    checkpoint_locked(inner, true)
 }
 
-fn checkpoint_locked(inner: &Inner) -> Result<SealReport> {
-    let Some(plan) = plan(inner)? else { return Ok(SealReport::default()) };
+/// A checkpoint, with `running` held. Whoever waits for room in the log hears of it.
+fn checkpoint_locked(inner: &Inner, whole: bool) -> Result<SealReport> {
+    let outcome = try_checkpoint(inner, whole);
+    let mut state = inner.sealer.state.lock();
+    state.tried += 1;
+    state.failure = outcome.as_ref().err().cloned();
+    inner.sealer.changed.notify_all();
+    outcome
+}
+
+fn try_checkpoint(inner: &Inner, whole: bool) -> Result<SealReport> {
+    let Some(plan) = plan(inner, whole)? else { return Ok(SealReport::default()) };
     let outcome = execute(inner, &plan);
     if outcome.is_err() {
         // Nothing has changed for readers; the next checkpoint has it all to tell again.
@@ -87,7 +99,7 @@ fn checkpoint_locked(inner: &Inner) -> Result<SealReport> {
 }
 
 /// Step 1. `None`: there is nothing to seal.
-fn plan(inner: &Inner) -> Result<Option<Plan>> {
+fn plan(inner: &Inner, whole: bool) -> Result<Option<Plan>> {
     inner.log.healthy()?;
     let mut registry = inner.registry.lock();
     let log_start = inner.log.rotate();
@@ -116,7 +128,7 @@ fn plan(inner: &Inner) -> Result<Option<Plan>> {
         next_group: counters.group.load(Ordering::Relaxed),
         next_pack: counters.pack.load(Ordering::Relaxed),
     };
-    Ok(Some(Plan { checkpoint, devices, layers, records }))
+    Ok(Some(Plan { checkpoint, devices, layers, records, whole }))
 }
 
 /// Steps 2 to 6.
@@ -133,6 +145,7 @@ fn execute(inner: &Inner, plan: &Plan) -> Result<SealReport> {
     writer.end_frames()?;
 
     let mut manifest = Manifest {
+        whole: plan.whole,
         checkpoint: Checkpoint {
             next_group: inner.counters.group.load(Ordering::Relaxed),
             next_pack: inner.counters.pack.load(Ordering::Relaxed) + 1,
@@ -355,7 +368,11 @@ struct SealerState {
 }
 
 /// Sealings after which collection looks for small packs to merge.
-const PACKS_BEFORE_GC: u64 = 32;
+const SEALS_BEFORE_GC: u64 = 32;
+/// How long a store that is never quiet goes without the collection it needs.
+const COLLECT_AT_LATEST: Duration = Duration::from_secs(60);
+/// How long the background work rests after a failure.
+const RETRY: Duration = Duration::from_secs(2);
 /// How often the background thread looks whether the store is idle.
 const LOOK: Duration = Duration::from_millis(500);
 
@@ -415,6 +432,7 @@ pub(crate) fn start(inner: &Arc<Inner>) -> Result<()> {
 fn run(weak: &Weak<Inner>) {
     let mut seen = LogPos(0);
     let mut quiet_since = Instant::now();
+    let mut collected_at = Instant::now();
     // Sealings since garbage was last collected: each makes a pack, and collection merges small ones.
     let mut sealed = 0;
     // After a failure the next try waits, so that a full disk is not hammered.
@@ -434,33 +452,34 @@ fn run(weak: &Weak<Inner>) {
         if end != seen {
             (seen, quiet_since) = (end, Instant::now());
         }
-        let live = inner.log.live_bytes();
-        let quiet = quiet_since.elapsed() >= inner.options.idle;
-        let idle = live > 0 && quiet;
-        let full = live >= inner.options.log_bytes;
         if Instant::now() < not_before {
             continue;
         }
-        if !(requested || idle || full) {
-            if quiet && inner.deleted.load(Ordering::Relaxed) + sealed / PACKS_BEFORE_GC > 0 {
-                inner.deleted.store(0, Ordering::Relaxed);
-                sealed = 0;
-                match inner.collect() {
-                    Ok(report) => tracing::info!(?report, "garbage collected"),
-                    Err(e) => tracing::error!("garbage collection failed: {e}"),
+        let quiet = quiet_since.elapsed() >= inner.options.idle;
+        let no_room = inner.sealer.state.lock().failure.as_ref().is_some_and(|e| e.kind() == ErrorKind::NoSpace);
+        let wanted = inner.deleted.load(Ordering::Relaxed) + sealed / SEALS_BEFORE_GC > 0;
+        if wanted && (quiet || no_room || collected_at.elapsed() >= COLLECT_AT_LATEST) {
+            let deleted = inner.deleted.load(Ordering::Relaxed);
+            match inner.collect() {
+                Ok(report) => {
+                    tracing::info!(?report, "garbage collected");
+                    inner.deleted.fetch_sub(deleted, Ordering::Relaxed);
+                    sealed = 0;
+                }
+                Err(e) => {
+                    tracing::error!("garbage collection failed; it will be tried again: {e}");
+                    not_before = Instant::now() + RETRY;
                 }
             }
-            continue;
+            collected_at = Instant::now();
         }
-        let outcome = checkpoint(&inner);
-        let mut state = inner.sealer.state.lock();
-        state.tried += 1;
-        state.failure = outcome.err();
-        sealed += 1;
-        if let Some(e) = &state.failure {
-            tracing::error!("sealing failed; it will be tried again: {e}");
-            not_before = Instant::now() + Duration::from_secs(1);
+        let live = inner.log.live_bytes();
+        if requested || (live > 0 && quiet) || live >= inner.options.log_bytes {
+            if let Err(e) = checkpoint(&inner) {
+                tracing::error!("sealing failed; it will be tried again: {e}");
+                not_before = Instant::now() + RETRY;
+            }
+            sealed += 1;
         }
-        inner.sealer.changed.notify_all();
     }
 }

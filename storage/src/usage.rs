@@ -10,6 +10,7 @@ use crate::inner::Inner;
 use crate::live::mark;
 use crate::pack::{Digest, PackFacts};
 use crate::rows;
+use crate::state::State;
 use roaring::RoaringTreemap;
 use serde::Serialize;
 
@@ -151,7 +152,23 @@ pub(crate) fn stats(inner: &Inner) -> Result<Stats> {
 
 /// Mapped blocks plus what the overlay adds or takes. A zero block in the log counts until it is sealed.
 pub(crate) fn logical_blocks(inner: &Inner, device: &Device) -> Result<u64> {
-    let state = device.state();
+    let mut state = device.state();
+    loop {
+        match count_blocks(inner, device, &state) {
+            Err(e) => {
+                // Moved onto a sealed root meanwhile: the old root's nodes may have been collected.
+                let now = device.state();
+                if now.root == state.root {
+                    return Err(e);
+                }
+                state = now;
+            }
+            done => return done,
+        }
+    }
+}
+
+fn count_blocks(inner: &Inner, device: &Device, state: &State) -> Result<u64> {
     let mut blocks = state.root.mapped;
     for (start, extent) in state.overlay.iter() {
         let covered = crate::map::mapped(&*inner.blocks, state.root, device.level(), start, start + extent.len)?;
