@@ -6,10 +6,11 @@ use crate::catalogue::{Batch, Table};
 use crate::disk::Device;
 use crate::error::{Error, Result};
 use crate::format::GroupEntry;
+use crate::inner::Inner;
 use crate::map;
 use crate::pack::{self, Digest, GroupPlace, PackFacts, PackWriter};
-use crate::seal::{self, encode, parse_id};
-use crate::store::Inner;
+use crate::rows::{self, encode, parse_id};
+use crate::seal;
 use serde::Serialize;
 use std::collections::{BTreeMap, HashMap, HashSet};
 
@@ -76,7 +77,7 @@ pub(crate) fn check(inner: &Inner, heal: bool) -> Result<CheckReport> {
 fn read_packs(inner: &Inner, report: &mut CheckReport) -> Result<Found> {
     let mut packs: BTreeMap<PackId, (PackFacts, Vec<(GroupId, GroupPlace)>)> = BTreeMap::new();
     inner.catalogue.scan(Table::Packs, &mut |key, row| {
-        let facts = postcard::from_bytes(row).map_err(|e| Error::damaged(format!("a row of the packs: {e}")))?;
+        let facts = rows::decode("a pack", row)?;
         packs.insert(PackId(parse_id(key)?), (facts, Vec::new()));
         Ok(())
     })?;
@@ -196,8 +197,7 @@ fn find_copies(inner: &Inner, found: &Found) -> Result<HashMap<Digest, Vec<u8>>>
     let mut copies = HashMap::new();
     let mut packs = Vec::new();
     inner.catalogue.scan(Table::Packs, &mut |key, row| {
-        let facts: PackFacts =
-            postcard::from_bytes(row).map_err(|e| Error::damaged(format!("a row of the packs: {e}")))?;
+        let facts: PackFacts = rows::decode("a pack", row)?;
         packs.push((PackId(parse_id(key)?), facts));
         Ok(())
     })?;

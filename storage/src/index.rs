@@ -9,7 +9,7 @@ use crate::blocks::Blocks;
 use crate::catalogue::{Catalogue, Table};
 use crate::error::{Error, Result};
 use crate::format::{GroupKind, StoreUuid};
-use crate::gc::Live;
+use crate::live::Live;
 use crate::pack::Digest;
 use parking_lot::RwLock;
 use quick_cache::sync::Cache;

@@ -10,11 +10,12 @@ use crate::catalogue::{Batch, Catalogue, RocksCatalogue, Table};
 use crate::error::{Error, Result};
 use crate::format::{FrameHeader, GroupEntry, GroupKind, PackContents, PackFooter, PackHeader, StoreHeader, StoreUuid};
 use crate::index;
+use crate::inner::{Options, lock};
 use crate::medium::file::{Backend, FileMedium};
 use crate::medium::{File, Medium, Mode};
 use crate::pack::{self, Counters, Digest, GroupPlace, PackFacts, PackWriter};
-use crate::seal::{Checkpoint, Manifest, device_key, encode, record_key};
-use crate::store::{Options, Store, lock};
+use crate::rows::{Checkpoint, Manifest, encode};
+use crate::store::Store;
 use serde::Serialize;
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
@@ -203,19 +204,7 @@ impl Repair {
 
     fn take_manifest(&mut self, manifest: Manifest) -> Result<()> {
         let mut batch = Batch::default();
-        for (source, row) in &manifest.devices {
-            let (table, key) = device_key(*source);
-            match row {
-                Some(row) => batch.put(table, key, encode(row)?),
-                None => batch.delete(table, key),
-            }
-        }
-        for (key, value) in &manifest.records {
-            match value {
-                Some(value) => batch.put(Table::Records, record_key(key), value.to_vec()),
-                None => batch.delete(Table::Records, record_key(key)),
-            }
-        }
+        manifest.add_to(&mut batch)?;
         if manifest.checkpoint.log_start >= self.checkpoint.log_start {
             self.checkpoint = manifest.checkpoint;
         }

@@ -17,15 +17,16 @@ use crate::disk::{Device, verify};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::{GroupKind, Node, NodeRef};
 use crate::index::{self, Index};
+use crate::inner::Inner;
 use crate::map::{self, Change, NodeSink, NodeSource, push_change};
 use crate::overlay::{Content, Extent};
 use crate::pack::{Digest, PackWriter, digest};
-use crate::registry::{RecordKey, Registry};
+use crate::registry::Registry;
+use crate::rows::{Checkpoint, DeviceRow, Manifest, RecordKey, encode};
 use crate::state::Layer;
-use crate::store::Inner;
 use bytes::Bytes;
 use parking_lot::{Condvar, Mutex};
-use serde::{Deserialize, Serialize};
+use serde::Serialize;
 use std::collections::{BTreeSet, HashMap};
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Weak};
@@ -43,59 +44,6 @@ pub struct SealReport {
     pub new_blocks: u64,
     /// Bytes of packs written, map nodes included.
     pub pack_bytes: u64,
-}
-
-/// A disk or snapshot in the catalogue.
-#[derive(Debug, Clone, Serialize, Deserialize)]
-pub(crate) struct DeviceRow {
-    pub name: String,
-    pub size_blocks: u64,
-    pub parent: Option<Source>,
-    pub unix_ms: u64,
-    pub root: NodeRef,
-}
-
-/// Where the log begins and which numbers come next: the catalogue's row `checkpoint`.
-#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
-pub(crate) struct Checkpoint {
-    pub log_start: LogPos,
-    pub next_segment: u64,
-    pub next_id: u64,
-    pub next_group: u64,
-    pub next_pack: u64,
-}
-
-impl Default for Checkpoint {
-    /// A store in which nothing was sealed yet. Number 0 is left out: block 0 is no block.
-    fn default() -> Self {
-        Self { log_start: LogPos(0), next_segment: 0, next_id: 1, next_group: 1, next_pack: 1 }
-    }
-}
-
-/// What a checkpoint changes in the catalogue, as the last pack's manifest has it too, so that the catalogue can be made
-/// again from the packs: rows to set, or to remove where there is no value.
-#[derive(Debug, Serialize, Deserialize)]
-pub(crate) struct Manifest {
-    pub checkpoint: Checkpoint,
-    pub devices: Vec<(Source, Option<DeviceRow>)>,
-    pub records: Vec<(RecordKey, Option<Bytes>)>,
-}
-
-/// The catalogue's key of a disk or snapshot, and its table.
-pub(crate) fn device_key(source: Source) -> (Table, [u8; 8]) {
-    match source {
-        Source::Disk(id) => (Table::Disks, id.0.to_be_bytes()),
-        Source::Snapshot(id) => (Table::Snapshots, id.0.to_be_bytes()),
-    }
-}
-
-/// The catalogue's key of a record.
-pub(crate) fn record_key((kind, key): &RecordKey) -> Vec<u8> {
-    [kind.as_bytes(), &[0], key.as_bytes()].concat()
-}
-
-pub(crate) fn encode<T: Serialize>(value: &T) -> Result<Vec<u8>> {
-    postcard::to_stdvec(value).map_err(|e| Error::new(ErrorKind::InvalidInput, format!("cannot encode: {e}")))
 }
 
 /// What a checkpoint found when transactions stood still.
@@ -221,19 +169,7 @@ fn execute(inner: &Inner, plan: &Plan) -> Result<SealReport> {
             batch.put(Table::Index, index::key(digest), id.0.to_be_bytes());
         }
     }
-    for (source, row) in &manifest.devices {
-        let (table, key) = device_key(*source);
-        match row {
-            Some(row) => batch.put(table, key, encode(row)?),
-            None => batch.delete(table, key),
-        }
-    }
-    for (key, value) in &manifest.records {
-        match value {
-            Some(value) => batch.put(Table::Records, record_key(key), value.to_vec()),
-            None => batch.delete(Table::Records, record_key(key)),
-        }
-    }
+    manifest.add_to(&mut batch)?;
     batch.put(Table::Meta, "checkpoint", encode(&manifest.checkpoint)?);
     inner.catalogue.commit(batch)?;
 
@@ -527,10 +463,4 @@ fn run(weak: &Weak<Inner>) {
         }
         inner.sealer.changed.notify_all();
     }
-}
-
-/// The id in a row's key.
-pub(crate) fn parse_id(key: &[u8]) -> Result<u64> {
-    let bytes = key.try_into().map_err(|_| Error::damaged("a catalogue key has the wrong length"))?;
-    Ok(u64::from_be_bytes(bytes))
 }
