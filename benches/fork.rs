@@ -3,8 +3,13 @@
 //! `cargo bench --bench fork [-- --json FILE]`. Each case measures the two calls 200 times as they return (not yet
 //! synced), and how many syncs a durable one takes. Within an axis the cases are measured in turn, round by round, so
 //! that a noisy machine disturbs all alike.
+//!
+//! Peers, over fragments: `FICLONE` of a file on XFS and btrfs (loop file systems, as root) and `qemu-img create -b`
+//! (the start of its process included). They are measured in turn with a fork of ours of the same shape.
 
 mod harness;
+#[path = "fork/peers.rs"]
+mod peers;
 
 use harness::{Report, Samples};
 use storage::medium::sim::Random;
@@ -166,4 +171,5 @@ fn main() {
     let siblings = [0, 100, 10_000].map(|n| (n.to_string(), Shape { siblings: n, ..Shape::default() })).into();
     measure(&mut report, "siblings", axis("siblings", siblings));
     many_forks(&mut report);
+    peers::measure(&mut report);
 }

@@ -1,5 +1,11 @@
 //! What the benches share: samples, a table on stdout, and `-- --json FILE` with one object a line.
 
+// Each bench uses a part of it.
+#![allow(dead_code)]
+
+pub mod corpus;
+pub mod tools;
+
 use std::io::Write;
 use std::time::{Duration, Instant};
 
@@ -22,6 +28,11 @@ impl Samples {
         let at = ((self.0.len() - 1) as f64 * share).round() as usize;
         self.0[at].as_secs_f64() * 1e6
     }
+
+    /// Adds one.
+    pub fn push(&mut self, sample: Duration) {
+        self.0.push(sample);
+    }
 }
 
 /// Collects rows and prints them.
@@ -40,6 +51,11 @@ impl Report {
         Self { bench, json }
     }
 
+    /// A peer that cannot be measured here, and why.
+    pub fn missing(&self, system: &str, why: &str) {
+        println!("{system:<10} not measured: {why}");
+    }
+
     /// One figure.
     pub fn row(&mut self, system: &str, case: &str, metric: &str, value: f64, unit: &str) {
         println!("{system:<10} {case:<34} {metric:<22} {value:>12.2} {unit}");
@@ -51,4 +67,16 @@ impl Report {
             writeln!(file, "{row}").expect("the JSON file can be written");
         }
     }
+}
+
+/// The middle one of some figures.
+pub fn median(mut figures: Vec<f64>) -> f64 {
+    figures.sort_by(f64::total_cmp);
+    figures[figures.len() / 2]
+}
+
+/// Where benches keep what is dear to make: `MIOSA_CACHE_DIR`, or `~/.cache/miosa`.
+pub fn cache_dir() -> std::path::PathBuf {
+    let home = || std::path::PathBuf::from(std::env::var_os("HOME").expect("HOME is set")).join(".cache/miosa");
+    std::env::var_os("MIOSA_CACHE_DIR").map_or_else(home, Into::into)
 }
