@@ -21,6 +21,11 @@ const MB: f64 = 1e6;
 /// A system that stores disks: bytes in use after it took in a step.
 trait System {
     fn add(&mut self, step: &Step, parent: Option<&Step>) -> Result<u64, String>;
+
+    /// What its bytes are made of.
+    fn parts(&self) -> Vec<(&'static str, u64)> {
+        Vec::new()
+    }
 }
 
 /// A system, or why there is none.
@@ -33,9 +38,9 @@ struct Miosa {
 }
 
 impl Miosa {
-    fn new(scratch: &Path) -> Self {
+    fn new(scratch: &Path, level: i32) -> Self {
         let dir = tempfile::tempdir_in(scratch).expect("a directory");
-        let options = Options { background: false, ..Options::default() };
+        let options = Options { background: false, level, ..Options::default() };
         let store = Store::open(dir.path(), options).expect("a store");
         Self { store, disks: HashMap::new(), dir }
     }
@@ -56,6 +61,17 @@ impl System for Miosa {
         self.store.seal().map_err(|e| e.to_string())?;
         self.disks.insert(step.name, id);
         Ok(allocated(self.dir.path()))
+    }
+
+    fn parts(&self) -> Vec<(&'static str, u64)> {
+        let stats = self.store.stats().expect("figures");
+        vec![
+            ("unique, raw", stats.unique_bytes),
+            ("packs, data", stats.pack_bytes),
+            ("packs, maps", stats.map_bytes),
+            ("catalogue", stats.index_bytes),
+            ("log", stats.log_bytes),
+        ]
     }
 }
 
@@ -227,8 +243,9 @@ fn main() {
         report.row("changed", &format!("{} {}", step.name, step.what), "raw bytes", changed as f64 / MB, "MB");
     }
     let scratch = cache_dir();
-    let systems: [(&str, Made); 6] = [
-        ("miosa", Ok(Box::new(Miosa::new(&scratch)))),
+    let systems: [(&str, Made); 7] = [
+        ("miosa", Ok(Box::new(Miosa::new(&scratch, Options::default().level)))),
+        ("miosa zstd3", Ok(Box::new(Miosa::new(&scratch, 3)))),
         ("qcow2", Qcow2::new(&scratch, false).map(|s| Box::new(s) as _)),
         ("qcow2 -c", Qcow2::new(&scratch, true).map(|s| Box::new(s) as _)),
         ("btrfs zstd", Btrfs::new().map(|s| Box::new(s) as _)),
@@ -260,6 +277,9 @@ fn main() {
         }
         if figures.len() == steps.len() {
             figures.push(("total".to_owned(), before as f64 / MB));
+        }
+        for (part, bytes) in system.parts() {
+            report.row(name, "total", part, bytes as f64 / MB, "MB");
         }
         for (case, value) in figures {
             report.row(name, &case, "stored bytes", value, "MB");

@@ -4,6 +4,7 @@
 #![allow(dead_code)]
 
 pub mod corpus;
+pub mod load;
 pub mod tools;
 
 use std::io::Write;

@@ -1,0 +1,231 @@
+//! Writes: flush-heavy small ones on many disks at once, and large sequential ones.
+//!
+//! `cargo bench --bench write_path [-- --json FILE]`. All systems of a case run in turn, round by round. A ratio is the
+//! median of the rounds' ratios: a round's systems ran within seconds of each other.
+//!
+//! *append + fdatasync* is what no log can beat: one thread appends a block for each writer and syncs once. *shared
+//! loop* is the same with the writers as threads of their own, who hand their blocks to whoever leads and wait.
+
+mod harness;
+
+use harness::load::{Aligned, MIB, forget_file, new_disk, open_direct, quiet_store};
+use harness::{Report, median, tools};
+use parking_lot::{Condvar, Mutex};
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+use storage::medium::sim::Random;
+
+const BLOCK: usize = 4096;
+const ROUNDS: usize = 7;
+const WINDOW: Duration = Duration::from_millis(700);
+/// Of each disk or file.
+const SIZE: u64 = 64 * MIB;
+const SEQUENTIAL: u64 = 512 * MIB;
+
+/// A system and what measures it once.
+type Timed<'a> = (&'a str, Box<dyn Fn() -> f64>);
+
+/// Runs `write` in this many threads until the time is up; writes a second.
+fn threads(count: usize, write: impl Fn(usize, u64, &[u8]) + Sync) -> f64 {
+    let (stop, done) = (AtomicBool::new(false), AtomicU64::new(0));
+    let start = Instant::now();
+    std::thread::scope(|scope| {
+        for thread in 0..count {
+            let (stop, done, write) = (&stop, &done, &write);
+            scope.spawn(move || {
+                let mut random = Random(thread as u64 + 1);
+                let mut block = [0; BLOCK];
+                while !stop.load(Ordering::Relaxed) {
+                    block[..8].copy_from_slice(&random.bits().to_le_bytes());
+                    write(thread, random.below(SIZE / BLOCK as u64) * BLOCK as u64, &block);
+                    done.fetch_add(1, Ordering::Relaxed);
+                }
+            });
+        }
+        std::thread::sleep(WINDOW);
+        stop.store(true, Ordering::Relaxed);
+    });
+    done.load(Ordering::Relaxed) as f64 / start.elapsed().as_secs_f64()
+}
+
+fn miosa(count: usize) -> f64 {
+    let (store, _dir) = quiet_store();
+    let disks: Vec<_> = (0..count).map(|i| new_disk(&store, &i.to_string(), SIZE).1).collect();
+    threads(count, |i, at, block| {
+        disks[i].write(at, block).expect("a write");
+        disks[i].flush().expect("a flush");
+    })
+}
+
+fn append_loop(count: usize) -> f64 {
+    let dir = tempfile::tempdir().expect("a directory");
+    let file = File::create(dir.path().join("log")).expect("a file");
+    let blocks = vec![7; count * BLOCK];
+    let start = Instant::now();
+    let mut rounds = 0;
+    while start.elapsed() < WINDOW {
+        file.write_all_at(&blocks, rounds * blocks.len() as u64).expect("a write");
+        file.sync_data().expect("a sync");
+        rounds += 1;
+    }
+    (rounds * count as u64) as f64 / start.elapsed().as_secs_f64()
+}
+
+#[derive(Default)]
+struct Shared {
+    buffer: Vec<u8>,
+    appended: u64,
+    durable: u64,
+    leader: bool,
+}
+
+fn shared_loop(count: usize) -> f64 {
+    let dir = tempfile::tempdir().expect("a directory");
+    let file = File::create(dir.path().join("log")).expect("a file");
+    let (state, led) = (Mutex::new(Shared::default()), Condvar::new());
+    threads(count, |_, _, block| {
+        let mut shared = state.lock();
+        shared.buffer.extend_from_slice(block);
+        shared.appended += BLOCK as u64;
+        let upto = shared.appended;
+        while shared.durable < upto {
+            if shared.leader {
+                led.wait(&mut shared);
+                continue;
+            }
+            shared.leader = true;
+            let (buffer, from) = (std::mem::take(&mut shared.buffer), shared.durable);
+            drop(shared);
+            file.write_all_at(&buffer, from).expect("a write");
+            file.sync_data().expect("a sync");
+            shared = state.lock();
+            shared.durable = from + buffer.len() as u64;
+            shared.leader = false;
+            led.notify_all();
+        }
+    })
+}
+
+fn written_file(path: &Path) -> File {
+    let file = File::create(path).expect("a file");
+    (0..SIZE / MIB).for_each(|i| file.write_all_at(&[1; MIB as usize], i * MIB).expect("a write"));
+    file.sync_all().expect("a sync");
+    file
+}
+
+fn raw_files(files: &[File]) -> f64 {
+    threads(files.len(), |i, at, block| {
+        files[i].write_all_at(block, at).expect("a write");
+        files[i].sync_data().expect("a sync");
+    })
+}
+
+/// One `qemu-img bench` a disk, all at once; each write is followed by a flush.
+fn qcow2(count: usize, dir: &Path) -> Result<f64, String> {
+    const WRITES: usize = 150;
+    let children: Vec<_> = (0..count)
+        .map(|i| {
+            let path = dir.join(format!("{i}.qcow2"));
+            tools::run("qemu-img", &[&"create", &"-f", &"qcow2", &path, &SIZE.to_string()]).expect("an image");
+            let mut command = std::process::Command::new("qemu-img");
+            command.args(["bench", "-f", "qcow2", "-w", "-s", "4096", "-S", "69632", "-d", "1", "--flush-interval=1"]);
+            command.args(["-t", "writeback", "-c", &WRITES.to_string()]).arg(path);
+            command.stdout(std::process::Stdio::piped()).spawn().expect("qemu-img starts")
+        })
+        .collect();
+    let mut slowest: f64 = 0.0;
+    for child in children {
+        let out = child.wait_with_output().map_err(|e| e.to_string())?;
+        let text = String::from_utf8_lossy(&out.stdout).into_owned();
+        let seconds = text.split("completed in ").nth(1).and_then(|t| t.split(' ').next()?.parse().ok());
+        slowest = slowest.max(seconds.ok_or_else(|| format!("qemu-img bench said: {text}"))?);
+    }
+    Ok((count * WRITES) as f64 / slowest)
+}
+
+fn flush_heavy(report: &mut Report) {
+    for count in [1, 16, 64] {
+        let dir = tempfile::tempdir().expect("a directory");
+        let files: Vec<_> = (0..count).map(|i| written_file(&dir.path().join(i.to_string()))).collect();
+        let mut systems: Vec<Timed> = vec![
+            ("miosa", Box::new(move || miosa(count))),
+            ("append", Box::new(move || append_loop(count))),
+            ("shared", Box::new(move || shared_loop(count))),
+            ("raw files", Box::new(move || raw_files(&files))),
+        ];
+        if tools::has("qemu-img") {
+            let dir = dir.path().to_owned();
+            systems.push(("qcow2", Box::new(move || qcow2(count, &dir).expect("qemu-img bench works"))));
+        } else {
+            report.missing("qcow2", "qemu-utils is not installed");
+        }
+        compare(report, &format!("4 KiB write + flush, {count} disks"), "writes/s", &systems);
+    }
+}
+
+/// Runs the systems in turn; the first is ours.
+fn compare(report: &mut Report, case: &str, unit: &str, systems: &[Timed]) {
+    let rounds: Vec<Vec<f64>> = (0..ROUNDS).map(|_| systems.iter().map(|(_, run)| run()).collect()).collect();
+    for (i, (name, _)) in systems.iter().enumerate() {
+        report.row(name, case, "median", median(rounds.iter().map(|r| r[i]).collect()), unit);
+        if i > 0 {
+            report.row(
+                "miosa",
+                case,
+                &format!("ratio to {name}"),
+                median(rounds.iter().map(|r| r[0] / r[i]).collect()),
+                "x",
+            );
+        }
+    }
+}
+
+fn mib_per_second(bytes: u64, start: Instant) -> f64 {
+    bytes as f64 / MIB as f64 / start.elapsed().as_secs_f64()
+}
+
+/// Both sides begin with nothing, write 1 MiB at a time and sync once; then read it back cold.
+fn sequential(report: &mut Report) {
+    let (mut writes, mut reads) = (Vec::new(), Vec::new());
+    for round in 0..ROUNDS {
+        let mut buffer = Aligned::zeroed();
+        let mut random = Random(round as u64 + 1);
+        buffer.0.chunks_mut(8).for_each(|c| c.copy_from_slice(&random.bits().to_le_bytes()));
+        let (store, dir) = quiet_store();
+        let disk = new_disk(&store, "disk", SEQUENTIAL).1;
+        let start = Instant::now();
+        (0..SEQUENTIAL / MIB).for_each(|i| disk.write(i * MIB, &buffer.0).expect("a write"));
+        disk.flush().expect("a flush");
+        let ours = mib_per_second(SEQUENTIAL, start);
+
+        let path = dir.path().join("raw");
+        let file = open_direct(&path);
+        let start = Instant::now();
+        (0..SEQUENTIAL / MIB).for_each(|i| file.write_all_at(&buffer.0, i * MIB).expect("a write"));
+        file.sync_data().expect("a sync");
+        writes.push((ours, mib_per_second(SEQUENTIAL, start)));
+
+        harness::load::forget_files(dir.path());
+        let start = Instant::now();
+        (0..SEQUENTIAL / MIB).for_each(|i| disk.read(i * MIB, &mut buffer.0).expect("a read"));
+        let ours = mib_per_second(SEQUENTIAL, start);
+        forget_file(&file);
+        let start = Instant::now();
+        (0..SEQUENTIAL / MIB).for_each(|i| file.read_exact_at(&mut buffer.0, i * MIB).expect("a read"));
+        reads.push((ours, mib_per_second(SEQUENTIAL, start)));
+    }
+    for (case, figures) in [("sequential write, 1 MiB", writes), ("sequential read, unsealed, cold", reads)] {
+        report.row("miosa", case, "median", median(figures.iter().map(|f| f.0).collect()), "MiB/s");
+        report.row("raw direct", case, "median", median(figures.iter().map(|f| f.1).collect()), "MiB/s");
+        report.row("miosa", case, "ratio to raw direct", median(figures.iter().map(|f| f.0 / f.1).collect()), "x");
+    }
+}
+
+fn main() {
+    let mut report = Report::new("write_path");
+    flush_heavy(&mut report);
+    sequential(&mut report);
+}
