@@ -3,7 +3,8 @@
 //! `cargo bench --bench write_path [-- --json FILE]`. All systems of a case run in turn, round by round. A ratio is the
 //! median of the rounds' ratios: a round's systems ran within seconds of each other.
 //!
-//! *append + fdatasync* is what no log can beat: one thread appends a block for each writer and syncs once. *shared
+//! *append + fdatasync* is what no log can beat: one thread appends a block for each writer and syncs once;
+//! *overwrite* is that into a file whose blocks have been written before, so that a sync has no metadata to write. *shared
 //! loop* is the same with the writers as threads of their own, who hand their blocks to whoever leads and wait.
 
 mod harness;
@@ -60,14 +61,21 @@ fn miosa(count: usize) -> f64 {
     })
 }
 
-fn append_loop(count: usize) -> f64 {
+fn append_loop(count: usize, prewritten: bool) -> f64 {
     let dir = tempfile::tempdir().expect("a directory");
     let file = File::create(dir.path().join("log")).expect("a file");
+    if prewritten {
+        (0..256).for_each(|i| file.write_all_at(&[0; MIB as usize], i * MIB).expect("a write"));
+        file.sync_all().expect("a sync");
+    }
     let blocks = vec![7; count * BLOCK];
     let start = Instant::now();
     let mut rounds = 0;
     while start.elapsed() < WINDOW {
-        file.write_all_at(&blocks, rounds * blocks.len() as u64).expect("a write");
+        // A prewritten file that is full is begun again.
+        let at = rounds * blocks.len() as u64;
+        let at = if prewritten { at % (256 * MIB) } else { at };
+        file.write_all_at(&blocks, at).expect("a write");
         file.sync_data().expect("a sync");
         rounds += 1;
     }
@@ -125,7 +133,7 @@ fn raw_files(files: &[File]) -> f64 {
 
 /// One `qemu-img bench` a disk, all at once; each write is followed by a flush.
 fn qcow2(count: usize, dir: &Path) -> Result<f64, String> {
-    const WRITES: usize = 150;
+    const WRITES: usize = 600;
     let children: Vec<_> = (0..count)
         .map(|i| {
             let path = dir.join(format!("{i}.qcow2"));
@@ -152,7 +160,8 @@ fn flush_heavy(report: &mut Report) {
         let files: Vec<_> = (0..count).map(|i| written_file(&dir.path().join(i.to_string()))).collect();
         let mut systems: Vec<Timed> = vec![
             ("miosa", Box::new(move || miosa(count))),
-            ("append", Box::new(move || append_loop(count))),
+            ("append", Box::new(move || append_loop(count, false))),
+            ("overwrite", Box::new(move || append_loop(count, true))),
             ("shared", Box::new(move || shared_loop(count))),
             ("raw files", Box::new(move || raw_files(&files))),
         ];
