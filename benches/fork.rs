@@ -150,26 +150,34 @@ fn many_forks(report: &mut Report) {
     report.row("miosa", "25k fragments", "1000 forks, durable", all.quantile_us(0.5) / 1e3, "ms");
 }
 
-fn main() {
-    let mut report = Report::new("fork");
+fn axes(report: &mut Report) {
     let axis = |name: &str, shapes: Vec<(String, Shape)>| -> Vec<Case> {
         shapes.iter().map(|(value, shape)| make(&format!("{name} {value}"), shape)).collect()
     };
     let sizes = [("1 GiB", GIB), ("32 GiB", 32 * GIB), ("1 TiB", 1024 * GIB)];
     let sizes = sizes.map(|(name, size)| (name.to_owned(), Shape { size, ..Shape::default() })).into();
-    measure(&mut report, "disk size", axis("disk size", sizes));
+    measure(report, "disk size", axis("disk size", sizes));
     let counts = [0, 1_000, 25_000, 100_000];
     let sealed = counts.map(|n| (n.to_string(), Shape { sealed_fragments: n, ..Shape::default() })).into();
-    measure(&mut report, "fragments, sealed", axis("fragments, sealed", sealed));
+    measure(report, "fragments, sealed", axis("fragments, sealed", sealed));
     let unsealed = counts.map(|n| (n.to_string(), Shape { unsealed_fragments: n, ..Shape::default() })).into();
-    measure(&mut report, "fragments, unsealed", axis("fragments, unsealed", unsealed));
+    measure(report, "fragments, unsealed", axis("fragments, unsealed", unsealed));
     let bytes = [0, 256, 1024];
     let bytes = bytes.map(|n| (format!("{n} MiB"), Shape { unsealed_bytes: n * MIB, ..Shape::default() })).into();
-    measure(&mut report, "unsealed", axis("unsealed", bytes));
+    measure(report, "unsealed", axis("unsealed", bytes));
     let depths = [1, 100, 10_000].map(|n| (n.to_string(), Shape { depth: n, ..Shape::default() })).into();
-    measure(&mut report, "depth", axis("depth", depths));
+    measure(report, "depth", axis("depth", depths));
     let siblings = [0, 100, 10_000].map(|n| (n.to_string(), Shape { siblings: n, ..Shape::default() })).into();
-    measure(&mut report, "siblings", axis("siblings", siblings));
-    many_forks(&mut report);
-    peers::measure(&mut report);
+    measure(report, "siblings", axis("siblings", siblings));
+}
+
+fn main() {
+    let mut report = Report::new("fork");
+    if report.wants("axes") {
+        axes(&mut report);
+        many_forks(&mut report);
+    }
+    if report.wants("peers") {
+        peers::measure(&mut report);
+    }
 }

@@ -162,6 +162,10 @@ fn sequential(report: &mut Report) {
 
 fn main() {
     let mut report = Report::new("read_path");
-    random(&mut report);
-    sequential(&mut report);
+    if report.wants("random") {
+        random(&mut report);
+    }
+    if report.wants("sequential") {
+        sequential(&mut report);
+    }
 }

@@ -40,16 +40,22 @@ impl Samples {
 pub struct Report {
     bench: &'static str,
     json: Option<std::fs::File>,
+    only: Option<String>,
 }
 
 impl Report {
-    /// Reads the command line: `--json FILE`.
+    /// Reads the command line: `--json FILE`, `--only TEXT` for parts whose name has the text.
     pub fn new(bench: &'static str) -> Self {
         let args: Vec<String> = std::env::args().collect();
-        let json = args.iter().position(|a| a == "--json").and_then(|at| args.get(at + 1));
-        let json = json.map(|path| std::fs::File::create(path).expect("the JSON file can be made"));
+        let value = |name: &str| args.iter().position(|a| a == name).and_then(|at| args.get(at + 1)).cloned();
+        let json = value("--json").map(|path| std::fs::File::create(path).expect("the JSON file can be made"));
         println!("{:<10} {:<34} {:<22} {:>12} unit", "system", "case", "metric", "value");
-        Self { bench, json }
+        Self { bench, json, only: value("--only") }
+    }
+
+    /// Whether this part was asked for.
+    pub fn wants(&self, part: &str) -> bool {
+        self.only.as_ref().is_none_or(|only| part.contains(only))
     }
 
     /// A peer that cannot be measured here, and why.
