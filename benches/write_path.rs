@@ -136,7 +136,7 @@ fn raw_files(files: &[File]) -> f64 {
 
 /// One `qemu-img bench` a disk, all at once; each write is followed by a flush.
 fn qcow2(count: usize, dir: &Path) -> Result<f64, String> {
-    const WRITES: usize = 600;
+    const WRITES: usize = 300;
     let children: Vec<_> = (0..count)
         .map(|i| {
             let path = dir.join(format!("{i}.qcow2"));
