@@ -255,6 +255,9 @@ fn main() {
     // Ours, by case.
     let mut ours: HashMap<String, f64> = HashMap::new();
     for (name, system) in systems {
+        if !report.wants(name) {
+            continue;
+        }
         let mut system = match system {
             Ok(system) => system,
             Err(e) => {
