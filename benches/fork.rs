@@ -172,6 +172,7 @@ fn axes(report: &mut Report) {
 }
 
 fn main() {
+    harness::tools::own_mounts();
     let mut report = Report::new("fork");
     if report.wants("axes") {
         axes(&mut report);

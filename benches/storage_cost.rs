@@ -224,6 +224,7 @@ impl System for Borg {
 }
 
 fn main() {
+    tools::own_mounts();
     let mut report = Report::new("storage_cost");
     if !tools::can_mount() {
         report.missing("corpus", "it needs root and loop devices");

@@ -52,6 +52,20 @@ pub fn can_mount() -> bool {
     nix::unistd::geteuid().is_root() && Path::new("/dev/loop-control").exists()
 }
 
+/// Goes on in a mount namespace of its own, so that no mount or loop device outlives the process, however it ends. Call
+/// it first in `main`. Where that is not possible nothing happens.
+pub fn own_mounts() {
+    use std::os::unix::process::CommandExt;
+    const DONE: &str = "MIOSA_BENCH_OWN_MOUNTS";
+    if !can_mount() || !has("unshare") || std::env::var_os(DONE).is_some() {
+        return;
+    }
+    let mut args = std::env::args_os();
+    let me = args.next().expect("a program has a name");
+    let failed = Command::new("unshare").args(["--mount", "--"]).arg(me).args(args).env(DONE, "1").exec();
+    eprintln!("unshare: {failed}");
+}
+
 /// A mounted image; unmounted when dropped.
 pub struct Mount {
     at: tempfile::TempDir,
