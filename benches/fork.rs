@@ -3,8 +3,13 @@
 //! `cargo bench --bench fork [-- --json FILE]`. Each case measures the two calls 200 times as they return (not yet
 //! synced), and how many syncs a durable one takes. Within an axis the cases are measured in turn, round by round, so
 //! that a noisy machine disturbs all alike.
+//!
+//! Peers, over fragments: `FICLONE` of a file on XFS and btrfs (loop file systems, as root) and `qemu-img create -b`
+//! (the start of its process included). They are measured in turn with a fork of ours of the same shape.
 
 mod harness;
+#[path = "fork/peers.rs"]
+mod peers;
 
 use harness::{Report, Samples};
 use storage::medium::sim::Random;
@@ -145,25 +150,35 @@ fn many_forks(report: &mut Report) {
     report.row("miosa", "25k fragments", "1000 forks, durable", all.quantile_us(0.5) / 1e3, "ms");
 }
 
-fn main() {
-    let mut report = Report::new("fork");
+fn axes(report: &mut Report) {
     let axis = |name: &str, shapes: Vec<(String, Shape)>| -> Vec<Case> {
         shapes.iter().map(|(value, shape)| make(&format!("{name} {value}"), shape)).collect()
     };
     let sizes = [("1 GiB", GIB), ("32 GiB", 32 * GIB), ("1 TiB", 1024 * GIB)];
     let sizes = sizes.map(|(name, size)| (name.to_owned(), Shape { size, ..Shape::default() })).into();
-    measure(&mut report, "disk size", axis("disk size", sizes));
+    measure(report, "disk size", axis("disk size", sizes));
     let counts = [0, 1_000, 25_000, 100_000];
     let sealed = counts.map(|n| (n.to_string(), Shape { sealed_fragments: n, ..Shape::default() })).into();
-    measure(&mut report, "fragments, sealed", axis("fragments, sealed", sealed));
+    measure(report, "fragments, sealed", axis("fragments, sealed", sealed));
     let unsealed = counts.map(|n| (n.to_string(), Shape { unsealed_fragments: n, ..Shape::default() })).into();
-    measure(&mut report, "fragments, unsealed", axis("fragments, unsealed", unsealed));
+    measure(report, "fragments, unsealed", axis("fragments, unsealed", unsealed));
     let bytes = [0, 256, 1024];
     let bytes = bytes.map(|n| (format!("{n} MiB"), Shape { unsealed_bytes: n * MIB, ..Shape::default() })).into();
-    measure(&mut report, "unsealed", axis("unsealed", bytes));
+    measure(report, "unsealed", axis("unsealed", bytes));
     let depths = [1, 100, 10_000].map(|n| (n.to_string(), Shape { depth: n, ..Shape::default() })).into();
-    measure(&mut report, "depth", axis("depth", depths));
+    measure(report, "depth", axis("depth", depths));
     let siblings = [0, 100, 10_000].map(|n| (n.to_string(), Shape { siblings: n, ..Shape::default() })).into();
-    measure(&mut report, "siblings", axis("siblings", siblings));
-    many_forks(&mut report);
+    measure(report, "siblings", axis("siblings", siblings));
+}
+
+fn main() {
+    harness::tools::own_mounts();
+    let mut report = Report::new("fork");
+    if report.wants("axes") {
+        axes(&mut report);
+        many_forks(&mut report);
+    }
+    if report.wants("peers") {
+        peers::measure(&mut report);
+    }
 }

@@ -1,5 +1,12 @@
 //! What the benches share: samples, a table on stdout, and `-- --json FILE` with one object a line.
 
+// Each bench uses a part of it.
+#![allow(dead_code)]
+
+pub mod corpus;
+pub mod load;
+pub mod tools;
+
 use std::io::Write;
 use std::time::{Duration, Instant};
 
@@ -22,22 +29,38 @@ impl Samples {
         let at = ((self.0.len() - 1) as f64 * share).round() as usize;
         self.0[at].as_secs_f64() * 1e6
     }
+
+    /// Adds one.
+    pub fn push(&mut self, sample: Duration) {
+        self.0.push(sample);
+    }
 }
 
 /// Collects rows and prints them.
 pub struct Report {
     bench: &'static str,
     json: Option<std::fs::File>,
+    only: Option<String>,
 }
 
 impl Report {
-    /// Reads the command line: `--json FILE`.
+    /// Reads the command line: `--json FILE`, `--only TEXT` for parts whose name has the text.
     pub fn new(bench: &'static str) -> Self {
         let args: Vec<String> = std::env::args().collect();
-        let json = args.iter().position(|a| a == "--json").and_then(|at| args.get(at + 1));
-        let json = json.map(|path| std::fs::File::create(path).expect("the JSON file can be made"));
+        let value = |name: &str| args.iter().position(|a| a == name).and_then(|at| args.get(at + 1)).cloned();
+        let json = value("--json").map(|path| std::fs::File::create(path).expect("the JSON file can be made"));
         println!("{:<10} {:<34} {:<22} {:>12} unit", "system", "case", "metric", "value");
-        Self { bench, json }
+        Self { bench, json, only: value("--only") }
+    }
+
+    /// Whether this part was asked for.
+    pub fn wants(&self, part: &str) -> bool {
+        self.only.as_ref().is_none_or(|only| part.contains(only))
+    }
+
+    /// A peer that cannot be measured here, and why.
+    pub fn missing(&self, system: &str, why: &str) {
+        println!("{system:<10} not measured: {why}");
     }
 
     /// One figure.
@@ -51,4 +74,16 @@ impl Report {
             writeln!(file, "{row}").expect("the JSON file can be written");
         }
     }
+}
+
+/// The middle one of some figures.
+pub fn median(mut figures: Vec<f64>) -> f64 {
+    figures.sort_by(f64::total_cmp);
+    figures[figures.len() / 2]
+}
+
+/// Where benches keep what is dear to make: `MIOSA_CACHE_DIR`, or `~/.cache/miosa`.
+pub fn cache_dir() -> std::path::PathBuf {
+    let home = || std::path::PathBuf::from(std::env::var_os("HOME").expect("HOME is set")).join(".cache/miosa");
+    std::env::var_os("MIOSA_CACHE_DIR").map_or_else(home, Into::into)
 }
