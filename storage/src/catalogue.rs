@@ -77,6 +77,9 @@ pub trait Catalogue: Send + Sync {
     fn commit(&self, batch: Batch) -> Result<()>;
 }
 
+/// What a table collects in memory before it is written out.
+const WRITE_BUFFER_BYTES: usize = 2 << 20;
+
 /// The real one.
 pub struct RocksCatalogue {
     db: rocksdb::DB,
@@ -102,7 +105,9 @@ impl RocksCatalogue {
         options.set_keep_log_file_num(2);
         options.set_max_log_file_size(1 << 20);
         options.set_manifest_preallocation_size(64 << 10);
-        options.set_max_total_wal_size(16 << 20);
+        // RocksDB reserves as much for its log as its write buffers hold, the unused default family's too.
+        options.set_write_buffer_size(WRITE_BUFFER_BYTES);
+        options.set_max_total_wal_size(4 * WRITE_BUFFER_BYTES as u64);
         options.set_max_open_files(256);
         let cache = rocksdb::Cache::new_lru_cache(32 << 20).map_err(|e| rocks_error("make its cache", e))?;
         let families = Table::ALL.map(|table| {
@@ -113,7 +118,7 @@ impl RocksCatalogue {
             let mut options = rocksdb::Options::default();
             options.set_block_based_table_factory(&blocks);
             options.set_compression_type(rocksdb::DBCompressionType::Zstd);
-            options.set_write_buffer_size(4 << 20);
+            options.set_write_buffer_size(WRITE_BUFFER_BYTES);
             rocksdb::ColumnFamilyDescriptor::new(table.name(), options)
         });
         let db = rocksdb::DB::open_cf_descriptors(&options, dir, families).map_err(|e| rocks_error("open", e))?;

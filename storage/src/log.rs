@@ -390,9 +390,11 @@ impl Log {
             tracing::error!("going on all the same: {e}");
             Ok(())
         };
-        let mut last: Option<(Arc<Segment>, Vec<u8>)> = None;
+        let mut last: Option<Arc<Segment>> = None;
+        // One buffer for all: fresh memory for each segment would cost more than reading it.
+        let mut data = Vec::new();
         for Found { number, base, file } in found {
-            let data = read_all(number, &*file)?;
+            read_all(number, &*file, &mut data)?;
             let Some(base) = base.filter(|base| *base == end) else {
                 // Either begins behind the end, or has lost its header.
                 let testimony = latest_durable(&store, &data, 0).max(base).unwrap_or(start);
@@ -405,11 +407,12 @@ impl Log {
             let segment = Arc::new(Segment { number, base, file });
             end = replay(&store, &segment, &data, apply)?;
             kept.insert(base, segment.clone());
-            last = Some((segment, data));
+            last = Some(segment);
         }
-        if let Some((segment, data)) = &last {
+        if let Some(segment) = &last {
+            read_all(segment.number, &*segment.file, &mut data)?;
             let valid = (end.0 - segment.base.0) as usize;
-            if let Some(testimony) = latest_durable(&store, data, valid)
+            if let Some(testimony) = latest_durable(&store, &data, valid)
                 && testimony > end
             {
                 note(damaged(end, segment.number, testimony))?;
@@ -538,11 +541,10 @@ fn damaged(end: LogPos, segment: u64, testimony: LogPos) -> Error {
     ))
 }
 
-fn read_all(number: u64, file: &dyn File) -> Result<Vec<u8>> {
+fn read_all(number: u64, file: &dyn File, data: &mut Vec<u8>) -> Result<()> {
     let cannot = |e| Error::io(format!("cannot read log segment {number:016x}"), e);
-    let mut data = vec![0; file.file_bytes().map_err(cannot)? as usize];
-    file.read_at(&mut data, 0).map_err(cannot)?;
-    Ok(data)
+    data.resize(file.file_bytes().map_err(cannot)? as usize, 0);
+    file.read_at(data, 0).map_err(cannot)
 }
 
 /// Is the payload what the checksum table says?

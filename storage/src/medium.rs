@@ -30,8 +30,7 @@ pub trait File: Send + Sync {
     /// Makes everything written so far durable (`fdatasync`).
     fn sync(&self) -> io::Result<()>;
 
-    /// Writes and then syncs, in one round trip where the medium can. `Err(WriteSyncError::Write)` means that the sync
-    /// was not attempted.
+    /// Writes and then syncs. `Err(WriteSyncError::Write)` means that the sync was not attempted.
     fn write_sync(&self, data: &[u8], offset: u64) -> Result<(), WriteSyncError> {
         self.write_at(data, offset).map_err(WriteSyncError::Write)?;
         self.sync().map_err(WriteSyncError::Sync)
