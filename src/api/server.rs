@@ -135,6 +135,7 @@ async fn create(
     Params(params): Params,
     JsonBody(body): JsonBody<CreateBody>,
 ) -> Result<(StatusCode, Json<Envelope<SandboxBody>>), ApiError> {
+    refuse_unsupported("create", &body.other)?;
     let mut request = create_request(body, api.defaults)?;
     request.wait = flag(&params, "wait");
     let view = api.engine.create(request).await?;
@@ -181,6 +182,16 @@ fn create_request(body: CreateBody, defaults: Defaults) -> Result<CreateRequest,
         start: body.auto_start.unwrap_or(true),
         wait: false,
     })
+}
+
+/// What would be done otherwise than asked for is not done.
+fn refuse_unsupported(what: &str, other: &serde_json::Map<String, serde_json::Value>) -> Result<(), ApiError> {
+    let names = unsupported(other);
+    if names.is_empty() {
+        return Ok(());
+    }
+    let message = format!("{what} does not support: {}", names.join(", "));
+    Err(Error::new(Kind::UnsupportedOption, message).hint("leave it out").into())
 }
 
 /// None, and zero, mean without limit.
@@ -234,6 +245,7 @@ async fn fork(
     Params(params): Params,
     JsonBody(body): JsonBody<ForkBody>,
 ) -> Result<Response, ApiError> {
+    refuse_unsupported("fork", &body.other)?;
     let request = ForkRequest {
         name: body.name,
         count: body.count.unwrap_or(1),
@@ -257,6 +269,7 @@ async fn take_snapshot(
     Path(id): Path<String>,
     JsonBody(body): JsonBody<SnapshotRequestBody>,
 ) -> Result<(StatusCode, Json<Envelope<SnapshotBody>>), ApiError> {
+    refuse_unsupported("snapshot", &body.other)?;
     Ok((StatusCode::CREATED, data(api.engine.snapshot(&id, body.comment).await?)?))
 }
 
@@ -415,6 +428,7 @@ async fn exec_stdin(
 }
 
 async fn start_exec(api: &Api, id: &str, body: &ExecBody) -> Result<RunningExec, ApiError> {
+    refuse_unsupported("exec", &body.other)?;
     let argv = match &body.command {
         Command::Argv(argv) => argv.clone(),
         Command::Line(line) => vec!["sh".to_owned(), "-lc".to_owned(), line.clone()],

@@ -29,6 +29,7 @@ pub(super) async fn run(client: &Client, out: Out, args: ExecArgs) -> Result<Exi
         timeout: args.timeout.map(|t| t.as_secs_f64()),
         stdin: with_stdin.then_some(StdinBody::Stream(true)),
         encoding: Some("base64".to_owned()),
+        other: serde_json::Map::new(),
     };
     let mut events = client.events(&path(&sandbox, "/exec/stream"), &body).await?;
     let mut kept = Kept::default();

@@ -24,6 +24,8 @@ pub enum Kind {
     NameTaken,
     /// An argument is malformed or out of range.
     InvalidInput,
+    /// The request asks for something that is not done here.
+    UnsupportedOption,
     /// The request needs a running session and does not start one.
     NotRunning,
     /// Another call is changing this sandbox.
@@ -73,6 +75,7 @@ impl Kind {
             Kind::TemplateNotFound => "template_not_found",
             Kind::NameTaken => "name_taken",
             Kind::InvalidInput => "invalid_input",
+            Kind::UnsupportedOption => "unsupported_option",
             Kind::NotRunning => "sandbox_not_running",
             Kind::Busy => "sandbox_busy",
             Kind::SessionEnded => "session_ended",
@@ -101,6 +104,7 @@ impl Kind {
             Kind::SandboxDestroyed => 410,
             Kind::SnapshotAmbiguous | Kind::NameTaken | Kind::NotRunning | Kind::Busy | Kind::SessionEnded => 409,
             Kind::InvalidInput
+            | Kind::UnsupportedOption
             | Kind::GuestFile
             | Kind::GuestDiskFull
             | Kind::CommandNotFound
