@@ -5,7 +5,7 @@
 use crate::block::{BLOCK_SIZE, BlockId, GROUP_BLOCKS, GroupId, PackId};
 use crate::catalogue::{Catalogue, Table};
 use crate::error::{Error, Result};
-use crate::format::{Codec, FrameHeader, GroupKind, Node, PackContents, PackFooter, PackHeader, StoreUuid};
+use crate::format::{Codec, FrameHeader, GroupEntry, GroupKind, Node, PackContents, PackFooter, PackHeader, StoreUuid};
 use crate::map::NodeSource;
 use crate::medium::{File, Medium, Mode};
 use crate::pack::{self, Digest, GroupPlace, PackFacts};
@@ -138,6 +138,11 @@ impl Blocks {
         decode(id, place, &bytes)
     }
 
+    /// A block, if the cache has it.
+    pub fn cached_block(&self, id: BlockId) -> Option<Vec<u8>> {
+        self.groups.peek(&id.group())?.block(id.slot()).map(<[_]>::to_vec)
+    }
+
     /// A group's blocks from the medium, whatever the cache has.
     pub fn read_group_uncached(&self, id: GroupId, place: &GroupPlace) -> Result<Vec<u8>> {
         Ok(self.load(id, place)?.bytes)
@@ -160,18 +165,6 @@ impl Blocks {
         let value = self.catalogue.get(Table::Packs, &pack.0.to_be_bytes())?;
         let value = value.ok_or_else(|| Error::damaged(format!("{pack} is referred to but not in the catalogue")))?;
         postcard::from_bytes(&value).map_err(|e| Error::damaged(format!("the catalogue's row of {pack}: {e}")))
-    }
-
-    /// The digests of `count` blocks of a pack, from the one with index `first` on.
-    pub fn digests(&self, pack: PackId, first: u32, count: u32) -> Result<Vec<Digest>> {
-        let facts = self.facts(pack)?;
-        let mut bytes = vec![0; count as usize * size_of::<Digest>()];
-        let at = facts.digests_at + u64::from(first) * size_of::<Digest>() as u64;
-        if at + bytes.len() as u64 > facts.contents_at {
-            return Err(Error::damaged(format!("{pack} has fewer digests than its groups say")));
-        }
-        self.file(pack)?.read_at(&mut bytes, at).map_err(|e| unreadable(pack, e))?;
-        Ok(bytes.as_chunks::<32>().0.to_vec())
     }
 
     /// A pack's table of contents, and the digests of all its blocks in that order; verifies header, footer and all
@@ -248,30 +241,27 @@ fn unreadable(pack: PackId, e: std::io::Error) -> Error {
 /// Verifies a frame and takes one group out of it.
 fn decode(id: GroupId, place: &GroupPlace, bytes: &[u8]) -> Result<Group> {
     let damaged = |what: &str| Error::damaged(format!("{} is damaged at byte {}: {what}", place.pack, place.offset));
-    let (header, payload) = FrameHeader::decode(bytes).ok_or_else(|| damaged("the frame's checksum is wrong"))?;
-    let mut skip = 0;
-    let entry = header.groups.iter().find(|g| {
-        let found = g.group == id;
-        skip += if found { 0 } else { g.blocks() };
-        found
-    });
-    let entry = *entry.ok_or_else(|| damaged("the frame has other groups"))?;
+    let (header, mut raw) = decode_frame(bytes).map_err(damaged)?;
+    let at = header.groups.iter().position(|g| g.group == id).ok_or_else(|| damaged("the frame has other groups"))?;
+    let entry = header.groups[at];
     if entry.slots != place.slots || entry.kind != place.kind {
         return Err(damaged("the frame and the catalogue tell of different blocks"));
     }
-    let raw_bytes = header.raw_bytes();
-    let mut raw = match header.codec {
-        Codec::Raw => payload.to_vec(),
-        Codec::Zstd => {
-            zstd::bulk::decompress(payload, raw_bytes).map_err(|_| damaged("the frame does not decompress"))?
-        }
-    };
-    if raw.len() != raw_bytes {
-        return Err(damaged("the frame decodes to another length"));
-    }
     if header.groups.len() > 1 {
-        let from = skip as usize * BLOCK_SIZE;
+        let before: u32 = header.groups[..at].iter().map(GroupEntry::blocks).sum();
+        let from = before as usize * BLOCK_SIZE;
         raw = raw[from..from + entry.blocks() as usize * BLOCK_SIZE].to_vec();
     }
-    Ok(Group { slots: entry.slots, bytes: raw, kind: entry.kind })
+    Ok(Group { kind: entry.kind, slots: entry.slots, bytes: raw })
+}
+
+/// Verifies and decodes a whole frame: its header and its groups' blocks. The error says what is wrong.
+pub(crate) fn decode_frame(bytes: &[u8]) -> std::result::Result<(FrameHeader, Vec<u8>), &'static str> {
+    let (header, payload) = FrameHeader::decode(bytes).ok_or("the frame's checksum is wrong")?;
+    let raw_bytes = header.raw_bytes();
+    let raw = match header.codec {
+        Codec::Raw => payload.to_vec(),
+        Codec::Zstd => zstd::bulk::decompress(payload, raw_bytes).map_err(|_| "the frame does not decompress")?,
+    };
+    if raw.len() == raw_bytes { Ok((header, raw)) } else { Err("the frame decodes to another length") }
 }

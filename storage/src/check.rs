@@ -1,18 +1,22 @@
-//! The whole-store check: every frame decoded, every digest recomputed, every map walked.
+//! The whole-store check, and healing: every frame decoded, every digest recomputed, every map walked; what is damaged is
+//! named by pack, disk and block, and made whole again where an undamaged copy exists.
 
-use crate::block::{BLOCK_SIZE, BlockId, PackId, Source};
-use crate::blocks::Blocks;
-use crate::catalogue::Table;
+use crate::block::{BLOCK_BYTES, BLOCK_SIZE, BlockId, GroupId, PackId};
+use crate::catalogue::{Batch, Table};
 use crate::disk::Device;
 use crate::error::{Error, Result};
+use crate::format::GroupEntry;
 use crate::map;
-use crate::pack::{self, PackFacts};
-use crate::seal::parse_id;
+use crate::pack::{self, Digest, GroupPlace, PackFacts, PackWriter};
+use crate::seal::{self, encode, parse_id};
 use crate::store::Inner;
 use serde::Serialize;
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, HashMap, HashSet};
 
-/// What a check looked at and what is wrong.
+/// Sentences about single blocks that a report has at most; beyond that it counts.
+const SENTENCES: usize = 200;
+
+/// What a check looked at, what is wrong, and what was healed.
 #[derive(Debug, Clone, Default, Serialize)]
 pub struct CheckReport {
     /// Packs read.
@@ -21,13 +25,175 @@ pub struct CheckReport {
     pub blocks: u64,
     /// Disks and snapshots whose maps were walked.
     pub maps: u64,
-    /// One sentence for each thing that is damaged, naming pack or disk, and byte or block. Empty: all is well.
+    /// Blocks made whole again from a copy.
+    pub healed: u64,
+    /// One sentence for each thing that is damaged and was not healed, naming pack or disk, and byte or block. Empty: all
+    /// is well.
     pub damage: Vec<String>,
 }
 
-/// Checks the store; damage goes into the report, other failures are errors.
-pub(crate) fn check(inner: &Inner) -> Result<CheckReport> {
+/// A group that cannot be read or is not what its digests say.
+struct Bad {
+    place: GroupPlace,
+    /// `None` when the pack's digests are damaged themselves.
+    digests: Option<Vec<Digest>>,
+    why: String,
+}
+
+/// What reading all packs found.
+#[derive(Default)]
+struct Found {
+    groups: BTreeMap<GroupId, Bad>,
+    /// Packs whose table of contents or digests are damaged, with what is whole in them.
+    packs: BTreeMap<PackId, (Error, Vec<(GroupId, GroupPlace)>)>,
+}
+
+/// Checks the store. Damage goes into the report, other failures are errors. With `heal`, damaged blocks of which a copy
+/// is stored elsewhere or in memory are written anew under their old addresses.
+pub(crate) fn check(inner: &Inner, heal: bool) -> Result<CheckReport> {
+    let _no_collection = inner.collecting.lock();
     let mut report = CheckReport::default();
+    let mut found = read_packs(inner, &mut report)?;
+    let mut lost: HashSet<BlockId> = HashSet::new();
+    if heal && !(found.groups.is_empty() && found.packs.is_empty()) {
+        // An old pack may carry a manifest that a repair would need; from here on it does not.
+        seal::checkpoint_all(inner)?;
+        heal_all(inner, &mut found, &mut report)?;
+    }
+    for (pack, (e, _)) in &found.packs {
+        report.damage.push(format!("{pack}: {e}"));
+    }
+    for (group, bad) in &found.groups {
+        report.damage.push(bad.why.clone());
+        let entry = GroupEntry { group: *group, slots: bad.place.slots, kind: bad.place.kind };
+        lost.extend(entry.slots().map(|slot| BlockId::new(*group, slot)));
+    }
+    walk_maps(inner, &lost, &mut report);
+    Ok(report)
+}
+
+/// Reads every group of every pack.
+fn read_packs(inner: &Inner, report: &mut CheckReport) -> Result<Found> {
+    let mut packs: BTreeMap<PackId, (PackFacts, Vec<(GroupId, GroupPlace)>)> = BTreeMap::new();
+    inner.catalogue.scan(Table::Packs, &mut |key, row| {
+        let facts = postcard::from_bytes(row).map_err(|e| Error::damaged(format!("a row of the packs: {e}")))?;
+        packs.insert(PackId(parse_id(key)?), (facts, Vec::new()));
+        Ok(())
+    })?;
+    inner.catalogue.scan(Table::Groups, &mut |key, row| {
+        let group = GroupId(parse_id(key)?);
+        let place = inner.blocks.parse_place(group, row)?;
+        match packs.get_mut(&place.pack) {
+            Some((_, groups)) => groups.push((group, place)),
+            None => {
+                report.damage.push(format!("group {} is in {}, which is not in the catalogue", group.0, place.pack))
+            }
+        }
+        Ok(())
+    })?;
+    let mut found = Found::default();
+    for (pack, (facts, mut groups)) in packs {
+        report.packs += 1;
+        let digests = match inner.blocks.contents(inner.uuid, pack, &facts) {
+            Ok((_, digests)) => Some(digests),
+            Err(e) => {
+                found.packs.insert(pack, (e, groups.clone()));
+                None
+            }
+        };
+        groups.sort_by_key(|(_, place)| place.offset);
+        for (group, place) in groups {
+            let first = place.digest as usize;
+            let count = place.slots.count_ones() as usize;
+            let own = digests.as_ref().and_then(|all| all.get(first..first + count)).map(<[_]>::to_vec);
+            match check_group(inner, group, &place, own.as_deref()) {
+                Ok(()) => report.blocks += count as u64,
+                Err(e) => drop(found.groups.insert(group, Bad { place, digests: own, why: e.to_string() })),
+            }
+        }
+    }
+    Ok(found)
+}
+
+/// Decodes a group afresh and compares every block with its digest, if that is known.
+fn check_group(inner: &Inner, group: GroupId, place: &GroupPlace, digests: Option<&[Digest]>) -> Result<()> {
+    let bytes = inner.blocks.read_group_uncached(group, place)?;
+    for (i, (block, digest)) in bytes.chunks(BLOCK_SIZE).zip(digests.unwrap_or_default()).enumerate() {
+        if pack::digest(block) != *digest {
+            let what = format!("{}: block {i} of group {} does not match its digest", place.pack, group.0);
+            return Err(Error::damaged(what));
+        }
+    }
+    Ok(())
+}
+
+/// Writes anew what copies are found of, and what is whole in packs whose tables are damaged.
+fn heal_all(inner: &Inner, found: &mut Found, report: &mut CheckReport) -> Result<()> {
+    let copies = find_copies(inner, found)?;
+    let _no_sealing = inner.sealer.running.lock();
+    let mut writer = PackWriter::new(inner.medium.clone(), inner.uuid, inner.counters.clone(), inner.options.level);
+    let mut batch = Batch::default();
+    let mut healed = Vec::new();
+    for (group, bad) in &found.groups {
+        let entry = GroupEntry { group: *group, slots: bad.place.slots, kind: bad.place.kind };
+        let digests = bad.digests.clone().unwrap_or_default();
+        let mut kept = (0u16, Vec::new(), Vec::new());
+        for (slot, digest) in entry.slots().zip(&digests) {
+            let cached = inner.blocks.cached_block(BlockId::new(*group, slot));
+            let cached = cached.filter(|block| pack::digest(block) == *digest);
+            if let Some(block) = cached.or_else(|| copies.get(digest).cloned()) {
+                kept.0 |= 1 << slot;
+                kept.1.extend_from_slice(&block);
+                kept.2.push(*digest);
+            }
+        }
+        if kept.0 != 0 {
+            writer.put_group(GroupEntry { slots: kept.0, ..entry }, &kept.1, &kept.2)?;
+            report.healed += kept.2.len() as u64;
+            healed.push((*group, kept.0));
+        }
+    }
+    for (pack, (_, groups)) in &found.packs {
+        for (group, place) in groups.iter().filter(|(group, _)| !found.groups.contains_key(group)) {
+            // Its frame's checksum holds, so the digests can be made again.
+            let bytes = inner.blocks.read_group_uncached(*group, place)?;
+            let digests: Vec<Digest> = bytes.chunks(BLOCK_SIZE).map(pack::digest).collect();
+            writer.put_group(GroupEntry { group: *group, slots: place.slots, kind: place.kind }, &bytes, &digests)?;
+        }
+        batch.delete(Table::Packs, pack.0.to_be_bytes());
+    }
+    // A group that is lost for good in a pack that goes is nowhere any more.
+    for (group, bad) in &found.groups {
+        if found.packs.contains_key(&bad.place.pack) {
+            batch.delete(Table::Groups, group.0.to_be_bytes());
+        }
+    }
+    for new in writer.finish(&[])? {
+        batch.put(Table::Packs, new.pack.0.to_be_bytes(), encode(&new.facts)?);
+        for (group, place) in &new.groups {
+            batch.put(Table::Groups, group.0.to_be_bytes(), encode(place)?);
+        }
+    }
+    inner.catalogue.commit(batch)?;
+    inner.index.clear();
+    for (pack, _) in std::mem::take(&mut found.packs) {
+        inner.blocks.forget_pack(pack);
+        inner.medium.remove(&pack::file_name(pack)).map_err(|e| Error::io(format!("cannot remove {pack}"), e))?;
+    }
+    for (group, slots) in healed {
+        if let Some(bad) = found.groups.get_mut(&group) {
+            bad.place.slots &= !slots;
+        }
+    }
+    found.groups.retain(|_, bad| bad.place.slots != 0);
+    Ok(())
+}
+
+/// Blocks elsewhere in the packs with the digests that are wanted, read and verified.
+fn find_copies(inner: &Inner, found: &Found) -> Result<HashMap<Digest, Vec<u8>>> {
+    let wanted: HashSet<Digest> =
+        found.groups.values().filter_map(|bad| bad.digests.as_ref()).flatten().copied().collect();
+    let mut copies = HashMap::new();
     let mut packs = Vec::new();
     inner.catalogue.scan(Table::Packs, &mut |key, row| {
         let facts: PackFacts =
@@ -35,80 +201,68 @@ pub(crate) fn check(inner: &Inner) -> Result<CheckReport> {
         packs.push((PackId(parse_id(key)?), facts));
         Ok(())
     })?;
-    for (pack, facts) in packs {
-        report.packs += 1;
-        if let Err(e) = check_pack(inner, pack, &facts, &mut report) {
-            report.damage.push(e.to_string());
+    for (pack, facts) in packs.into_iter().filter(|(pack, _)| !found.packs.contains_key(pack)) {
+        let (contents, digests) = inner.blocks.contents(inner.uuid, pack, &facts)?;
+        let blocks = contents.frames.iter().flat_map(|f| &f.groups).flat_map(|e| e.slots().map(|s| (e.group, s)));
+        for ((group, slot), digest) in blocks.zip(digests) {
+            if !wanted.contains(&digest) || copies.contains_key(&digest) || found.groups.contains_key(&group) {
+                continue;
+            }
+            let mut block = vec![0; BLOCK_SIZE];
+            if inner.blocks.read(BlockId::new(group, slot), &mut block).is_ok() && pack::digest(&block) == digest {
+                copies.insert(digest, block);
+            }
         }
     }
+    Ok(copies)
+}
+
+/// Walks all maps: who refers to what is lost, or to what is nowhere.
+fn walk_maps(inner: &Inner, lost: &HashSet<BlockId>, report: &mut CheckReport) {
     let devices: Vec<_> = inner.registry.lock().devices.values().cloned().collect();
-    let mut whole = BTreeSet::new();
+    let mut whole = HashSet::new();
+    let mut more = 0;
     for device in devices {
         report.maps += 1;
-        check_map(&inner.blocks, &device, &mut whole, &mut report);
-    }
-    Ok(report)
-}
-
-fn check_pack(inner: &Inner, pack: PackId, facts: &PackFacts, report: &mut CheckReport) -> Result<()> {
-    let (contents, _) = inner.blocks.contents(inner.uuid, pack, facts)?;
-    let mut digest_index = 0;
-    for frame in &contents.frames {
-        for entry in &frame.groups {
-            let place = inner.blocks.place(entry.group)?;
-            let count = entry.blocks();
-            if (place.pack, place.offset, place.slots, place.digest) == (pack, frame.offset, entry.slots, digest_index)
-            {
-                match check_group(&inner.blocks, entry.group.0, count, &place) {
-                    Ok(()) => report.blocks += u64::from(count),
-                    Err(e) => report.damage.push(e.to_string()),
-                }
-            } else {
-                report.damage.push(format!("{pack}: the catalogue has group {} elsewhere", entry.group.0));
-            }
-            digest_index += count;
+        let mut say = |sentence: String| match report.damage.len() < SENTENCES {
+            true => report.damage.push(sentence),
+            false => more += 1,
+        };
+        if let Err(e) = walk_map(inner, &device, lost, &mut whole, &mut say) {
+            say(format!("the map of {} ({}) is damaged: {e}", device.source, device.name));
         }
     }
-    Ok(())
-}
-
-/// Decodes a group afresh and compares every block with its digest.
-fn check_group(blocks: &Blocks, group: u64, count: u32, place: &pack::GroupPlace) -> Result<()> {
-    let digests = blocks.digests(place.pack, place.digest, count)?;
-    let bytes = blocks.read_group_uncached(crate::block::GroupId(group), place)?;
-    for (i, (block, digest)) in bytes.chunks(BLOCK_SIZE).zip(&digests).enumerate() {
-        if pack::digest(block) != *digest {
-            let what = format!("{}: block {i} of group {group} does not match its digest", place.pack);
-            return Err(Error::damaged(what));
-        }
+    if more > 0 {
+        report.damage.push(format!("and {more} more blocks"));
     }
-    Ok(())
 }
 
-/// Walks a map; every block it names has to be in a group. `whole` remembers groups that are known to have all blocks.
-fn check_map(blocks: &Blocks, device: &Device, whole: &mut BTreeSet<u64>, report: &mut CheckReport) {
+/// `whole` remembers groups that are known to have all blocks.
+fn walk_map(
+    inner: &Inner,
+    device: &Device,
+    lost: &HashSet<BlockId>,
+    whole: &mut HashSet<GroupId>,
+    say: &mut dyn FnMut(String),
+) -> Result<()> {
     let state = device.state();
-    let mut damage = Vec::new();
-    let walked =
-        map::pieces::<Error>(blocks, state.root, device.level(), 0, device.size_blocks, &mut |start, len, first| {
-            if first.is_none() {
-                return Ok(());
-            }
-            for i in 0..len {
-                let id: BlockId = first.plus(i);
-                if !whole.contains(&id.group().0) {
-                    match blocks.place(id.group()) {
-                        Ok(place) if place.slots == u16::MAX => drop(whole.insert(id.group().0)),
-                        Ok(place) if place.slots >> id.slot() & 1 == 1 => {}
-                        _ => damage.push(format!("{}: block {} is stored nowhere", device.source, start + i)),
-                    }
+    map::pieces::<Error>(&*inner.blocks, state.root, device.level(), 0, device.size_blocks, &mut |start, len, first| {
+        for i in (0..len).filter(|_| !first.is_none()) {
+            let id = first.plus(i);
+            let offset = (start + i) * BLOCK_BYTES;
+            if lost.contains(&id) {
+                say(format!("{} ({}): the block at byte {offset} is damaged", device.source, device.name));
+            } else if !whole.contains(&id.group()) {
+                match inner.blocks.place(id.group()) {
+                    Ok(place) if place.slots == u16::MAX => drop(whole.insert(id.group())),
+                    Ok(place) if place.slots >> id.slot() & 1 == 1 => {}
+                    _ => say(format!(
+                        "{} ({}): the block at byte {offset} is stored nowhere",
+                        device.source, device.name
+                    )),
                 }
             }
-            Ok(())
-        });
-    if let Err(e) = walked {
-        let what = if matches!(device.source, Source::Disk(_)) { "disk" } else { "snapshot" };
-        damage.push(format!("the map of {what} {}: {e}", device.source));
-    }
-    report.damage.append(&mut damage);
+        }
+        Ok(())
+    })
 }

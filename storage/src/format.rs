@@ -343,6 +343,13 @@ impl FrameHeader {
         out[crc_at..crc_at + 4].copy_from_slice(&crc.to_le_bytes());
     }
 
+    /// The bytes of the frame that begins here, as far as its header can be believed before it is verified.
+    pub fn whole(bytes: &[u8]) -> Option<&[u8]> {
+        let head = bytes.get(..Self::FIXED).filter(|head| u32_at(head, 0) == FRAME_MAGIC)?;
+        let groups = u16::from_le_bytes([head[6], head[7]]) as usize;
+        bytes.get(..Self::FIXED + 12 * groups + u32_at(head, 8) as usize)
+    }
+
     /// Verifies and decodes a whole frame; returns the header and the stored payload.
     pub fn decode(bytes: &[u8]) -> Option<(Self, &[u8])> {
         if bytes.len() < Self::FIXED || u32_at(bytes, 0) != FRAME_MAGIC {

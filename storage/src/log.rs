@@ -90,6 +90,7 @@ pub(crate) struct Log {
     led: Condvar,
     segments: RwLock<BTreeMap<LogPos, Arc<Segment>>>,
     syncs: AtomicU64,
+    damage: Option<String>,
 }
 
 /// Where a record and its payload are.
@@ -368,18 +369,28 @@ impl Log {
     ///
     /// The end is the first record that is not whole. It is an unfinished write, unless something says that the log had
     /// been durable beyond it: a later record by its `durable` field, or a later segment by being there, since a segment
-    /// is begun only when the one before is durable. Then it is damage, and an error, since acknowledged writes are lost.
+    /// is begun only when the one before is durable. Then it is damage, and an error, since acknowledged writes are lost;
+    /// with `salvage` it is the end all the same, and [`Log::damage`] tells of it.
     pub fn recover(
         medium: Arc<dyn Medium>,
         store: StoreUuid,
         start: LogPos,
         next_number: u64,
+        salvage: bool,
         apply: &mut Apply<'_>,
     ) -> Result<Self> {
         let (found, next_number) = list_segments(&*medium, &store, start, next_number)?;
         let mut end = start;
         let mut kept = BTreeMap::new();
         let mut removed = false;
+        let mut damage = None;
+        let mut note = |e: Error| {
+            if !salvage {
+                return Err(e);
+            }
+            damage.get_or_insert(e.to_string());
+            Ok(())
+        };
         let mut last: Option<(Arc<Segment>, Vec<u8>)> = None;
         for Found { number, base, file } in found {
             let data = read_all(number, &*file)?;
@@ -387,7 +398,7 @@ impl Log {
                 // Either begins behind the end, or has lost its header.
                 let testimony = latest_durable(&store, &data, 0).max(base).unwrap_or(start);
                 if testimony > end {
-                    return Err(damaged(end, number, testimony));
+                    note(damaged(end, number, testimony))?;
                 }
                 medium.remove(&file_name(number)).map_err(|e| Error::io("cannot remove a log segment", e))?;
                 removed = true;
@@ -403,7 +414,7 @@ impl Log {
             if let Some(testimony) = latest_durable(&store, data, valid)
                 && testimony > end
             {
-                return Err(damaged(end, segment.number, testimony));
+                note(damaged(end, segment.number, testimony))?;
             }
             // What the page cache has need not be on disk, not even when a sync says so, if an earlier sync failed.
             // Writing it again makes the sync mean something. Segments before the last were durable when it was begun.
@@ -434,7 +445,13 @@ impl Log {
             led: Condvar::new(),
             segments: RwLock::new(kept),
             syncs: AtomicU64::new(0),
+            damage,
         })
+    }
+
+    /// What was wrong with the log when it was opened to be salvaged.
+    pub fn damage(&self) -> Option<String> {
+        self.damage.clone()
     }
 
     /// The number the next segment will have.
@@ -511,7 +528,7 @@ fn list_segments(
 fn damaged(end: LogPos, segment: u64, testimony: LogPos) -> Error {
     Error::damaged(format!(
         "the log is damaged at position {}, as segment {segment:016x} shows: writes up to {} had been made durable; \
-         restore the state directory from a backup",
+         restore the state directory from a backup, or go on without them by `miosa store repair`",
         end.0, testimony.0
     ))
 }

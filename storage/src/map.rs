@@ -126,6 +126,50 @@ fn wrong_level(node: BlockId) -> crate::Error {
     crate::Error::damaged(format!("map node {} is not at the level its parent says", node.0))
 }
 
+/// Calls `f(start, len)` for runs of blocks, in order, that two trees of the same height map differently. Shared nodes are
+/// not walked.
+pub(crate) fn differences(
+    source: &dyn NodeSource,
+    a: NodeRef,
+    b: NodeRef,
+    level: u32,
+    base: u64,
+    f: &mut dyn FnMut(u64, u64),
+) -> Result<()> {
+    if a.node == b.node {
+        return Ok(());
+    }
+    if level > 0 {
+        let children = |at: NodeRef| -> Result<Vec<NodeRef>> {
+            if at.node.is_none() {
+                return Ok(vec![NodeRef::default(); 1 << INNER_BITS]);
+            }
+            match &*source.node(at.node)? {
+                Node::Inner { level: found, children } if u32::from(*found) == level => Ok(children.clone()),
+                _ => Err(wrong_level(at.node)),
+            }
+        };
+        for (i, (a, b)) in children(a)?.into_iter().zip(children(b)?).enumerate() {
+            differences(source, a, b, level - 1, base + i as u64 * span(level - 1), f)?;
+        }
+        return Ok(());
+    }
+    let ids = |at: NodeRef| -> Result<Vec<BlockId>> {
+        let mut ids = Vec::with_capacity(1 << LEAF_BITS);
+        pieces::<crate::Error>(source, at, 0, 0, span(0), &mut |_, len, block| {
+            ids.extend((0..len).map(|i| if block.is_none() { block } else { block.plus(i) }));
+            Ok(())
+        })?;
+        Ok(ids)
+    };
+    for (i, (a, b)) in ids(a)?.into_iter().zip(ids(b)?).enumerate() {
+        if a != b {
+            f(base + i as u64, 1);
+        }
+    }
+    Ok(())
+}
+
 /// Mapped blocks in `start..end`.
 pub(crate) fn mapped(source: &dyn NodeSource, root: NodeRef, level: u32, start: u64, end: u64) -> Result<u64> {
     count(source, root, level, 0, start, end)

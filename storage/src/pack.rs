@@ -39,7 +39,7 @@ pub(crate) struct GroupPlace {
 }
 
 /// What the catalogue knows of a pack.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct PackFacts {
     pub bytes: u64,
     pub digests_at: u64,
@@ -211,15 +211,7 @@ impl PackWriter {
                 let file = self.medium.open(&file_name(pack), Mode::Create).map_err(|e| cannot_write(pack, e))?;
                 self.made.push(pack);
                 let header = PackHeader { store: self.store, pack }.encode();
-                let facts = PackFacts {
-                    bytes: 0,
-                    digests_at: 0,
-                    contents_at: 0,
-                    manifest_at: 0,
-                    data_blocks: 0,
-                    node_blocks: 0,
-                    node_bytes: 0,
-                };
+                let facts = PackFacts::default();
                 Ok(empty.insert(Writing {
                     pack,
                     file,

@@ -34,6 +34,7 @@ pub(crate) struct Recovered {
 pub(crate) fn recover(
     medium: Arc<dyn Medium>,
     open_catalogue: &dyn Fn(bool) -> Result<Arc<dyn Catalogue>>,
+    salvage_log: bool,
 ) -> Result<Recovered> {
     for dir in [log::DIR, pack::DIR] {
         medium.create_dir(dir).map_err(|e| Error::io(format!("cannot make the directory {dir}"), e))?;
@@ -43,9 +44,11 @@ pub(crate) fn recover(
         None => create(&*medium, open_catalogue)?,
     };
     if catalogue.get(Table::Meta, b"store")?.as_deref() != Some(&uuid) {
-        return Err(Error::damaged("the catalogue belongs to another store, or is empty: restore it from a backup"));
+        return Err(Error::damaged(
+            "the catalogue belongs to another store, or is empty: `miosa store repair` makes it again",
+        ));
     }
-    load(medium, uuid, catalogue)
+    load(medium, uuid, catalogue, salvage_log)
 }
 
 fn read_header(medium: &dyn Medium) -> Result<Option<StoreHeader>> {
@@ -102,11 +105,16 @@ fn create(
     Ok((uuid, catalogue))
 }
 
-fn load(medium: Arc<dyn Medium>, uuid: StoreUuid, catalogue: Arc<dyn Catalogue>) -> Result<Recovered> {
+fn load(
+    medium: Arc<dyn Medium>,
+    uuid: StoreUuid,
+    catalogue: Arc<dyn Catalogue>,
+    salvage_log: bool,
+) -> Result<Recovered> {
     let damaged = |e: postcard::Error| Error::damaged(format!("a row of the catalogue cannot be read: {e}"));
     let checkpoint = match catalogue.get(Table::Meta, b"checkpoint")? {
         Some(row) => postcard::from_bytes(&row).map_err(damaged)?,
-        None => Checkpoint { log_start: LogPos(0), next_segment: 0, next_id: 1, next_group: 1, next_pack: 1 },
+        None => Checkpoint::default(),
     };
     let mut registry = Registry::default();
     for table in [Table::Disks, Table::Snapshots] {
@@ -135,6 +143,7 @@ fn load(medium: Arc<dyn Medium>, uuid: StoreUuid, catalogue: Arc<dyn Catalogue>)
         uuid,
         checkpoint.log_start,
         checkpoint.next_segment,
+        salvage_log,
         &mut |header, checksums, payload_pos, payload| {
             apply(&mut registry, &mut next_id, header, checksums, payload_pos, payload)
         },

@@ -65,6 +65,13 @@ pub(crate) struct Checkpoint {
     pub next_pack: u64,
 }
 
+impl Default for Checkpoint {
+    /// A store in which nothing was sealed yet. Number 0 is left out: block 0 is no block.
+    fn default() -> Self {
+        Self { log_start: LogPos(0), next_segment: 0, next_id: 1, next_group: 1, next_pack: 1 }
+    }
+}
+
 /// What a checkpoint changes in the catalogue, as the last pack's manifest has it too, so that the catalogue can be made
 /// again from the packs: rows to set, or to remove where there is no value.
 #[derive(Debug, Serialize, Deserialize)]

@@ -40,6 +40,8 @@ pub struct Options {
     pub idle: Duration,
     /// zstd level of what is sealed.
     pub level: i32,
+    /// Where the log is damaged, go on without what is behind the damage, and say so, rather than refuse to open.
+    pub salvage_log: bool,
     /// Seal, and collect garbage, in the background. Without it only [`Store::seal`] and [`Store::gc`] do, and writers
     /// never wait.
     pub background: bool,
@@ -56,6 +58,7 @@ impl Default for Options {
             log_bytes_max: 2 << 30,
             idle: Duration::from_secs(5),
             level: 1,
+            salvage_log: false,
             background: true,
         }
     }
@@ -162,7 +165,14 @@ impl Store {
         let lock = lock(dir)?;
         let medium = Arc::new(FileMedium::new(dir, options.backend));
         let place = dir.join("catalogue");
-        let catalogue = move |create| RocksCatalogue::open(&place, create).map(|c| Arc::new(c) as Arc<dyn Catalogue>);
+        let catalogue = move |create: bool| {
+            if !create && !place.join("CURRENT").exists() {
+                let what =
+                    format!("the catalogue in {} is missing: `miosa store repair` makes it again", place.display());
+                return Err(Error::new(ErrorKind::Damaged, what));
+            }
+            RocksCatalogue::open(&place, create).map(|c| Arc::new(c) as Arc<dyn Catalogue>)
+        };
         Self::open_on(medium, &catalogue, options, Some((dir.to_owned(), lock)))
     }
 
@@ -177,7 +187,7 @@ impl Store {
         options: Options,
         place: Option<(PathBuf, nix::fcntl::Flock<std::fs::File>)>,
     ) -> Result<Self> {
-        let recovered = crate::recover::recover(medium.clone(), open_catalogue)?;
+        let recovered = crate::recover::recover(medium.clone(), open_catalogue, options.salvage_log)?;
         let catalogue = recovered.catalogue;
         let blocks =
             Arc::new(Blocks::new(medium.clone(), catalogue.clone(), options.cache_bytes, options.node_cache_bytes));
@@ -266,7 +276,18 @@ impl Store {
 
     /// Reads everything that is sealed and compares it with its checksums and digests. Slow: it reads the whole store.
     pub fn check(&self) -> Result<crate::CheckReport> {
-        crate::check::check(self.inner())
+        crate::check::check(self.inner(), false)
+    }
+
+    /// Checks everything, and writes anew what is damaged and of which an undamaged copy is stored or in memory.
+    pub fn scrub(&self, heal: bool) -> Result<crate::CheckReport> {
+        crate::check::check(self.inner(), heal)
+    }
+
+    /// Makes the catalogue of the store in `dir` again from its packs and log, and keeps the old one beside it. No
+    /// process may have the store open.
+    pub fn repair(dir: &Path) -> Result<crate::RepairReport> {
+        crate::repair::repair(dir)
     }
 
     /// Gives back the space of what nothing refers to; with `dry_run` only says what it would give back. Disks are in use
@@ -309,7 +330,7 @@ impl Store {
     }
 }
 
-fn lock(dir: &Path) -> Result<nix::fcntl::Flock<std::fs::File>> {
+pub(crate) fn lock(dir: &Path) -> Result<nix::fcntl::Flock<std::fs::File>> {
     let path = dir.join("LOCK");
     let file = std::fs::OpenOptions::new()
         .create(true)

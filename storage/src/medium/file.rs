@@ -47,6 +47,12 @@ impl FileMedium {
         Self { root: root.to_owned(), backend }
     }
 
+    /// Renames a file, so that nothing takes it for what it was and a person can still look at it.
+    pub fn set_aside(&self, name: &str) -> io::Result<()> {
+        let path = self.root.join(name);
+        fs::rename(&path, path.with_extension("damaged"))
+    }
+
     /// Which calls are in use.
     pub fn backend(&self) -> Backend {
         self.backend

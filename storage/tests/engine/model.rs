@@ -1,6 +1,6 @@
 //! Random operations against the model, on a simulated medium and on a real directory.
 
-use crate::ops::Run;
+use crate::ops::{Run, source};
 use std::collections::BTreeMap;
 use storage::medium::sim::{Random, SimMedium};
 use storage::{BLOCK_SIZE, DiskId, Options, Source, Store};
@@ -20,6 +20,32 @@ fn the_store_agrees_with_the_model() {
             }
         }
     }
+}
+
+/// What differs between any two states is exactly what the model says.
+#[test]
+fn diff_finds_exactly_what_differs() {
+    let mut compared = 0;
+    for seed in 300..320 {
+        let mut run = Run::start(seed, SimMedium::new()).expect("a fresh store");
+        for _ in 0..80 {
+            run.step().unwrap_or_else(|e| panic!("seed {seed}: {e:?}"));
+        }
+        let now = run.history.last().expect("never empty").clone();
+        for (a, x) in &now {
+            for (b, y) in &now {
+                let found = run.store.diff(source(*a), source(*b)).expect("a diff");
+                let blocks: Vec<u64> = found
+                    .iter()
+                    .flat_map(|r| r.offset / BLOCK_SIZE as u64..(r.offset + r.bytes) / BLOCK_SIZE as u64)
+                    .collect();
+                let want: Vec<u64> = (0..x.len() as u64).filter(|i| x[*i as usize] != y[*i as usize]).collect();
+                assert_eq!(blocks, want, "seed {seed}: {a:?} against {b:?}");
+                compared += usize::from(!want.is_empty());
+            }
+        }
+    }
+    assert!(compared > 50, "too few states differed");
 }
 
 /// Unaligned reads and writes, on a real directory with RocksDB, io_uring or plain calls, and sealing in the background.

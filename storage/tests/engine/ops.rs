@@ -21,7 +21,7 @@ pub fn key(source: Source) -> (u8, u64) {
     }
 }
 
-fn source((kind, id): (u8, u64)) -> Source {
+pub fn source((kind, id): (u8, u64)) -> Source {
     if kind == 0 { Source::Disk(storage::DiskId(id)) } else { Source::Snapshot(storage::SnapshotId(id)) }
 }
 

@@ -1,0 +1,287 @@
+//! Making the catalogue again from what packs say of themselves, when it is lost or damaged.
+//!
+//! Packs are read in the order of their numbers; a later one has the last word on a group and on a disk, snapshot or
+//! record. What a damaged pack still holds is copied to a new one. The old catalogue is kept beside the new one. Then the
+//! store is opened, which replays the log; damage in it ends the log there, and is reported.
+
+use crate::block::{BLOCK_SIZE, BlockId, GroupId, PackId};
+use crate::blocks::decode_frame;
+use crate::catalogue::{Batch, Catalogue, RocksCatalogue, Table};
+use crate::error::{Error, Result};
+use crate::format::{FrameHeader, GroupEntry, GroupKind, PackContents, PackFooter, PackHeader, StoreHeader, StoreUuid};
+use crate::index;
+use crate::medium::file::{Backend, FileMedium};
+use crate::medium::{File, Medium, Mode};
+use crate::pack::{self, Counters, Digest, GroupPlace, PackFacts, PackWriter};
+use crate::seal::{Checkpoint, Manifest, device_key, encode, record_key};
+use crate::store::{Options, Store, lock};
+use serde::Serialize;
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+/// What a repair found and made.
+#[derive(Debug, Clone, Default, Serialize)]
+pub struct RepairReport {
+    /// Packs that are in the new catalogue.
+    pub packs: u64,
+    /// Groups of blocks that are.
+    pub groups: u64,
+    /// Disks, snapshots and records found.
+    pub disks: u64,
+    /// See `disks`.
+    pub snapshots: u64,
+    /// See `disks`.
+    pub records: u64,
+    /// Where the old catalogue is kept.
+    pub old_catalogue: Option<PathBuf>,
+    /// One sentence for each thing that is damaged.
+    pub damage: Vec<String>,
+}
+
+struct Repair {
+    medium: Arc<FileMedium>,
+    uuid: StoreUuid,
+    catalogue: RocksCatalogue,
+    /// Groups that an intact pack has.
+    groups: BTreeSet<GroupId>,
+    checkpoint: Checkpoint,
+    report: RepairReport,
+}
+
+/// Makes the catalogue of the store in `dir` again. No other process may have it open.
+pub(crate) fn repair(dir: &Path) -> Result<RepairReport> {
+    if !dir.join(pack::DIR).is_dir() {
+        let what = format!("{} is not a store: it has no directory {}", dir.display(), pack::DIR);
+        return Err(Error::new(crate::ErrorKind::NotFound, what));
+    }
+    let held = lock(dir)?;
+    let medium = Arc::new(FileMedium::new(dir, Backend::Plain));
+    let mut report = RepairReport::default();
+    let packs = list_packs(&*medium)?;
+    let uuid = find_uuid(&medium, &packs, &mut report)?;
+    let place = dir.join("catalogue");
+    if place.exists() {
+        let stamp = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_millis());
+        let aside = dir.join(format!("catalogue.old-{stamp}"));
+        std::fs::rename(&place, &aside).map_err(|e| Error::io("cannot move the old catalogue aside", e))?;
+        report.old_catalogue = Some(aside);
+    }
+    let catalogue = RocksCatalogue::open(&place, true)?;
+    let checkpoint = Checkpoint::default();
+    let mut repair = Repair { medium, uuid, catalogue, groups: BTreeSet::new(), checkpoint, report };
+    let next_pack = packs.last().map_or(1, |pack| pack.0 + 1);
+    let mut broken = Vec::new();
+    for pack in packs {
+        if let Err(e) = repair.take_pack(pack) {
+            repair.report.damage.push(format!("{pack}: {e}"));
+            broken.push(pack);
+        }
+    }
+    repair.salvage(&broken, next_pack)?;
+    let report = repair.finish()?;
+    drop(held);
+    replay(dir, report)
+}
+
+fn list_packs(medium: &dyn Medium) -> Result<Vec<PackId>> {
+    let names = medium.list(pack::DIR).map_err(|e| Error::io("cannot list the packs", e))?;
+    let mut packs: Vec<PackId> = names.iter().filter_map(|(name, _)| pack::parse_name(name)).collect();
+    packs.sort();
+    Ok(packs)
+}
+
+/// The store's identity, from the file STORE or, where that is lost, from the packs; then STORE is written again.
+fn find_uuid(medium: &FileMedium, packs: &[PackId], report: &mut RepairReport) -> Result<StoreUuid> {
+    let mut bytes = [0; 64];
+    let header = medium.open("STORE", Mode::Read).and_then(|f| f.read_at(&mut bytes, 0));
+    match header.map_err(|e| Error::io("the file STORE", e)).and_then(|()| StoreHeader::decode(&bytes)) {
+        Ok(header) => return Ok(header.uuid),
+        Err(e) if e.kind() == crate::ErrorKind::UnsupportedVersion => return Err(e),
+        Err(e) => report.damage.push(format!("the file STORE, which is written again: {e}")),
+    }
+    let uuid = packs.iter().find_map(|pack| {
+        let file = medium.open(&pack::file_name(*pack), Mode::Read).ok()?;
+        file.read_at(&mut bytes, 0).ok()?;
+        PackHeader::decode(&bytes).ok()?.map(|h| h.store)
+    });
+    let uuid = uuid.ok_or_else(|| Error::damaged("neither STORE nor any pack tells which store this is"))?;
+    drop(medium.remove("STORE"));
+    let cannot = |e| Error::io("cannot write the file STORE", e);
+    let file = medium.open("STORE", Mode::Create).map_err(cannot)?;
+    file.write_at(&StoreHeader { uuid }.encode(), 0).map_err(cannot)?;
+    file.sync().map_err(cannot)?;
+    medium.sync_dir("").map_err(cannot)?;
+    Ok(uuid)
+}
+
+fn read(file: &dyn File, at: u64, bytes: u64) -> Result<Vec<u8>> {
+    let mut buf = vec![0; bytes as usize];
+    file.read_at(&mut buf, at).map_err(|e| Error::io(format!("cannot read {bytes} bytes at {at}"), e))?;
+    Ok(buf)
+}
+
+impl Repair {
+    /// Puts what a pack says into the catalogue.
+    fn take_pack(&mut self, pack: PackId) -> Result<()> {
+        let file =
+            self.medium.open(&pack::file_name(pack), Mode::Read).map_err(|e| Error::io("cannot be opened", e))?;
+        let bytes = file.file_bytes().map_err(|e| Error::io("has no length", e))?;
+        let unfinished = || Error::damaged("the footer is missing or damaged");
+        let foot_at = bytes.checked_sub(PackFooter::BYTES).ok_or_else(unfinished)?;
+        let foot = read(&*file, foot_at, PackFooter::BYTES)?;
+        let foot = foot.as_array().and_then(|foot| PackFooter::decode(foot, bytes));
+        let footer = foot.filter(|f| f.pack == pack).ok_or_else(unfinished)?;
+        let sections = read(&*file, footer.digests_at, foot_at - footer.digests_at)?;
+        if crc32c::crc32c(&sections) != footer.sections_crc {
+            return Err(Error::damaged("the digests, contents or manifest are damaged"));
+        }
+        let part =
+            |from: u64, upto: u64| &sections[(from - footer.digests_at) as usize..(upto - footer.digests_at) as usize];
+        let unpack = |bytes: &[u8]| zstd::stream::decode_all(bytes).map_err(|e| Error::io("does not decompress", e));
+        let unreadable = |e: postcard::Error| Error::damaged(format!("cannot be read: {e}"));
+        let contents: PackContents =
+            postcard::from_bytes(&unpack(part(footer.contents_at, footer.manifest_at))?).map_err(unreadable)?;
+        let digests = part(footer.digests_at, footer.contents_at).as_chunks::<32>().0;
+        self.take_contents(pack, bytes, &footer, &contents, digests)?;
+        if footer.manifest_at < foot_at {
+            let manifest: Manifest =
+                postcard::from_bytes(&unpack(part(footer.manifest_at, foot_at))?).map_err(unreadable)?;
+            self.take_manifest(manifest)?;
+        }
+        self.report.packs += 1;
+        Ok(())
+    }
+
+    fn take_contents(
+        &mut self,
+        pack: PackId,
+        bytes: u64,
+        footer: &PackFooter,
+        contents: &PackContents,
+        digests: &[Digest],
+    ) -> Result<()> {
+        let mut batch = Batch::default();
+        let mut facts = PackFacts {
+            bytes,
+            digests_at: footer.digests_at,
+            contents_at: footer.contents_at,
+            manifest_at: footer.manifest_at,
+            ..PackFacts::default()
+        };
+        let mut digest = 0;
+        for frame in &contents.frames {
+            let all: u32 = frame.groups.iter().map(GroupEntry::blocks).sum();
+            for entry in &frame.groups {
+                let share = (u64::from(frame.bytes) * u64::from(entry.blocks()) / u64::from(all.max(1))) as u32;
+                let GroupEntry { group, slots, kind } = *entry;
+                let place = GroupPlace { pack, offset: frame.offset, bytes: frame.bytes, share, slots, kind, digest };
+                batch.put(Table::Groups, group.0.to_be_bytes(), encode(&place)?);
+                self.groups.insert(group);
+                match kind {
+                    GroupKind::Node => facts.node_blocks += u64::from(entry.blocks()),
+                    GroupKind::Data => {
+                        facts.data_blocks += u64::from(entry.blocks());
+                        let own = digests.get(digest as usize..).unwrap_or_default();
+                        for (slot, digest) in entry.slots().zip(own).filter(|(_, digest)| index::sampled(digest)) {
+                            let id = BlockId::new(group, slot).0.to_be_bytes();
+                            batch.put(Table::Index, index::key(digest), id);
+                        }
+                    }
+                }
+                digest += entry.blocks();
+            }
+            if frame.groups.iter().any(|g| g.kind == GroupKind::Node) {
+                facts.node_bytes += u64::from(frame.bytes);
+            }
+        }
+        batch.put(Table::Packs, pack.0.to_be_bytes(), encode(&facts)?);
+        self.catalogue.commit(batch)
+    }
+
+    fn take_manifest(&mut self, manifest: Manifest) -> Result<()> {
+        let mut batch = Batch::default();
+        for (source, row) in &manifest.devices {
+            let (table, key) = device_key(*source);
+            match row {
+                Some(row) => batch.put(table, key, encode(row)?),
+                None => batch.delete(table, key),
+            }
+        }
+        for (key, value) in &manifest.records {
+            match value {
+                Some(value) => batch.put(Table::Records, record_key(key), value.to_vec()),
+                None => batch.delete(Table::Records, record_key(key)),
+            }
+        }
+        if manifest.checkpoint.log_start >= self.checkpoint.log_start {
+            self.checkpoint = manifest.checkpoint;
+        }
+        self.catalogue.commit(batch)
+    }
+
+    /// Copies the frames of broken packs that are whole, and that nothing intact has, to new packs; the broken files stay
+    /// under another name.
+    fn salvage(&mut self, broken: &[PackId], next_pack: u64) -> Result<()> {
+        let counters = Arc::new(Counters { group: AtomicU64::new(0), pack: AtomicU64::new(next_pack) });
+        let mut writer = PackWriter::new(self.medium.clone(), self.uuid, counters.clone(), 1);
+        for pack in broken {
+            let name = pack::file_name(*pack);
+            let Ok(file) = self.medium.open(&name, Mode::Read) else { continue };
+            let data = read(&*file, 0, file.file_bytes().unwrap_or(0)).unwrap_or_default();
+            let mut at = PackHeader::BYTES as usize;
+            while let Some(frame) = data.get(at..).and_then(FrameHeader::whole) {
+                at += frame.len();
+                let Ok((header, raw)) = decode_frame(frame) else { continue };
+                let mut from = 0;
+                for entry in header.groups {
+                    let bytes = &raw[from..from + entry.blocks() as usize * BLOCK_SIZE];
+                    from += bytes.len();
+                    if self.groups.insert(entry.group) {
+                        let digests: Vec<Digest> = bytes.chunks(BLOCK_SIZE).map(pack::digest).collect();
+                        writer.put_group(entry, bytes, &digests)?;
+                    }
+                }
+            }
+        }
+        let new: Vec<PackId> = writer.finish(&[])?.iter().map(|finished| finished.pack).collect();
+        for pack in new {
+            self.take_pack(pack)?;
+        }
+        for pack in broken {
+            self.medium
+                .set_aside(&pack::file_name(*pack))
+                .map_err(|e| Error::io(format!("cannot rename {pack}"), e))?;
+        }
+        self.checkpoint.next_pack = self.checkpoint.next_pack.max(counters.pack.load(Ordering::Relaxed));
+        Ok(())
+    }
+
+    fn finish(mut self) -> Result<RepairReport> {
+        let after_last = self.groups.last().map_or(1, |group| group.0 + 1);
+        self.checkpoint.next_group = self.checkpoint.next_group.max(after_last);
+        self.report.groups = self.groups.len() as u64;
+        let mut batch = Batch::default();
+        batch.put(Table::Meta, "store", self.uuid);
+        batch.put(Table::Meta, "checkpoint", encode(&self.checkpoint)?);
+        self.catalogue.commit(batch)?;
+        Ok(self.report)
+    }
+}
+
+/// Opens the store as far as its log is whole, and counts what is there.
+fn replay(dir: &Path, mut report: RepairReport) -> Result<RepairReport> {
+    let options = Options { background: false, salvage_log: true, ..Options::default() };
+    let store = Store::open(dir, options)?;
+    if let Some(damage) = store.inner().log.damage() {
+        report.damage.push(damage);
+    }
+    report.disks = store.disks().len() as u64;
+    report.snapshots = store.snapshots().len() as u64;
+    report.records = store.inner().registry.lock().records.len() as u64;
+    report.damage.extend(store.check()?.damage);
+    store.close()?;
+    Ok(report)
+}
