@@ -172,6 +172,33 @@ fn what_is_not_done_is_refused_and_not_ignored() {
 }
 
 #[test]
+fn a_disk_can_be_sent_as_its_bytes() {
+    let d = Daemon::start();
+    let send = |name: &str, size: u64, bytes: &[u8]| {
+        call(&d, "POST", &format!("/disk-imports?name={name}&size_bytes={size}"), "application/octet-stream", bytes)
+    };
+    let made = send("raw", 8_192, &[7; 8_192]);
+    assert_eq!((made.status, &made.data()["logical_bytes"]), (201, &8_192.into()));
+    for (answer, code) in [
+        (send("short", 8_192, &[7; 4_096]), "invalid_input"),
+        (send("long", 4_096, &[7; 8_192]), "invalid_input"),
+        (send("odd", 5_000, &[7; 5_000]), "invalid_input"),
+        (send("raw", 8_192, &[7; 8_192]), "name_taken"),
+        (call(&d, "POST", "/disk-imports?name=x", "application/octet-stream", b""), "invalid_input"),
+        (
+            call(&d, "POST", "/disk-imports?name=x&size_bytes=4096", "application/x-miosa-sparse", b"no"),
+            "invalid_input",
+        ),
+    ] {
+        assert_eq!(answer.code(), code);
+    }
+    let own = get(&d, "/disks").data().as_array().unwrap().iter().filter(|x| x["owner"].is_null()).count();
+    assert_eq!(own, 1);
+    let stream = get(&d, "/disks/raw/export").body;
+    assert!(stream.len() > 8_192 && stream.windows(8_192).any(|w| w == [7; 8_192]));
+}
+
+#[test]
 fn files_come_as_json_or_as_they_are() {
     let d = Daemon::start();
     let id = sandbox(&d);

@@ -69,7 +69,7 @@ named_id!(
 );
 
 /// What a fork starts from.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 pub enum Source {
     /// The current state of a disk.
     Disk(DiskId),

@@ -148,11 +148,15 @@ impl Blocks {
         Ok(self.load(id, place)?.bytes)
     }
 
+    /// Where a group is, if anywhere.
+    pub fn find_place(&self, id: GroupId) -> Result<Option<GroupPlace>> {
+        let row = self.catalogue.get(Table::Groups, &id.0.to_be_bytes())?;
+        row.map(|row| self.parse_place(id, &row)).transpose()
+    }
+
     /// Where a group is.
     pub fn place(&self, id: GroupId) -> Result<GroupPlace> {
-        let value =
-            self.catalogue.get(Table::Groups, &id.0.to_be_bytes())?.ok_or_else(|| missing(BlockId::new(id, 0)))?;
-        self.parse_place(id, &value)
+        self.find_place(id)?.ok_or_else(|| missing(BlockId::new(id, 0)))
     }
 
     /// Decodes a row of the group table.
@@ -198,7 +202,12 @@ impl Blocks {
         Ok((contents, sections[..from].as_chunks::<32>().0.to_vec()))
     }
 
-    /// Closes a pack that is about to go.
+    /// Drops a group from the cache.
+    pub fn forget_group(&self, id: GroupId) {
+        self.groups.remove(&id);
+    }
+
+    /// Closes a pack that is gone.
     pub fn forget_pack(&self, pack: PackId) {
         self.files.remove(&pack);
     }

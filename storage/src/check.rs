@@ -4,12 +4,13 @@
 use crate::block::{BLOCK_BYTES, BLOCK_SIZE, BlockId, GroupId, PackId};
 use crate::catalogue::{Batch, Table};
 use crate::disk::Device;
-use crate::error::{Error, Result};
+use crate::error::{Error, ErrorKind, Result};
 use crate::format::GroupEntry;
+use crate::inner::Inner;
 use crate::map;
 use crate::pack::{self, Digest, GroupPlace, PackFacts, PackWriter};
-use crate::seal::{self, encode, parse_id};
-use crate::store::Inner;
+use crate::rows::{self, encode, parse_id};
+use crate::seal;
 use serde::Serialize;
 use std::collections::{BTreeMap, HashMap, HashSet};
 
@@ -74,9 +75,11 @@ pub(crate) fn check(inner: &Inner, heal: bool) -> Result<CheckReport> {
 
 /// Reads every group of every pack.
 fn read_packs(inner: &Inner, report: &mut CheckReport) -> Result<Found> {
+    // The two tables have to be of one moment.
+    let no_sealing = inner.sealer.running.lock();
     let mut packs: BTreeMap<PackId, (PackFacts, Vec<(GroupId, GroupPlace)>)> = BTreeMap::new();
     inner.catalogue.scan(Table::Packs, &mut |key, row| {
-        let facts = postcard::from_bytes(row).map_err(|e| Error::damaged(format!("a row of the packs: {e}")))?;
+        let facts = rows::decode("a pack", row)?;
         packs.insert(PackId(parse_id(key)?), (facts, Vec::new()));
         Ok(())
     })?;
@@ -91,15 +94,17 @@ fn read_packs(inner: &Inner, report: &mut CheckReport) -> Result<Found> {
         }
         Ok(())
     })?;
+    drop(no_sealing);
     let mut found = Found::default();
     for (pack, (facts, mut groups)) in packs {
         report.packs += 1;
         let digests = match inner.blocks.contents(inner.uuid, pack, &facts) {
             Ok((_, digests)) => Some(digests),
-            Err(e) => {
+            Err(e) if e.kind() == ErrorKind::Damaged => {
                 found.packs.insert(pack, (e, groups.clone()));
                 None
             }
+            Err(e) => return Err(e),
         };
         groups.sort_by_key(|(_, place)| place.offset);
         for (group, place) in groups {
@@ -108,7 +113,10 @@ fn read_packs(inner: &Inner, report: &mut CheckReport) -> Result<Found> {
             let own = digests.as_ref().and_then(|all| all.get(first..first + count)).map(<[_]>::to_vec);
             match check_group(inner, group, &place, own.as_deref()) {
                 Ok(()) => report.blocks += count as u64,
-                Err(e) => drop(found.groups.insert(group, Bad { place, digests: own, why: e.to_string() })),
+                Err(e) if e.kind() == ErrorKind::Damaged => {
+                    found.groups.insert(group, Bad { place, digests: own, why: e.to_string() });
+                }
+                Err(e) => return Err(e),
             }
         }
     }
@@ -137,23 +145,38 @@ fn heal_all(inner: &Inner, found: &mut Found, report: &mut CheckReport) -> Resul
     for (group, bad) in &found.groups {
         let entry = GroupEntry { group: *group, slots: bad.place.slots, kind: bad.place.kind };
         let digests = bad.digests.clone().unwrap_or_default();
+        // If only one block does not match its digest, the others of the frame are still good.
+        let own = inner.blocks.read_group_uncached(*group, &bad.place).unwrap_or_default();
         let mut kept = (0u16, Vec::new(), Vec::new());
-        for (slot, digest) in entry.slots().zip(&digests) {
-            let cached = inner.blocks.cached_block(BlockId::new(*group, slot));
-            let cached = cached.filter(|block| pack::digest(block) == *digest);
-            if let Some(block) = cached.or_else(|| copies.get(digest).cloned()) {
+        let mut whole = 0;
+        for (i, (slot, digest)) in entry.slots().zip(&digests).enumerate() {
+            let good = |block: &Vec<u8>| pack::digest(block) == *digest;
+            let own = own.chunks(BLOCK_SIZE).nth(i).map(<[_]>::to_vec).filter(good);
+            whole += u64::from(own.is_some());
+            let cached = || inner.blocks.cached_block(BlockId::new(*group, slot)).filter(good);
+            if let Some(block) = own.or_else(cached).or_else(|| copies.get(digest).cloned()) {
                 kept.0 |= 1 << slot;
                 kept.1.extend_from_slice(&block);
                 kept.2.push(*digest);
             }
         }
-        if kept.0 != 0 {
+        let made_whole = kept.2.len() as u64 - whole;
+        if made_whole > 0 {
             writer.put_group(GroupEntry { slots: kept.0, ..entry }, &kept.1, &kept.2)?;
-            report.healed += kept.2.len() as u64;
+            report.healed += made_whole;
             healed.push((*group, kept.0));
         }
     }
-    for (pack, (_, groups)) in &found.packs {
+    let lost = |found: &Found, pack| {
+        found.groups.iter().any(|(group, bad)| {
+            let kept = healed.iter().find(|(healed, _)| healed == group).map_or(0, |(_, slots)| *slots);
+            bad.place.pack == pack && bad.place.slots & !kept != 0
+        })
+    };
+    // A pack goes only when nothing in it is lost: somebody may yet get something out of it.
+    let mut goes = Vec::new();
+    for (pack, (_, groups)) in found.packs.iter().filter(|(pack, _)| !lost(found, **pack)) {
+        goes.push(*pack);
         for (group, place) in groups.iter().filter(|(group, _)| !found.groups.contains_key(group)) {
             // Its frame's checksum holds, so the digests can be made again.
             let bytes = inner.blocks.read_group_uncached(*group, place)?;
@@ -161,12 +184,6 @@ fn heal_all(inner: &Inner, found: &mut Found, report: &mut CheckReport) -> Resul
             writer.put_group(GroupEntry { group: *group, slots: place.slots, kind: place.kind }, &bytes, &digests)?;
         }
         batch.delete(Table::Packs, pack.0.to_be_bytes());
-    }
-    // A group that is lost for good in a pack that goes is nowhere any more.
-    for (group, bad) in &found.groups {
-        if found.packs.contains_key(&bad.place.pack) {
-            batch.delete(Table::Groups, group.0.to_be_bytes());
-        }
     }
     for new in writer.finish(&[])? {
         batch.put(Table::Packs, new.pack.0.to_be_bytes(), encode(&new.facts)?);
@@ -176,11 +193,13 @@ fn heal_all(inner: &Inner, found: &mut Found, report: &mut CheckReport) -> Resul
     }
     inner.catalogue.commit(batch)?;
     inner.index.clear();
-    for (pack, _) in std::mem::take(&mut found.packs) {
+    for pack in goes {
+        found.packs.remove(&pack);
+        pack::remove(&*inner.medium, pack)?;
         inner.blocks.forget_pack(pack);
-        inner.medium.remove(&pack::file_name(pack)).map_err(|e| Error::io(format!("cannot remove {pack}"), e))?;
     }
     for (group, slots) in healed {
+        inner.blocks.forget_group(group);
         if let Some(bad) = found.groups.get_mut(&group) {
             bad.place.slots &= !slots;
         }
@@ -196,8 +215,7 @@ fn find_copies(inner: &Inner, found: &Found) -> Result<HashMap<Digest, Vec<u8>>>
     let mut copies = HashMap::new();
     let mut packs = Vec::new();
     inner.catalogue.scan(Table::Packs, &mut |key, row| {
-        let facts: PackFacts =
-            postcard::from_bytes(row).map_err(|e| Error::damaged(format!("a row of the packs: {e}")))?;
+        let facts: PackFacts = rows::decode("a pack", row)?;
         packs.push((PackId(parse_id(key)?), facts));
         Ok(())
     })?;

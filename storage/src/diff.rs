@@ -64,7 +64,7 @@ fn read_padded(disk: &Disk, block: u64, buf: &mut [u8]) -> Result<()> {
     let offset = block * BLOCK_BYTES;
     let have = (disk.size_bytes().saturating_sub(offset) as usize).min(buf.len());
     buf[have..].fill(0);
-    disk.read(offset, &mut buf[..have])
+    if have == 0 { Ok(()) } else { disk.read(offset, &mut buf[..have]) }
 }
 
 /// Where the maps differ, and what either overlay has that the other has not.

@@ -3,11 +3,11 @@
 use crate::block::{BLOCK_BYTES, BLOCK_SIZE, BlockId, DiskId, LogPos, SnapshotId, Source};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::RecordKind;
+use crate::inner::Inner;
 use crate::log::Record;
 use crate::map;
 use crate::overlay::{Content, Extent};
 use crate::state::State;
-use crate::store::Inner;
 use parking_lot::{Mutex, MutexGuard, RwLock};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};

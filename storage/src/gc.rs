@@ -11,16 +11,17 @@
 //! start. Before the first pack goes, a checkpoint writes the whole catalogue into the newest pack's manifest, since an
 //! old pack may carry a manifest that a repair would need.
 
-use crate::block::{BLOCK_BYTES, BLOCK_SIZE, BlockId, GroupId, PackId, Source};
+use crate::block::{BLOCK_SIZE, BlockId, GroupId, PackId};
 use crate::blocks::Blocks;
 use crate::catalogue::{Batch, Table};
-use crate::error::{Error, Result};
-use crate::format::{GroupEntry, Node, NodeRef};
+use crate::error::{Error, ErrorKind, Result};
+use crate::format::{GroupEntry, NodeRef};
 use crate::index;
-use crate::map::NodeSource;
+use crate::inner::Inner;
+use crate::live::{Live, mark};
 use crate::pack::{self, Digest, Finished, GroupPlace, PackFacts, PackWriter};
-use crate::seal::{self, encode, parse_id};
-use crate::store::Inner;
+use crate::rows::{self, encode, parse_id};
+use crate::seal;
 use roaring::RoaringTreemap;
 use serde::Serialize;
 use std::collections::BTreeMap;
@@ -50,43 +51,10 @@ pub struct GcReport {
     pub packs_removed: u64,
     /// Packs whose live part is written anew.
     pub packs_rewritten: u64,
+    /// Packs left alone because something live in them is damaged.
+    pub packs_damaged: u64,
     /// Bytes of packs given back, or with `dry_run` about what would be.
     pub bytes_freed: u64,
-}
-
-/// The addresses that are live, as of a mark.
-pub(crate) struct Live {
-    ids: RoaringTreemap,
-    /// Groups from here on were not looked at.
-    upto: GroupId,
-}
-
-impl Live {
-    /// May this block be referred to from now on?
-    pub fn keeps(&self, id: BlockId) -> bool {
-        id.group() >= self.upto || self.ids.contains(id.0)
-    }
-
-    /// The slots of a group that are live.
-    fn slots(&self, group: GroupId, slots: u16) -> u16 {
-        (0..16).filter(|s| slots >> s & 1 == 1 && self.keeps(BlockId::new(group, *s))).fold(0, |all, s| all | 1 << s)
-    }
-}
-
-/// Adds everything a tree reaches to `ids`. A node that is there already has been walked.
-pub(crate) fn mark(blocks: &Blocks, at: NodeRef, ids: &mut RoaringTreemap) -> Result<()> {
-    if at.node.is_none() || !ids.insert(at.node.0) {
-        return Ok(());
-    }
-    match &*blocks.node(at.node)? {
-        Node::Leaf(extents) => {
-            for extent in extents {
-                ids.insert_range(extent.block.0..extent.block.0 + u64::from(extent.len));
-            }
-            Ok(())
-        }
-        Node::Inner { children, .. } => children.iter().try_for_each(|child| mark(blocks, *child, ids)),
-    }
 }
 
 /// All roots that something stands on. Called with sealing held back, so that none changes.
@@ -133,8 +101,15 @@ pub(crate) fn collect(inner: &Inner, dry_run: bool) -> Result<GcReport> {
     };
     let outcome = plan(inner, &live, dry_run).and_then(|(mut report, candidates)| {
         if !dry_run && !candidates.is_empty() {
-            seal::checkpoint_all(inner)?;
-            apply(inner, &live, candidates, &mut report)?;
+            report.bytes_freed = 0;
+            // What needs no space goes first: on a full file system it makes room for the rest.
+            let free = |p: &Candidate| p.live == 0 && !p.facts.has_manifest();
+            let (free, rest): (Vec<_>, Vec<_>) = candidates.into_iter().partition(free);
+            apply(inner, &live, &free, &mut report)?;
+            if !rest.is_empty() {
+                seal::checkpoint_all(inner)?;
+                apply(inner, &live, &rest, &mut report)?;
+            }
         }
         Ok(report)
     });
@@ -148,8 +123,7 @@ pub(crate) fn collect(inner: &Inner, dry_run: bool) -> Result<GcReport> {
 fn plan(inner: &Inner, live: &Live, dry_run: bool) -> Result<(GcReport, Vec<Candidate>)> {
     let mut packs = BTreeMap::new();
     inner.catalogue.scan(Table::Packs, &mut |key, row| {
-        let facts: PackFacts =
-            postcard::from_bytes(row).map_err(|e| Error::damaged(format!("a row of the packs: {e}")))?;
+        let facts: PackFacts = rows::decode("a pack", row)?;
         let pack = PackId(parse_id(key)?);
         packs.insert(pack, Candidate { pack, facts, live: 0, dead: 0, live_bytes: 0 });
         Ok(())
@@ -190,9 +164,8 @@ fn plan(inner: &Inner, live: &Live, dry_run: bool) -> Result<(GcReport, Vec<Cand
     Ok((report, candidates))
 }
 
-fn apply(inner: &Inner, live: &Live, candidates: Vec<Candidate>, report: &mut GcReport) -> Result<()> {
-    report.bytes_freed = 0;
-    let mut rest = &candidates[..];
+fn apply(inner: &Inner, live: &Live, candidates: &[Candidate], report: &mut GcReport) -> Result<()> {
+    let mut rest = candidates;
     while !rest.is_empty() {
         let mut bytes = 0;
         let fits = rest.iter().take_while(|p| {
@@ -200,8 +173,22 @@ fn apply(inner: &Inner, live: &Live, candidates: Vec<Candidate>, report: &mut Gc
             bytes <= BATCH_BYTES
         });
         let (now, later) = rest.split_at(fits.count().max(1));
-        move_packs(inner, live, now, report)?;
+        match move_packs(inner, live, now, report) {
+            Err(e) if e.kind() == ErrorKind::Damaged && now.len() == 1 => {
+                tracing::error!("not collected, since scrub has to heal it first: {e}");
+                report.packs_damaged += 1;
+            }
+            // One of them is damaged: the others can still be collected.
+            Err(e) if e.kind() == ErrorKind::Damaged => {
+                now.chunks(1).try_for_each(|one| apply(inner, live, one, report))?;
+            }
+            done => done?,
+        }
         rest = later;
+        // Writers must not wait for a long collection.
+        if inner.options.background && inner.log.live_bytes() >= inner.options.log_bytes {
+            seal::checkpoint(inner)?;
+        }
     }
     Ok(())
 }
@@ -227,8 +214,8 @@ fn move_packs(inner: &Inner, live: &Live, packs: &[Candidate], report: &mut GcRe
     let written: u64 = new.iter().map(|p| p.facts.bytes).sum();
     report.bytes_freed += freed.saturating_sub(written);
     for Candidate { pack, .. } in packs {
+        pack::remove(&*inner.medium, *pack)?;
         inner.blocks.forget_pack(*pack);
-        inner.medium.remove(&pack::file_name(*pack)).map_err(|e| Error::io(format!("cannot remove {pack}"), e))?;
     }
     Ok(())
 }
@@ -245,10 +232,9 @@ fn move_pack(
     for frame in &contents.frames {
         for entry in &frame.groups {
             let group = entry.group;
-            let place = inner.blocks.place(group)?;
-            if place.pack != candidate.pack {
+            let Some(place) = inner.blocks.find_place(group)?.filter(|place| place.pack == candidate.pack) else {
                 continue;
-            }
+            };
             let first = place.digest as usize;
             let digests = all_digests.get(first..first + entry.blocks() as usize);
             let digests = digests.ok_or_else(|| Error::damaged(format!("{} has too few digests", place.pack)))?;
@@ -300,82 +286,4 @@ fn forget_digest(inner: &Inner, id: BlockId, digest: &Digest, batch: &mut Batch)
         batch.delete(Table::Index, index::key(digest));
     }
     Ok(())
-}
-
-/// What a disk or snapshot costs.
-#[derive(Debug, Clone, Serialize)]
-pub struct Usage {
-    /// Which.
-    pub id: String,
-    /// Non-zero blocks, each counted once for every place it stands at, in bytes.
-    pub logical_bytes: u64,
-    /// Bytes in packs of everything it refers to, maps included, shared or not.
-    pub referenced_bytes: u64,
-    /// Bytes in packs that nothing else refers to: about what deleting it gives back.
-    pub exclusive_bytes: u64,
-    /// Bytes it has in the log, not yet sealed; not part of the others.
-    pub unsealed_bytes: u64,
-}
-
-/// Logical, referenced and exclusive bytes of everything, or of `only` one. Walks all maps.
-pub(crate) fn usage(inner: &Inner, only: Option<Source>) -> Result<Vec<Usage>> {
-    // Sealing and collection would take nodes away under the walk.
-    let _still = inner.collecting.lock();
-    let _no_sealing = inner.sealer.running.lock();
-    let devices: Vec<_> = inner.registry.lock().devices.values().cloned().collect();
-    let reach = |root: NodeRef| -> Result<RoaringTreemap> {
-        let mut ids = RoaringTreemap::new();
-        mark(&inner.blocks, root, &mut ids)?;
-        Ok(ids)
-    };
-    let (mut once, mut shared) = (RoaringTreemap::new(), RoaringTreemap::new());
-    for device in &devices {
-        let ids = reach(device.state().root)?;
-        shared |= &once & &ids;
-        once |= ids;
-    }
-    let mut out = Vec::new();
-    for device in devices.iter().filter(|d| only.is_none_or(|only| only == d.source)) {
-        let state = device.state();
-        let ids = reach(state.root)?;
-        let referenced_bytes = stored_bytes(&inner.blocks, &ids)?;
-        let exclusive_bytes = stored_bytes(&inner.blocks, &(ids - &shared))?;
-        let own = state.overlay.iter().filter(|(_, e)| state.base.as_ref().is_none_or(|b| e.record >= b.upto));
-        let unsealed =
-            own.filter(|(_, e)| matches!(e.content, crate::overlay::Content::Data { .. })).map(|(_, e)| e.len);
-        out.push(Usage {
-            id: device.source.to_string(),
-            logical_bytes: crate::store::logical_blocks(inner, device)? * BLOCK_BYTES,
-            referenced_bytes,
-            exclusive_bytes,
-            unsealed_bytes: unsealed.sum::<u64>() * BLOCK_BYTES,
-        });
-    }
-    Ok(out)
-}
-
-/// Bytes that these blocks take in packs: their share of their frames, and their digests.
-fn stored_bytes(blocks: &Blocks, ids: &RoaringTreemap) -> Result<u64> {
-    let mut bytes = 0;
-    let mut group: Option<(GroupId, u64)> = None;
-    let mut add = |group: Option<(GroupId, u64)>| -> Result<()> {
-        if let Some((id, count)) = group {
-            let place = blocks.place(id)?;
-            let all = u64::from(place.slots.count_ones()).max(1);
-            bytes += u64::from(place.share) * count / all + count * size_of::<Digest>() as u64;
-        }
-        Ok(())
-    };
-    for id in ids {
-        let of = BlockId(id).group();
-        match &mut group {
-            Some((current, count)) if *current == of => *count += 1,
-            _ => {
-                add(group.take())?;
-                group = Some((of, 1));
-            }
-        }
-    }
-    add(group)?;
-    Ok(bytes)
 }

@@ -7,10 +7,10 @@
 use crate::block::BlockId;
 use crate::blocks::Blocks;
 use crate::catalogue::{Catalogue, Table};
-use crate::error::{Error, Result};
+use crate::error::{Error, ErrorKind, Result};
 use crate::format::{GroupKind, StoreUuid};
-use crate::gc::Live;
-use crate::pack::Digest;
+use crate::live::Live;
+use crate::pack::{Digest, GroupPlace};
 use parking_lot::RwLock;
 use quick_cache::sync::Cache;
 use std::sync::Arc;
@@ -52,7 +52,11 @@ impl Index {
             }
             if let Some(value) = self.catalogue.get(Table::Index, key(digest))? {
                 let id = value.try_into().map_err(|_| Error::damaged("an index entry has the wrong length"))?;
-                self.load_pack_of(BlockId(u64::from_be_bytes(id)))?;
+                match self.load_pack_of(BlockId(u64::from_be_bytes(id))) {
+                    // Storing the block once more is right, and keeps damage from spreading.
+                    Err(e) if e.kind() == ErrorKind::Damaged => tracing::warn!("not deduplicating: {e}"),
+                    done => done?,
+                }
             }
         }
         Ok(())
@@ -64,8 +68,18 @@ impl Index {
         let (contents, digests) = self.blocks.contents(self.store, pack, &self.blocks.facts(pack)?)?;
         let entries = contents.frames.iter().flat_map(|frame| &frame.groups);
         let blocks = entries.flat_map(|entry| entry.slots().map(|slot| (entry.kind, BlockId::new(entry.group, slot))));
+        let mut place = None;
         for ((_, id), digest) in blocks.zip(digests).filter(|((kind, _), _)| *kind == GroupKind::Data) {
-            self.neighbours.insert(digest, id);
+            // Healing moves groups out of a pack that still lists them: only what is here counts.
+            if place.is_none_or(|(group, _)| group != id.group()) {
+                place = Some((id.group(), self.blocks.find_place(id.group())?));
+            }
+            if let Some((_, Some(GroupPlace { pack: of, slots, .. }))) = place
+                && of == pack
+                && slots >> id.slot() & 1 == 1
+            {
+                self.neighbours.insert(digest, id);
+            }
         }
         Ok(())
     }

@@ -3,9 +3,10 @@
 //! A [`Store`] is a directory. It holds disks and snapshots; a [`Disk`] handle reads, writes, flushes and discards.
 //! Snapshots and forks are O(1): a [`Transaction`] clones a map root and a persistent overlay and writes one record.
 //!
-//! Layers, none of which knows one above it: `store` → `seal`, `recover`, `registry`, `disk` → `state`, `overlay`, `map`,
-//! `index`, `blocks`, `pack`, `log`, `catalogue` → `format`, `block` → `medium`. `docs/ARCHITECTURE.md` follows a write
-//! and a fork through them; `docs/format.md` has every byte on disk.
+//! Layers, none of which knows one above it: `store` → `recover`, `repair`, `check`, `gc`, `usage`, `diff` → `seal` →
+//! `disk`, `registry` → `inner` (what is open) → `index`, `live`, `blocks`, `state`, `overlay`, `map`, `pack`, `log`, `rows`,
+//! `catalogue` → `format`, `block` → `medium`. `docs/ARCHITECTURE.md` follows a write and a fork through them;
+//! `docs/format.md` has every byte on disk.
 
 mod block;
 mod blocks;
@@ -17,6 +18,8 @@ mod error;
 mod format;
 mod gc;
 mod index;
+mod inner;
+mod live;
 mod log;
 mod map;
 pub mod medium;
@@ -25,17 +28,21 @@ mod pack;
 mod recover;
 mod registry;
 mod repair;
+mod rows;
 mod seal;
 mod state;
 mod store;
+mod usage;
 
 pub use block::{BLOCK_SIZE, DiskId, SnapshotId, Source};
 pub use check::CheckReport;
 pub use diff::DiffRange;
 pub use disk::Disk;
 pub use error::{Error, ErrorKind, Result};
-pub use gc::{GcReport, Usage};
+pub use gc::GcReport;
+pub use inner::Options;
 pub use medium::file::Backend;
 pub use repair::RepairReport;
 pub use seal::SealReport;
-pub use store::{Commit, DiskInfo, Options, SnapshotInfo, Stats, Store, Transaction};
+pub use store::{Commit, DiskInfo, SnapshotInfo, Store, Transaction};
+pub use usage::{Stats, Usage};

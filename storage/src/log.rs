@@ -90,7 +90,6 @@ pub(crate) struct Log {
     led: Condvar,
     segments: RwLock<BTreeMap<LogPos, Arc<Segment>>>,
     syncs: AtomicU64,
-    damage: Option<String>,
 }
 
 /// Where a record and its payload are.
@@ -261,11 +260,13 @@ impl Log {
             // From here on the number is taken, also when the next step fails.
             state.next_number += 1;
             state.made += 1;
-            let first = ALLOCATE_BYTES.max(SegmentHeader::BYTES + bytes);
-            if let Err(e) = file.allocate(0, first) {
-                drop(self.medium.remove(&file_name(number)));
-                return Err(no_room(e));
-            }
+            let first = match allocate(&*file, 0, SegmentHeader::BYTES + bytes) {
+                Ok(first) => first,
+                Err(e) => {
+                    drop(self.medium.remove(&file_name(number)));
+                    return Err(no_room(e));
+                }
+            };
             let segment = Arc::new(Segment { number, base: state.end, file });
             self.segments.write().insert(segment.base, segment.clone());
             let header = SegmentHeader { store: self.store, number, base: state.end };
@@ -276,9 +277,8 @@ impl Log {
         if let Some(open) = &mut state.open {
             let need = state.end.0 - open.segment.base.0 + bytes;
             if need > open.allocated {
-                let more = (need - open.allocated).max(ALLOCATE_BYTES);
-                open.segment.file.allocate(open.allocated, more).map_err(no_room)?;
-                open.allocated += more;
+                let more = allocate(&*open.segment.file, open.allocated, need - open.allocated);
+                open.allocated += more.map_err(no_room)?;
             }
         }
         Ok(())
@@ -370,7 +370,7 @@ impl Log {
     /// The end is the first record that is not whole. It is an unfinished write, unless something says that the log had
     /// been durable beyond it: a later record by its `durable` field, or a later segment by being there, since a segment
     /// is begun only when the one before is durable. Then it is damage, and an error, since acknowledged writes are lost;
-    /// with `salvage` it is the end all the same, and [`Log::damage`] tells of it.
+    /// with `salvage` it is the end all the same.
     pub fn recover(
         medium: Arc<dyn Medium>,
         store: StoreUuid,
@@ -382,13 +382,12 @@ impl Log {
         let (found, next_number) = list_segments(&*medium, &store, start, next_number)?;
         let mut end = start;
         let mut kept = BTreeMap::new();
-        let mut removed = false;
-        let mut damage = None;
-        let mut note = |e: Error| {
+        let mut unneeded = Vec::new();
+        let note = |e: Error| {
             if !salvage {
                 return Err(e);
             }
-            damage.get_or_insert(e.to_string());
+            tracing::error!("going on all the same: {e}");
             Ok(())
         };
         let mut last: Option<(Arc<Segment>, Vec<u8>)> = None;
@@ -400,8 +399,7 @@ impl Log {
                 if testimony > end {
                     note(damaged(end, number, testimony))?;
                 }
-                medium.remove(&file_name(number)).map_err(|e| Error::io("cannot remove a log segment", e))?;
-                removed = true;
+                unneeded.push(number);
                 continue;
             };
             let segment = Arc::new(Segment { number, base, file });
@@ -422,7 +420,10 @@ impl Log {
             segment.file.write_at(&data[..valid], 0).map_err(cannot)?;
             segment.file.sync().map_err(cannot)?;
         }
-        if removed || last.is_some() {
+        for number in &unneeded {
+            medium.remove(&file_name(*number)).map_err(|e| Error::io("cannot remove a log segment", e))?;
+        }
+        if !unneeded.is_empty() || last.is_some() {
             medium.sync_dir(DIR).map_err(|e| Error::io("cannot sync the log's directory", e))?;
         }
         let state = State {
@@ -445,13 +446,7 @@ impl Log {
             led: Condvar::new(),
             segments: RwLock::new(kept),
             syncs: AtomicU64::new(0),
-            damage,
         })
-    }
-
-    /// What was wrong with the log when it was opened to be salvaged.
-    pub fn damage(&self) -> Option<String> {
-        self.damage.clone()
     }
 
     /// The number the next segment will have.
@@ -474,6 +469,16 @@ impl State {
             self.tails.push(Tail { segment: open.segment.clone(), base: self.end, bytes: Vec::new() });
         }
         self.tails.last_mut().ok_or_else(|| Error::new(ErrorKind::Closed, "the log has no tail"))
+    }
+}
+
+/// Reserves a whole step from `offset` on or, when there is no room for that, as much as is needed. Returns the bytes.
+fn allocate(file: &dyn File, offset: u64, need: u64) -> std::io::Result<u64> {
+    let step = need.max(ALLOCATE_BYTES);
+    match file.allocate(offset, step) {
+        Ok(()) => Ok(step),
+        Err(e) if e.kind() == std::io::ErrorKind::StorageFull => file.allocate(offset, need).map(|()| need),
+        Err(e) => Err(e),
     }
 }
 

@@ -297,6 +297,14 @@ pub(crate) fn parse_name(name: &str) -> Option<PackId> {
     u64::from_str_radix(name.strip_suffix(".pack")?, 16).ok().map(PackId)
 }
 
+/// Removes a pack's file; fine when it is gone already.
+pub(crate) fn remove(medium: &dyn Medium, pack: PackId) -> Result<()> {
+    match medium.remove(&file_name(pack)) {
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(Error::io(format!("cannot remove {pack}"), e)),
+        _ => Ok(()),
+    }
+}
+
 fn cannot_write(pack: PackId, e: std::io::Error) -> Error {
     Error::io(format!("cannot write {pack}"), e)
 }

@@ -10,7 +10,7 @@ use crate::medium::{Medium, Mode};
 use crate::overlay::{Content, Extent};
 use crate::pack::{self, Counters};
 use crate::registry::{Op, Registry};
-use crate::seal::{Checkpoint, DeviceRow, parse_id};
+use crate::rows::{self, Checkpoint, DeviceRow, parse_id};
 use crate::state::State;
 use bytes::Bytes;
 use std::collections::BTreeSet;
@@ -111,9 +111,8 @@ fn load(
     catalogue: Arc<dyn Catalogue>,
     salvage_log: bool,
 ) -> Result<Recovered> {
-    let damaged = |e: postcard::Error| Error::damaged(format!("a row of the catalogue cannot be read: {e}"));
     let checkpoint = match catalogue.get(Table::Meta, b"checkpoint")? {
-        Some(row) => postcard::from_bytes(&row).map_err(damaged)?,
+        Some(row) => rows::decode("the checkpoint", &row)?,
         None => Checkpoint::default(),
     };
     let mut registry = Registry::default();
@@ -122,7 +121,7 @@ fn load(
             let id = parse_id(key)?;
             let source =
                 if table == Table::Disks { Source::Disk(DiskId(id)) } else { Source::Snapshot(SnapshotId(id)) };
-            let row: DeviceRow = postcard::from_bytes(row).map_err(damaged)?;
+            let row: DeviceRow = rows::decode("a disk or snapshot", row)?;
             let state = State { root: row.root, ..State::default() };
             registry.load(Device::new(source, row.name, row.size_blocks, row.parent, row.unix_ms, state));
             Ok(())

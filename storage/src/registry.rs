@@ -7,6 +7,7 @@ use crate::block::{BLOCK_BYTES, DiskId, LogPos, SnapshotId, Source};
 use crate::disk::Device;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::MAX_DISK_BLOCKS;
+use crate::rows::RecordKey;
 use crate::state::State;
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
@@ -25,9 +26,6 @@ pub(crate) enum Op {
     DeleteRecord { kind: String, key: String },
 }
 
-/// Key of a record: kind and key.
-pub(crate) type RecordKey = (String, String);
-
 /// See the module.
 #[derive(Default)]
 pub(crate) struct Registry {
@@ -37,22 +35,6 @@ pub(crate) struct Registry {
     /// Made, deleted or put since the last checkpoint: what the next has to tell the catalogue besides new roots.
     pub touched: BTreeSet<Source>,
     pub touched_records: BTreeSet<RecordKey>,
-}
-
-impl PartialOrd for Source {
-    fn partial_cmp(&self, other: &Self) -> Option<std::cmp::Ordering> {
-        Some(self.cmp(other))
-    }
-}
-
-impl Ord for Source {
-    fn cmp(&self, other: &Self) -> std::cmp::Ordering {
-        let key = |s: &Self| match s {
-            Self::Disk(id) => (0, id.0),
-            Self::Snapshot(id) => (1, id.0),
-        };
-        key(self).cmp(&key(other))
-    }
 }
 
 impl Registry {

@@ -7,14 +7,15 @@
 use crate::block::{BLOCK_SIZE, BlockId, GroupId, PackId};
 use crate::blocks::decode_frame;
 use crate::catalogue::{Batch, Catalogue, RocksCatalogue, Table};
-use crate::error::{Error, Result};
+use crate::error::{Error, ErrorKind, Result};
 use crate::format::{FrameHeader, GroupEntry, GroupKind, PackContents, PackFooter, PackHeader, StoreHeader, StoreUuid};
 use crate::index;
+use crate::inner::{Options, lock};
 use crate::medium::file::{Backend, FileMedium};
 use crate::medium::{File, Medium, Mode};
 use crate::pack::{self, Counters, Digest, GroupPlace, PackFacts, PackWriter};
-use crate::seal::{Checkpoint, Manifest, device_key, encode, record_key};
-use crate::store::{Options, Store, lock};
+use crate::rows::{Checkpoint, Manifest, encode};
+use crate::store::Store;
 use serde::Serialize;
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
@@ -37,6 +38,8 @@ pub struct RepairReport {
     pub records: u64,
     /// Where the old catalogue is kept.
     pub old_catalogue: Option<PathBuf>,
+    /// Where the old log is kept, if it was damaged.
+    pub old_log: Option<PathBuf>,
     /// One sentence for each thing that is damaged.
     pub damage: Vec<String>,
 }
@@ -55,7 +58,7 @@ struct Repair {
 pub(crate) fn repair(dir: &Path) -> Result<RepairReport> {
     if !dir.join(pack::DIR).is_dir() {
         let what = format!("{} is not a store: it has no directory {}", dir.display(), pack::DIR);
-        return Err(Error::new(crate::ErrorKind::NotFound, what));
+        return Err(Error::new(ErrorKind::NotFound, what));
     }
     let held = lock(dir)?;
     let medium = Arc::new(FileMedium::new(dir, Backend::Plain));
@@ -64,8 +67,7 @@ pub(crate) fn repair(dir: &Path) -> Result<RepairReport> {
     let uuid = find_uuid(&medium, &packs, &mut report)?;
     let place = dir.join("catalogue");
     if place.exists() {
-        let stamp = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_millis());
-        let aside = dir.join(format!("catalogue.old-{stamp}"));
+        let aside = dir.join(format!("catalogue.old-{}", unix_ms()));
         std::fs::rename(&place, &aside).map_err(|e| Error::io("cannot move the old catalogue aside", e))?;
         report.old_catalogue = Some(aside);
     }
@@ -75,9 +77,12 @@ pub(crate) fn repair(dir: &Path) -> Result<RepairReport> {
     let next_pack = packs.last().map_or(1, |pack| pack.0 + 1);
     let mut broken = Vec::new();
     for pack in packs {
-        if let Err(e) = repair.take_pack(pack) {
-            repair.report.damage.push(format!("{pack}: {e}"));
-            broken.push(pack);
+        match repair.take_pack(pack) {
+            Err(e) if e.kind() == ErrorKind::Damaged => {
+                repair.report.damage.push(format!("{pack}: {e}"));
+                broken.push(pack);
+            }
+            done => done?,
         }
     }
     repair.salvage(&broken, next_pack)?;
@@ -99,7 +104,7 @@ fn find_uuid(medium: &FileMedium, packs: &[PackId], report: &mut RepairReport) -
     let header = medium.open("STORE", Mode::Read).and_then(|f| f.read_at(&mut bytes, 0));
     match header.map_err(|e| Error::io("the file STORE", e)).and_then(|()| StoreHeader::decode(&bytes)) {
         Ok(header) => return Ok(header.uuid),
-        Err(e) if e.kind() == crate::ErrorKind::UnsupportedVersion => return Err(e),
+        Err(e) if e.kind() == ErrorKind::UnsupportedVersion => return Err(e),
         Err(e) => report.damage.push(format!("the file STORE, which is written again: {e}")),
     }
     let uuid = packs.iter().find_map(|pack| {
@@ -130,6 +135,11 @@ impl Repair {
             self.medium.open(&pack::file_name(pack), Mode::Read).map_err(|e| Error::io("cannot be opened", e))?;
         let bytes = file.file_bytes().map_err(|e| Error::io("has no length", e))?;
         let unfinished = || Error::damaged("the footer is missing or damaged");
+        let head = read(&*file, 0, PackHeader::BYTES.min(bytes))?;
+        let head = head.as_array().map(PackHeader::decode).transpose()?.flatten();
+        if head != Some(PackHeader { store: self.uuid, pack }) {
+            return Err(Error::damaged("the header is damaged, or another store's"));
+        }
         let foot_at = bytes.checked_sub(PackFooter::BYTES).ok_or_else(unfinished)?;
         let foot = read(&*file, foot_at, PackFooter::BYTES)?;
         let foot = foot.as_array().and_then(|foot| PackFooter::decode(foot, bytes));
@@ -140,15 +150,19 @@ impl Repair {
         }
         let part =
             |from: u64, upto: u64| &sections[(from - footer.digests_at) as usize..(upto - footer.digests_at) as usize];
-        let unpack = |bytes: &[u8]| zstd::stream::decode_all(bytes).map_err(|e| Error::io("does not decompress", e));
+        let unpack = |bytes: &[u8]| {
+            zstd::stream::decode_all(bytes).map_err(|e| Error::damaged(format!("a section does not decompress: {e}")))
+        };
         let unreadable = |e: postcard::Error| Error::damaged(format!("cannot be read: {e}"));
         let contents: PackContents =
             postcard::from_bytes(&unpack(part(footer.contents_at, footer.manifest_at))?).map_err(unreadable)?;
         let digests = part(footer.digests_at, footer.contents_at).as_chunks::<32>().0;
+        let manifest: Option<Manifest> = match footer.manifest_at < foot_at {
+            true => Some(postcard::from_bytes(&unpack(part(footer.manifest_at, foot_at))?).map_err(unreadable)?),
+            false => None,
+        };
         self.take_contents(pack, bytes, &footer, &contents, digests)?;
-        if footer.manifest_at < foot_at {
-            let manifest: Manifest =
-                postcard::from_bytes(&unpack(part(footer.manifest_at, foot_at))?).map_err(unreadable)?;
+        if let Some(manifest) = manifest {
             self.take_manifest(manifest)?;
         }
         self.report.packs += 1;
@@ -203,19 +217,15 @@ impl Repair {
 
     fn take_manifest(&mut self, manifest: Manifest) -> Result<()> {
         let mut batch = Batch::default();
-        for (source, row) in &manifest.devices {
-            let (table, key) = device_key(*source);
-            match row {
-                Some(row) => batch.put(table, key, encode(row)?),
-                None => batch.delete(table, key),
+        if manifest.whole {
+            for table in [Table::Disks, Table::Snapshots, Table::Records] {
+                self.catalogue.scan(table, &mut |key, _| {
+                    batch.delete(table, key);
+                    Ok(())
+                })?;
             }
         }
-        for (key, value) in &manifest.records {
-            match value {
-                Some(value) => batch.put(Table::Records, record_key(key), value.to_vec()),
-                None => batch.delete(Table::Records, record_key(key)),
-            }
-        }
+        manifest.add_to(&mut batch)?;
         if manifest.checkpoint.log_start >= self.checkpoint.log_start {
             self.checkpoint = manifest.checkpoint;
         }
@@ -267,21 +277,49 @@ impl Repair {
         batch.put(Table::Meta, "store", self.uuid);
         batch.put(Table::Meta, "checkpoint", encode(&self.checkpoint)?);
         self.catalogue.commit(batch)?;
+        self.medium
+            .sync_dir("")
+            .and_then(|()| self.medium.sync_dir(pack::DIR))
+            .map_err(|e| Error::io("cannot sync", e))?;
         Ok(self.report)
     }
 }
 
-/// Opens the store as far as its log is whole, and counts what is there.
+/// Opens the store, if need be only as far as its log is whole, and counts what is there. A log that is not whole is kept
+/// beside the new one.
 fn replay(dir: &Path, mut report: RepairReport) -> Result<RepairReport> {
-    let options = Options { background: false, salvage_log: true, ..Options::default() };
-    let store = Store::open(dir, options)?;
-    if let Some(damage) = store.inner().log.damage() {
-        report.damage.push(damage);
-    }
+    let options = Options { background: false, ..Options::default() };
+    let store = match Store::open(dir, options.clone()) {
+        Err(e) if e.kind() == ErrorKind::Damaged => {
+            report.damage.push(e.to_string());
+            report.old_log = Some(keep_log(dir)?);
+            let store = Store::open(dir, Options { salvage_log: true, ..options })?;
+            // From here on the store no longer stands on the damaged log.
+            store.seal()?;
+            store
+        }
+        done => done?,
+    };
     report.disks = store.disks().len() as u64;
     report.snapshots = store.snapshots().len() as u64;
     report.records = store.inner().registry.lock().records.len() as u64;
     report.damage.extend(store.check()?.damage);
     store.close()?;
     Ok(report)
+}
+
+/// Gives the log's files second names in a directory beside it.
+fn keep_log(dir: &Path) -> Result<PathBuf> {
+    let cannot = |e| Error::io("cannot keep the damaged log", e);
+    let aside = dir.join(format!("log.old-{}", unix_ms()));
+    std::fs::create_dir(&aside).map_err(cannot)?;
+    for entry in std::fs::read_dir(dir.join(crate::log::DIR)).map_err(cannot)? {
+        let entry = entry.map_err(cannot)?;
+        std::fs::hard_link(entry.path(), aside.join(entry.file_name())).map_err(cannot)?;
+    }
+    Ok(aside)
+}
+
+fn unix_ms() -> u128 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_millis())
 }

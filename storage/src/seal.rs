@@ -17,15 +17,16 @@ use crate::disk::{Device, verify};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::{GroupKind, Node, NodeRef};
 use crate::index::{self, Index};
+use crate::inner::Inner;
 use crate::map::{self, Change, NodeSink, NodeSource, push_change};
 use crate::overlay::{Content, Extent};
 use crate::pack::{Digest, PackWriter, digest};
-use crate::registry::{RecordKey, Registry};
+use crate::registry::Registry;
+use crate::rows::{Checkpoint, DeviceRow, Manifest, RecordKey, encode};
 use crate::state::Layer;
-use crate::store::Inner;
 use bytes::Bytes;
 use parking_lot::{Condvar, Mutex};
-use serde::{Deserialize, Serialize};
+use serde::Serialize;
 use std::collections::{BTreeSet, HashMap};
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Weak};
@@ -45,59 +46,6 @@ pub struct SealReport {
     pub pack_bytes: u64,
 }
 
-/// A disk or snapshot in the catalogue.
-#[derive(Debug, Clone, Serialize, Deserialize)]
-pub(crate) struct DeviceRow {
-    pub name: String,
-    pub size_blocks: u64,
-    pub parent: Option<Source>,
-    pub unix_ms: u64,
-    pub root: NodeRef,
-}
-
-/// Where the log begins and which numbers come next: the catalogue's row `checkpoint`.
-#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
-pub(crate) struct Checkpoint {
-    pub log_start: LogPos,
-    pub next_segment: u64,
-    pub next_id: u64,
-    pub next_group: u64,
-    pub next_pack: u64,
-}
-
-impl Default for Checkpoint {
-    /// A store in which nothing was sealed yet. Number 0 is left out: block 0 is no block.
-    fn default() -> Self {
-        Self { log_start: LogPos(0), next_segment: 0, next_id: 1, next_group: 1, next_pack: 1 }
-    }
-}
-
-/// What a checkpoint changes in the catalogue, as the last pack's manifest has it too, so that the catalogue can be made
-/// again from the packs: rows to set, or to remove where there is no value.
-#[derive(Debug, Serialize, Deserialize)]
-pub(crate) struct Manifest {
-    pub checkpoint: Checkpoint,
-    pub devices: Vec<(Source, Option<DeviceRow>)>,
-    pub records: Vec<(RecordKey, Option<Bytes>)>,
-}
-
-/// The catalogue's key of a disk or snapshot, and its table.
-pub(crate) fn device_key(source: Source) -> (Table, [u8; 8]) {
-    match source {
-        Source::Disk(id) => (Table::Disks, id.0.to_be_bytes()),
-        Source::Snapshot(id) => (Table::Snapshots, id.0.to_be_bytes()),
-    }
-}
-
-/// The catalogue's key of a record.
-pub(crate) fn record_key((kind, key): &RecordKey) -> Vec<u8> {
-    [kind.as_bytes(), &[0], key.as_bytes()].concat()
-}
-
-pub(crate) fn encode<T: Serialize>(value: &T) -> Result<Vec<u8>> {
-    postcard::to_stdvec(value).map_err(|e| Error::new(ErrorKind::InvalidInput, format!("cannot encode: {e}")))
-}
-
 /// What a checkpoint found when transactions stood still.
 struct Plan {
     checkpoint: Checkpoint,
@@ -105,12 +53,14 @@ struct Plan {
     /// Fork points whose root a device needs.
     layers: HashMap<Source, Arc<Layer>>,
     records: Vec<(RecordKey, Option<Bytes>)>,
+    /// All disks, snapshots and records are in it, not only what changed.
+    whole: bool,
 }
 
 /// Seals everything written before the call. One at a time.
 pub(crate) fn checkpoint(inner: &Inner) -> Result<SealReport> {
     let _one = inner.sealer.running.lock();
-    checkpoint_locked(inner)
+    checkpoint_locked(inner, false)
 }
 
 /// A checkpoint whose manifest has the whole catalogue, so that no older one is needed.
@@ -122,11 +72,21 @@ pub(crate) fn checkpoint_all(inner: &Inner) -> Result<SealReport> {
         touched.extend(devices.keys());
         touched_records.extend(records.keys().cloned());
     }
-    checkpoint_locked(inner)
+    checkpoint_locked(inner, true)
 }
 
-fn checkpoint_locked(inner: &Inner) -> Result<SealReport> {
-    let Some(plan) = plan(inner)? else { return Ok(SealReport::default()) };
+/// A checkpoint, with `running` held. Whoever waits for room in the log hears of it.
+fn checkpoint_locked(inner: &Inner, whole: bool) -> Result<SealReport> {
+    let outcome = try_checkpoint(inner, whole);
+    let mut state = inner.sealer.state.lock();
+    state.tried += 1;
+    state.failure = outcome.as_ref().err().cloned();
+    inner.sealer.changed.notify_all();
+    outcome
+}
+
+fn try_checkpoint(inner: &Inner, whole: bool) -> Result<SealReport> {
+    let Some(plan) = plan(inner, whole)? else { return Ok(SealReport::default()) };
     let outcome = execute(inner, &plan);
     if outcome.is_err() {
         // Nothing has changed for readers; the next checkpoint has it all to tell again.
@@ -139,7 +99,7 @@ fn checkpoint_locked(inner: &Inner) -> Result<SealReport> {
 }
 
 /// Step 1. `None`: there is nothing to seal.
-fn plan(inner: &Inner) -> Result<Option<Plan>> {
+fn plan(inner: &Inner, whole: bool) -> Result<Option<Plan>> {
     inner.log.healthy()?;
     let mut registry = inner.registry.lock();
     let log_start = inner.log.rotate();
@@ -168,7 +128,7 @@ fn plan(inner: &Inner) -> Result<Option<Plan>> {
         next_group: counters.group.load(Ordering::Relaxed),
         next_pack: counters.pack.load(Ordering::Relaxed),
     };
-    Ok(Some(Plan { checkpoint, devices, layers, records }))
+    Ok(Some(Plan { checkpoint, devices, layers, records, whole }))
 }
 
 /// Steps 2 to 6.
@@ -185,6 +145,7 @@ fn execute(inner: &Inner, plan: &Plan) -> Result<SealReport> {
     writer.end_frames()?;
 
     let mut manifest = Manifest {
+        whole: plan.whole,
         checkpoint: Checkpoint {
             next_group: inner.counters.group.load(Ordering::Relaxed),
             next_pack: inner.counters.pack.load(Ordering::Relaxed) + 1,
@@ -221,19 +182,7 @@ fn execute(inner: &Inner, plan: &Plan) -> Result<SealReport> {
             batch.put(Table::Index, index::key(digest), id.0.to_be_bytes());
         }
     }
-    for (source, row) in &manifest.devices {
-        let (table, key) = device_key(*source);
-        match row {
-            Some(row) => batch.put(table, key, encode(row)?),
-            None => batch.delete(table, key),
-        }
-    }
-    for (key, value) in &manifest.records {
-        match value {
-            Some(value) => batch.put(Table::Records, record_key(key), value.to_vec()),
-            None => batch.delete(Table::Records, record_key(key)),
-        }
-    }
+    manifest.add_to(&mut batch)?;
     batch.put(Table::Meta, "checkpoint", encode(&manifest.checkpoint)?);
     inner.catalogue.commit(batch)?;
 
@@ -419,7 +368,11 @@ struct SealerState {
 }
 
 /// Sealings after which collection looks for small packs to merge.
-const PACKS_BEFORE_GC: u64 = 32;
+const SEALS_BEFORE_GC: u64 = 32;
+/// How long a store that is never quiet goes without the collection it needs.
+const COLLECT_AT_LATEST: Duration = Duration::from_secs(60);
+/// How long the background work rests after a failure.
+const RETRY: Duration = Duration::from_secs(2);
 /// How often the background thread looks whether the store is idle.
 const LOOK: Duration = Duration::from_millis(500);
 
@@ -479,6 +432,7 @@ pub(crate) fn start(inner: &Arc<Inner>) -> Result<()> {
 fn run(weak: &Weak<Inner>) {
     let mut seen = LogPos(0);
     let mut quiet_since = Instant::now();
+    let mut collected_at = Instant::now();
     // Sealings since garbage was last collected: each makes a pack, and collection merges small ones.
     let mut sealed = 0;
     // After a failure the next try waits, so that a full disk is not hammered.
@@ -498,39 +452,34 @@ fn run(weak: &Weak<Inner>) {
         if end != seen {
             (seen, quiet_since) = (end, Instant::now());
         }
-        let live = inner.log.live_bytes();
-        let quiet = quiet_since.elapsed() >= inner.options.idle;
-        let idle = live > 0 && quiet;
-        let full = live >= inner.options.log_bytes;
         if Instant::now() < not_before {
             continue;
         }
-        if !(requested || idle || full) {
-            if quiet && inner.deleted.load(Ordering::Relaxed) + sealed / PACKS_BEFORE_GC > 0 {
-                inner.deleted.store(0, Ordering::Relaxed);
-                sealed = 0;
-                match crate::gc::collect(&inner, false) {
-                    Ok(report) => tracing::info!(?report, "garbage collected"),
-                    Err(e) => tracing::error!("garbage collection failed: {e}"),
+        let quiet = quiet_since.elapsed() >= inner.options.idle;
+        let no_room = inner.sealer.state.lock().failure.as_ref().is_some_and(|e| e.kind() == ErrorKind::NoSpace);
+        let wanted = inner.deleted.load(Ordering::Relaxed) + sealed / SEALS_BEFORE_GC > 0;
+        if wanted && (quiet || no_room || collected_at.elapsed() >= COLLECT_AT_LATEST) {
+            let deleted = inner.deleted.load(Ordering::Relaxed);
+            match inner.collect() {
+                Ok(report) => {
+                    tracing::info!(?report, "garbage collected");
+                    inner.deleted.fetch_sub(deleted, Ordering::Relaxed);
+                    sealed = 0;
+                }
+                Err(e) => {
+                    tracing::error!("garbage collection failed; it will be tried again: {e}");
+                    not_before = Instant::now() + RETRY;
                 }
             }
-            continue;
+            collected_at = Instant::now();
         }
-        let outcome = checkpoint(&inner);
-        let mut state = inner.sealer.state.lock();
-        state.tried += 1;
-        state.failure = outcome.err();
-        sealed += 1;
-        if let Some(e) = &state.failure {
-            tracing::error!("sealing failed; it will be tried again: {e}");
-            not_before = Instant::now() + Duration::from_secs(1);
+        let live = inner.log.live_bytes();
+        if requested || (live > 0 && quiet) || live >= inner.options.log_bytes {
+            if let Err(e) = checkpoint(&inner) {
+                tracing::error!("sealing failed; it will be tried again: {e}");
+                not_before = Instant::now() + RETRY;
+            }
+            sealed += 1;
         }
-        inner.sealer.changed.notify_all();
     }
-}
-
-/// The id in a row's key.
-pub(crate) fn parse_id(key: &[u8]) -> Result<u64> {
-    let bytes = key.try_into().map_err(|_| Error::damaged("a catalogue key has the wrong length"))?;
-    Ok(u64::from_be_bytes(bytes))
 }

@@ -2,16 +2,16 @@
 
 use crate::block::{BLOCK_BYTES, DiskId, LogPos, SnapshotId, Source};
 use crate::blocks::Blocks;
-use crate::catalogue::{Catalogue, RocksCatalogue, Table};
+use crate::catalogue::{Catalogue, RocksCatalogue};
 use crate::disk::{Device, Disk};
 use crate::error::{Error, ErrorKind, Result};
-use crate::format::{RecordKind, StoreUuid};
+use crate::format::RecordKind;
 use crate::index::Index;
-use crate::log::{Log, Record};
+use crate::inner::{Inner, Options, lock};
+use crate::log::Record;
 use crate::medium::Medium;
-use crate::medium::file::{Backend, FileMedium};
-use crate::pack::Counters;
-use crate::registry::{Op, Registry};
+use crate::medium::file::FileMedium;
+use crate::registry::Op;
 use crate::seal::{SealReport, Sealer};
 use bytes::Bytes;
 use parking_lot::Mutex;
@@ -19,50 +19,7 @@ use serde::Serialize;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
-
-/// How a store runs. None of it is remembered in the store.
-#[derive(Debug, Clone)]
-pub struct Options {
-    /// Which system calls carry the I/O.
-    pub backend: Backend,
-    /// Bytes of decoded data kept in memory.
-    pub cache_bytes: u64,
-    /// Bytes of decoded map nodes kept in memory.
-    pub node_cache_bytes: u64,
-    /// Digests kept in memory for deduplication, at some 70 bytes each.
-    pub index_digests: usize,
-    /// Bytes of log at which sealing starts.
-    pub log_bytes: u64,
-    /// Bytes of log at which writers wait for sealing.
-    pub log_bytes_max: u64,
-    /// How long nothing has to be written until what is in the log is sealed.
-    pub idle: Duration,
-    /// zstd level of what is sealed.
-    pub level: i32,
-    /// Where the log is damaged, go on without what is behind the damage, and say so, rather than refuse to open.
-    pub salvage_log: bool,
-    /// Seal, and collect garbage, in the background. Without it only [`Store::seal`] and [`Store::gc`] do, and writers
-    /// never wait.
-    pub background: bool,
-}
-
-impl Default for Options {
-    fn default() -> Self {
-        Self {
-            backend: Backend::Auto,
-            cache_bytes: 256 << 20,
-            node_cache_bytes: 64 << 20,
-            index_digests: 1 << 20,
-            log_bytes: 512 << 20,
-            log_bytes_max: 2 << 30,
-            idle: Duration::from_secs(5),
-            level: 1,
-            salvage_log: false,
-            background: true,
-        }
-    }
-}
+use std::time::{SystemTime, UNIX_EPOCH};
 
 /// A disk, as a list shows it.
 #[derive(Debug, Clone, Serialize)]
@@ -92,45 +49,6 @@ pub struct SnapshotInfo {
     pub size_bytes: u64,
     /// When it was taken, in milliseconds since 1970.
     pub created_unix_ms: u64,
-}
-
-/// Everything that is open, shared by handles and background threads.
-pub(crate) struct Inner {
-    pub uuid: StoreUuid,
-    pub medium: Arc<dyn Medium>,
-    pub catalogue: Arc<dyn Catalogue>,
-    pub blocks: Arc<Blocks>,
-    pub index: Index,
-    pub log: Log,
-    pub registry: Mutex<Registry>,
-    pub counters: Arc<Counters>,
-    /// The next disk or snapshot id.
-    pub next_id: AtomicU64,
-    pub sealer: Sealer,
-    /// Held while garbage is collected.
-    pub collecting: Mutex<()>,
-    /// Disks and snapshots deleted since garbage was last collected.
-    pub deleted: AtomicU64,
-    pub options: Options,
-    /// Where the store is, on a file medium.
-    pub dir: Option<PathBuf>,
-    /// Keeps other processes out while it is open.
-    _lock: Option<nix::fcntl::Flock<std::fs::File>>,
-}
-
-impl Inner {
-    /// Makes a writer wait while the log is over its limit and sealing goes on. Fails when sealing cannot go on.
-    pub fn throttle(&self) -> Result<()> {
-        if !self.options.background || self.log.live_bytes() < self.options.log_bytes {
-            return Ok(());
-        }
-        self.sealer.request();
-        while self.log.live_bytes() >= self.options.log_bytes_max {
-            self.sealer.wait_for_progress()?;
-            self.log.healthy()?;
-        }
-        Ok(())
-    }
 }
 
 /// A block store in a directory. Cheap to clone; every call blocks and may be made from any thread.
@@ -210,6 +128,7 @@ impl Store {
             dir,
             _lock: lock,
         });
+        inner.set_reserve();
         if inner.options.background {
             crate::seal::start(&inner)?;
         }
@@ -293,19 +212,30 @@ impl Store {
     /// Gives back the space of what nothing refers to; with `dry_run` only says what it would give back. Disks are in use
     /// meanwhile. Needs free space for one pack at a time.
     pub fn gc(&self, dry_run: bool) -> Result<crate::GcReport> {
-        crate::gc::collect(self.inner(), dry_run)
+        if dry_run { crate::gc::collect(self.inner(), true) } else { self.inner().collect() }
+    }
+
+    /// The store's figures. Walks the rows of all packs and the overlays of all disks.
+    pub fn stats(&self) -> Result<crate::Stats> {
+        crate::usage::stats(self.inner())
+    }
+
+    /// Bytes of the non-zero blocks of a disk or snapshot.
+    pub fn logical_bytes(&self, source: Source) -> Result<u64> {
+        let device = self.inner().registry.lock().device(source)?.clone();
+        Ok(crate::usage::logical_blocks(self.inner(), &device)? * BLOCK_BYTES)
     }
 
     /// What every disk and snapshot costs. Walks all maps; sealing waits meanwhile.
     pub fn usage(&self) -> Result<Vec<crate::Usage>> {
-        crate::gc::usage(self.inner(), None)
+        crate::usage::usage(self.inner(), None)
     }
 
     /// What one of them costs. Walks all maps too, since others may share.
     pub fn usage_of(&self, source: Source) -> Result<crate::Usage> {
         self.inner().registry.lock().device(source)?;
         let gone = || Error::new(ErrorKind::NotFound, format!("{source} has been deleted"));
-        crate::gc::usage(self.inner(), Some(source))?.pop().ok_or_else(gone)
+        crate::usage::usage(self.inner(), Some(source))?.pop().ok_or_else(gone)
     }
 
     /// Makes everything written so far durable.
@@ -328,23 +258,6 @@ impl Store {
         self.inner().sealer.stop();
         self.flush()
     }
-}
-
-pub(crate) fn lock(dir: &Path) -> Result<nix::fcntl::Flock<std::fs::File>> {
-    let path = dir.join("LOCK");
-    let file = std::fs::OpenOptions::new()
-        .create(true)
-        .truncate(false)
-        .write(true)
-        .open(&path)
-        .map_err(|e| Error::io(format!("cannot open {}", path.display()), e))?;
-    nix::fcntl::Flock::lock(file, nix::fcntl::FlockArg::LockExclusiveNonblock).map_err(|(_, e)| match e {
-        nix::errno::Errno::EWOULDBLOCK => Error::new(
-            ErrorKind::InUse,
-            format!("the store in {} is in use by another process: stop that one, or talk to it", dir.display()),
-        ),
-        e => Error::io(format!("cannot lock {}", path.display()), e.into()),
-    })
 }
 
 fn disk_info(device: &Device) -> Option<DiskInfo> {
@@ -455,7 +368,12 @@ impl Transaction<'_> {
             checksums: &checksums,
             payload: &encoded,
         };
-        inner.log.append(&record)?;
+        let gives_back = |op: &Op| !matches!(op, Op::CreateDisk { .. } | Op::Fork { .. } | Op::Snapshot { .. });
+        if self.ops.iter().all(gives_back) {
+            inner.with_reserve(|| inner.log.append(&record))?;
+        } else {
+            inner.log.append(&record)?;
+        }
         let upto = inner.log.end();
         let deleted = self.ops.iter().filter(|op| matches!(op, Op::DeleteDisk { .. } | Op::DeleteSnapshot { .. }));
         inner.deleted.fetch_add(deleted.count() as u64, Ordering::Relaxed);
@@ -483,86 +401,4 @@ impl Commit {
     pub fn wait(self) -> Result<()> {
         self.inner.log.flush(self.upto)
     }
-}
-
-/// Figures of the whole store. Bytes, unless a name says otherwise.
-#[derive(Debug, Clone, Default, Serialize)]
-pub struct Stats {
-    /// Disks.
-    pub disks: u64,
-    /// Snapshots.
-    pub snapshots: u64,
-    /// What all disks and snapshots hold, each counted in full: their non-zero blocks.
-    pub logical_bytes: u64,
-    /// Different blocks among them that are stored in packs, uncompressed.
-    pub unique_bytes: u64,
-    /// Packs, as far as they hold data.
-    pub pack_bytes: u64,
-    /// Packs, as far as they hold map nodes.
-    pub map_bytes: u64,
-    /// The catalogue and index.
-    pub index_bytes: u64,
-    /// The log: what is not sealed.
-    pub log_bytes: u64,
-    /// All that the store's directory occupies on the host.
-    pub stored_bytes: u64,
-    /// `logical_bytes / unique_bytes`; 0 when nothing is sealed.
-    pub dedup_ratio: f64,
-    /// `unique_bytes / pack_bytes`; 0 when nothing is sealed.
-    pub compression_ratio: f64,
-}
-
-impl Store {
-    /// The store's figures. Walks the rows of all packs and the overlays of all disks.
-    pub fn stats(&self) -> Result<Stats> {
-        let inner = self.inner();
-        let devices: Vec<_> = inner.registry.lock().devices.values().cloned().collect();
-        let mut stats = Stats::default();
-        for device in &devices {
-            match device.source {
-                Source::Disk(_) => stats.disks += 1,
-                Source::Snapshot(_) => stats.snapshots += 1,
-            }
-            stats.logical_bytes += logical_blocks(inner, device)? * BLOCK_BYTES;
-        }
-        let (mut data_blocks, mut packs) = (0, 0);
-        inner.catalogue.scan(Table::Packs, &mut |_, row| {
-            let facts: crate::pack::PackFacts =
-                postcard::from_bytes(row).map_err(|e| Error::damaged(format!("a row of the packs: {e}")))?;
-            stats.map_bytes += facts.node_bytes;
-            data_blocks += facts.data_blocks;
-            packs += facts.bytes;
-            Ok(())
-        })?;
-        let allocated = |dir| inner.medium.allocated_bytes(dir).map_err(|e| Error::io("cannot measure the store", e));
-        stats.unique_bytes = data_blocks * BLOCK_BYTES;
-        stats.pack_bytes = packs - stats.map_bytes;
-        stats.log_bytes = allocated(crate::log::DIR)?;
-        stats.index_bytes = if inner.dir.is_some() { allocated("catalogue")? } else { 0 };
-        stats.stored_bytes = allocated("")?;
-        let ratio = |a: u64, b: u64| if b == 0 { 0.0 } else { a as f64 / b as f64 };
-        stats.dedup_ratio = ratio(stats.logical_bytes, stats.unique_bytes);
-        stats.compression_ratio = ratio(stats.unique_bytes, stats.pack_bytes);
-        Ok(stats)
-    }
-
-    /// Bytes of the non-zero blocks of a disk or snapshot.
-    pub fn logical_bytes(&self, source: Source) -> Result<u64> {
-        let device = self.inner().registry.lock().device(source)?.clone();
-        Ok(logical_blocks(self.inner(), &device)? * BLOCK_BYTES)
-    }
-}
-
-/// Mapped blocks plus what the overlay adds or takes. A zero block in the log counts until it is sealed.
-pub(crate) fn logical_blocks(inner: &Inner, device: &Device) -> Result<u64> {
-    let state = device.state();
-    let mut blocks = state.root.mapped;
-    for (start, extent) in state.overlay.iter() {
-        let covered = crate::map::mapped(&*inner.blocks, state.root, device.level(), start, start + extent.len)?;
-        blocks -= covered;
-        if matches!(extent.content, crate::overlay::Content::Data { .. }) {
-            blocks += extent.len;
-        }
-    }
-    Ok(blocks)
 }

@@ -195,3 +195,112 @@ fn repair_takes_over_what_a_broken_pack_still_holds() {
     assert!(store.disk(first).is_err());
     assert_eq!(store.check().unwrap().damage, [""; 0]);
 }
+
+#[test]
+fn repair_does_not_bring_back_what_was_deleted_and_collected() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = open(dir.path());
+    let kept = create(&store, "kept", &noise(1));
+    let gone = create(&store, "gone", &noise(2));
+    let mut tx = store.begin();
+    tx.put_record("kind", "gone", "value");
+    tx.commit_durable().unwrap();
+    store.seal().unwrap();
+    let mut tx = store.begin();
+    tx.delete_disk(gone);
+    tx.delete_record("kind", "gone");
+    tx.commit_durable().unwrap();
+    store.seal().unwrap();
+    // The pack that says that they are gone is itself collected.
+    for _ in 0..3 {
+        store.gc(false).unwrap();
+    }
+    drop(store);
+    fs::remove_dir_all(dir.path().join("catalogue")).unwrap();
+    let report = Store::repair(dir.path()).unwrap();
+    assert_eq!((report.disks, report.records), (1, 0), "{report:?}");
+    assert_eq!(report.damage, [""; 0]);
+    assert!(read(&open(dir.path()), Source::Disk(kept)).unwrap() == noise(1));
+}
+
+#[test]
+fn a_damaged_log_is_refused_and_repair_goes_on_without_what_is_behind_the_damage() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = open(dir.path());
+    let id = create(&store, "d", &noise(1));
+    store.seal().unwrap();
+    let disk = store.disk(id).unwrap();
+    // Each flush testifies that the one before was durable.
+    for part in 0..8 {
+        let at = part * 16 * BLOCK_SIZE;
+        disk.write(at as u64, &noise(2)[at..at + 16 * BLOCK_SIZE]).unwrap();
+        disk.flush().unwrap();
+    }
+    drop((disk, store));
+    let log = fs::read_dir(dir.path().join("log")).unwrap().next().unwrap().unwrap().path();
+    flip(&log, 250_000);
+    let refused = Store::open(dir.path(), options()).err().unwrap();
+    assert_eq!(refused.kind(), ErrorKind::Damaged);
+    assert!(refused.to_string().contains("miosa store repair"), "{refused}");
+    let report = Store::repair(dir.path()).unwrap();
+    assert!(report.damage.iter().any(|d| d.contains("the log is damaged")), "{report:?}");
+    assert!(report.old_log.unwrap().read_dir().unwrap().count() > 0);
+    // Twice: a repaired store opens like any other.
+    for _ in 0..2 {
+        let store = open(dir.path());
+        let found = read(&store, Source::Disk(id)).unwrap();
+        let new = (0..8).take_while(|part| {
+            let at = part * 16 * BLOCK_SIZE;
+            found[at..at + 16 * BLOCK_SIZE] == noise(2)[at..at + 16 * BLOCK_SIZE]
+        });
+        let new = new.count() * 16 * BLOCK_SIZE;
+        assert!(new > 0 && new < 8 * 16 * BLOCK_SIZE, "{new} bytes from before the damage");
+        assert!(found[new..] == noise(1)[new..]);
+    }
+}
+
+#[test]
+fn healed_blocks_survive_collections_and_are_found_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let roomy = storage::Options { cache_bytes: 64 << 20, ..options() };
+    let store = Store::open(dir.path(), roomy).unwrap();
+    let first = create(&store, "first", &noise(1));
+    store.seal().unwrap();
+    assert!(read(&store, Source::Disk(first)).unwrap() == noise(1));
+    flip(&packs(dir.path())[0], 5000);
+    // With something in the log, which the scrub's checkpoint seals.
+    let second = create(&store, "second", &noise(2));
+    let report = store.scrub(true).unwrap();
+    assert!(report.healed > 0 && report.damage.is_empty(), "{report:?}");
+    let mut tx = store.begin();
+    tx.delete_disk(first);
+    tx.commit_durable().unwrap();
+    store.gc(false).unwrap();
+    // The same content again, after its blocks were healed elsewhere, died and were collected.
+    let third = create(&store, "third", &noise(1));
+    store.seal().unwrap();
+    store.drop_caches();
+    assert!(read(&store, Source::Disk(second)).unwrap() == noise(2));
+    assert!(read(&store, Source::Disk(third)).unwrap() == noise(1));
+    assert_eq!(store.check().unwrap().damage, [""; 0]);
+}
+
+#[test]
+fn diff_of_different_sizes_takes_what_is_not_there_for_zeroes() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = open(dir.path());
+    let small = create(&store, "small", &noise(1)[..4 * BLOCK_SIZE]);
+    let mut tx = store.begin();
+    let large = tx.create_disk("large", 4 << 20);
+    tx.commit_durable().unwrap();
+    let disk = store.disk(large).unwrap();
+    disk.write(0, &noise(1)[..4 * BLOCK_SIZE]).unwrap();
+    disk.write(3 << 20, &noise(2)[..BLOCK_SIZE]).unwrap();
+    for _ in 0..2 {
+        let found = store.diff(Source::Disk(small), Source::Disk(large)).unwrap();
+        let want = storage::DiffRange { offset: 3 << 20, bytes: BLOCK_SIZE as u64 };
+        assert_eq!(found, [want]);
+        assert_eq!(store.diff(Source::Disk(large), Source::Disk(small)).unwrap(), [want]);
+        store.seal().unwrap();
+    }
+}

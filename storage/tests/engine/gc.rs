@@ -118,3 +118,24 @@ fn content_that_comes_back_after_its_deletion_is_intact() {
         assert_eq!(store.check().unwrap().damage, [""; 0]);
     }
 }
+
+/// Deleting is enough: the space comes back in the background.
+#[test]
+fn the_background_gives_back_what_was_deleted() {
+    let dir = tempfile::tempdir().unwrap();
+    let options = storage::Options { idle: std::time::Duration::from_millis(1), ..storage::Options::default() };
+    let store = Store::open(dir.path(), options).unwrap();
+    let (id, disk) = create(&store, "d");
+    disk.write(0, &noise(1, 2000)).unwrap();
+    store.seal().unwrap();
+    let before = store.stats().unwrap().pack_bytes;
+    assert!(before > 8_000_000);
+    let mut tx = store.begin();
+    tx.delete_disk(id);
+    tx.commit_durable().unwrap();
+    let deadline = std::time::Instant::now() + std::time::Duration::from_secs(60);
+    while store.stats().unwrap().pack_bytes > before / 100 {
+        assert!(std::time::Instant::now() < deadline, "nothing came back");
+        std::thread::sleep(std::time::Duration::from_millis(50));
+    }
+}

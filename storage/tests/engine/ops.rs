@@ -45,7 +45,13 @@ fn tag(block: &[u8]) -> u16 {
 
 pub fn options() -> Options {
     // Small caches, so that reads reach the packs.
-    Options { background: false, cache_bytes: 1 << 20, node_cache_bytes: 1 << 18, ..Options::default() }
+    Options {
+        background: false,
+        reserve_bytes: 0,
+        cache_bytes: 1 << 20,
+        node_cache_bytes: 1 << 18,
+        ..Options::default()
+    }
 }
 
 pub fn open(medium: &SimMedium, catalogue: &MemCatalogue) -> Result<Store> {
