@@ -1,8 +1,11 @@
 //! The HTTP/JSON API on the daemon's Unix socket: its shapes, its server, and the client the command line uses.
 //!
-//! Glue only: a route decodes and checks bounds, calls the engine, and maps the answer.
+//! Glue only: a route decodes and checks bounds, calls the engine (or the disks), and maps the answer.
 
 pub mod client;
+pub mod disks;
 pub mod server;
 mod stream;
 pub mod types;
+
+pub(crate) use stream::error_body;

@@ -4,10 +4,14 @@
 //! passes on its command's own (128 and the signal, 124 for its time limit, 127 and 126 when it could not be started).
 
 mod args;
+mod backend;
+mod disk;
 mod exec;
 mod files;
+mod images;
 mod output;
 mod sandbox;
+mod store;
 mod template;
 
 use std::process::ExitCode;
@@ -45,9 +49,9 @@ pub fn main() -> ExitCode {
             return fail(json, &Failure::new(4, "internal_error", format!("no threads could be started: {error}")));
         }
     };
-    let is_daemon = matches!(cli.command, Command::Daemon(_));
+    let may_open_store = matches!(cli.command, Command::Daemon(_) | Command::Disk(_) | Command::Store(_));
     let done = runtime.block_on(run(cli));
-    if is_daemon {
+    if may_open_store {
         // What still works on the store may end; it is closed, so nothing new begins.
         runtime.shutdown_timeout(std::time::Duration::from_secs(10));
         let code = match &done {
@@ -89,7 +93,8 @@ async fn run(cli: Cli) -> output::Result<ExitCode> {
         }),
         Command::Sandbox(command) => sandbox::run(&client, out, command).await,
         Command::Template(command) => template::run(&client, out, command).await.map(|()| ExitCode::SUCCESS),
-        Command::Store(command) => template::store(&client, out, command).await.map(|()| ExitCode::SUCCESS),
+        Command::Disk(command) => disk::run(&state, out, command).await.map(|()| ExitCode::SUCCESS),
+        Command::Store(command) => store::run(&state, out, command).await.map(|()| ExitCode::SUCCESS),
     }
 }
 

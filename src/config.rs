@@ -64,6 +64,11 @@ impl StateDir {
         self.root.join("disks")
     }
 
+    /// Sockets and the mount of disks that were attached on request.
+    pub fn attached(&self) -> PathBuf {
+        self.root.join("attached")
+    }
+
     /// Held by the one daemon of this directory.
     pub fn lock(&self) -> PathBuf {
         self.root.join("daemon.lock")

@@ -426,17 +426,6 @@ impl Engine {
         self.detached(async move { template::delete(&shared, &name).await }).await
     }
 
-    /// What the store holds and costs.
-    pub async fn store_stats(&self) -> Result<storage::Stats> {
-        self.shared.with_store(|store| Ok(store.stats()?)).await
-    }
-
-    /// Packs everything written so far.
-    pub async fn store_seal(&self) -> Result<storage::SealReport> {
-        self.shared.check_open()?;
-        self.shared.with_store(|store| Ok(store.seal()?)).await
-    }
-
     /// Ends the engine: no new operations, running sandboxes are stopped in an orderly way (those that do not make it
     /// by the deadline are killed; what they flushed is kept), the store is closed.
     pub async fn shutdown(&self, deadline: Duration) -> Result<()> {

@@ -21,10 +21,14 @@ use tokio::signal::unix::{SignalKind, signal};
 use crate::api::server::{self, Defaults};
 use crate::cli::{AccelArg, DaemonArgs, NetworkArg, VmmArg};
 use crate::config::{self, StateDir};
+use crate::disks::Disks;
 use crate::engine::{self, Engine, Parts, Settings, TemplateBuilder};
 
 /// Beyond what guests may take to shut down: for flushing and closing.
 const CLOSING: Duration = Duration::from_secs(15);
+
+/// How long a store that another process has open is waited for.
+const STORE_WAIT: Duration = Duration::from_secs(5);
 
 /// Why the daemon could not start, or did not end well.
 #[derive(Debug, thiserror::Error)]
@@ -70,14 +74,14 @@ pub async fn run(state: StateDir, args: DaemonArgs) -> Result<(), Error> {
     umask(Mode::from_bits_truncate(0o077));
     let _lock = claim(&state)?;
     let (store_dir, opening) = (state.store(), state.store());
-    let store = tokio::task::spawn_blocking(move || storage::Store::open(&opening, storage::Options::default()))
+    let store = tokio::task::spawn_blocking(move || open_store(&opening))
         .await
         .map_err(|e| Error::new(4, "internal_error", format!("opening the store did not end: {e}")))?
         .map_err(|e| {
             let failed = Error::new(4, "store_open", format!("could not open the store {}: {e}", store_dir.display()));
             match e.kind() {
                 storage::ErrorKind::UnsupportedVersion => failed.hint("use the version of miosa that wrote it"),
-                storage::ErrorKind::InUse => failed.hint("end the process that has it open"),
+                storage::ErrorKind::InUse => failed.hint("wait for the command that has it open, or end it"),
                 storage::ErrorKind::NoSpace => failed.hint("free space on its file system"),
                 _ => failed,
             }
@@ -89,6 +93,19 @@ pub async fn run(state: StateDir, args: DaemonArgs) -> Result<(), Error> {
         let _ = tokio::task::spawn_blocking(move || closing.close()).await;
     }
     served
+}
+
+/// Commands that work on the store without a daemon have it for a moment.
+fn open_store(dir: &Path) -> storage::Result<storage::Store> {
+    let began = std::time::Instant::now();
+    loop {
+        match storage::Store::open(dir, storage::Options::default()) {
+            Err(e) if e.kind() == storage::ErrorKind::InUse && began.elapsed() < STORE_WAIT => {
+                std::thread::sleep(Duration::from_millis(50));
+            }
+            done => return done,
+        }
+    }
 }
 
 async fn serve(state: &StateDir, args: DaemonArgs, store: storage::Store) -> Result<(), Error> {
@@ -120,16 +137,23 @@ async fn serve(state: &StateDir, args: DaemonArgs, store: storage::Store) -> Res
         ..Settings::default()
     };
     let stop_deadline = settings.stop_deadline;
+    let users_disks = Disks::open(store.clone(), state.attached(), true)?;
     let engine = Engine::open(Parts { store, vmm, disks, templates, settings }).await?;
 
     let socket = state.socket();
-    let served = listen(&socket, engine.clone(), &args, stop_deadline).await;
+    let served = listen(&socket, engine.clone(), users_disks, &args, stop_deadline).await;
     // Only ours: the lock says that no other daemon has put one there.
     let _ = std::fs::remove_file(&socket);
     served
 }
 
-async fn listen(socket: &Path, engine: Arc<Engine>, args: &DaemonArgs, stop_deadline: Duration) -> Result<(), Error> {
+async fn listen(
+    socket: &Path,
+    engine: Arc<Engine>,
+    users_disks: Arc<Disks>,
+    args: &DaemonArgs,
+    stop_deadline: Duration,
+) -> Result<(), Error> {
     let failed = |e: std::io::Error| Error::file("listen on", socket, &e);
     let mut terminate = signal(SignalKind::terminate()).map_err(failed)?;
     let mut interrupt = signal(SignalKind::interrupt()).map_err(failed)?;
@@ -141,7 +165,7 @@ async fn listen(socket: &Path, engine: Arc<Engine>, args: &DaemonArgs, stop_dead
     let listener = UnixListener::bind(socket).map_err(failed)?;
     std::fs::set_permissions(socket, std::fs::Permissions::from_mode(0o600)).map_err(failed)?;
     let defaults = Defaults { cpus: args.default_cpus, memory_mib: args.default_memory };
-    let router = server::router(engine.clone(), defaults);
+    let router = server::router(engine.clone(), users_disks.clone(), defaults);
     let mut server = tokio::spawn(async move { axum::serve(listener, router).await });
     tracing::info!(socket = %socket.display(), "ready");
 
@@ -151,6 +175,8 @@ async fn listen(socket: &Path, engine: Arc<Engine>, args: &DaemonArgs, stop_dead
         done = &mut server => Err(Error::new(4, "internal_error", format!("the API's server ended: {done:?}"))),
     };
     tracing::info!("stopping: running sandboxes are paused");
+    // Before the store is closed: what their users were told is written is made durable.
+    let _ = tokio::task::spawn_blocking(move || users_disks.detach_all()).await;
     let closed = tokio::select! {
         closed = engine.shutdown(stop_deadline + CLOSING) => closed.map_err(Error::from),
         _ = terminate.recv() => Err(Error::new(4, "killed", "ended before everything was stopped".to_owned())),

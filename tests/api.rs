@@ -147,6 +147,58 @@ fn a_command_is_a_line_for_a_shell_or_a_program_with_arguments() {
 }
 
 #[test]
+fn what_is_not_done_is_refused_and_not_ignored() {
+    let d = Daemon::start();
+    let id = sandbox(&d);
+    let refused = |path: &str, body: Value, name: &str| {
+        let answer = post(&d, path, &body);
+        assert_eq!((answer.status, answer.code().as_str()), (422, "unsupported_option"), "{body}");
+        assert!(answer.json()["error"]["message"].as_str().unwrap().contains(name), "{body}");
+    };
+    refused("/sandboxes", json!({ "idle_timeout_sec": 60 }), "idle_timeout_sec");
+    refused("/sandboxes", json!({ "always_on": true }), "always_on");
+    refused("/sandboxes", json!({ "services": [{ "name": "db" }], "keep_last_snapshots": 3 }), "services");
+    refused(&format!("/sandboxes/{id}/exec"), json!({ "command": "true", "detached": true }), "detached");
+    refused(&format!("/sandboxes/{id}/exec/stream"), json!({ "command": "true", "tty": true }), "tty");
+    refused(&format!("/sandboxes/{id}/fork"), json!({ "count": 2, "size": "xl" }), "size");
+    refused(&format!("/sandboxes/{id}/snapshots"), json!({ "stop": true }), "stop");
+    assert_eq!(get(&d, "/sandboxes").data().as_array().unwrap().len(), 1);
+    // What asks for nothing, or makes no difference here, is no reason to refuse.
+    let fine = json!({
+        "name": "two", "auto_start": false, "idle_timeout_sec": null, "always_on": false, "services": [],
+        "workspace_id": "w", "project_slug": "p", "external_user_id": "u", "slug": "two", "region": "eu",
+    });
+    assert_eq!(post(&d, "/sandboxes", &fine).data()["name"], "two");
+}
+
+#[test]
+fn a_disk_can_be_sent_as_its_bytes() {
+    let d = Daemon::start();
+    let send = |name: &str, size: u64, bytes: &[u8]| {
+        call(&d, "POST", &format!("/disk-imports?name={name}&size_bytes={size}"), "application/octet-stream", bytes)
+    };
+    let made = send("raw", 8_192, &[7; 8_192]);
+    assert_eq!((made.status, &made.data()["logical_bytes"]), (201, &8_192.into()));
+    for (answer, code) in [
+        (send("short", 8_192, &[7; 4_096]), "invalid_input"),
+        (send("long", 4_096, &[7; 8_192]), "invalid_input"),
+        (send("odd", 5_000, &[7; 5_000]), "invalid_input"),
+        (send("raw", 8_192, &[7; 8_192]), "name_taken"),
+        (call(&d, "POST", "/disk-imports?name=x", "application/octet-stream", b""), "invalid_input"),
+        (
+            call(&d, "POST", "/disk-imports?name=x&size_bytes=4096", "application/x-miosa-sparse", b"no"),
+            "invalid_input",
+        ),
+    ] {
+        assert_eq!(answer.code(), code);
+    }
+    let own = get(&d, "/disks").data().as_array().unwrap().iter().filter(|x| x["owner"].is_null()).count();
+    assert_eq!(own, 1);
+    let stream = get(&d, "/disks/raw/export").body;
+    assert!(stream.len() > 8_192 && stream.windows(8_192).any(|w| w == [7; 8_192]));
+}
+
+#[test]
 fn files_come_as_json_or_as_they_are() {
     let d = Daemon::start();
     let id = sandbox(&d);

@@ -1,4 +1,5 @@
-//! The API's client over the daemon's socket: one connection a request, bodies streamed both ways.
+//! The API's client: one connection a request, bodies streamed both ways. It speaks to the daemon over its socket, or to a
+//! server within this process over a pipe ([`within`]).
 
 use std::path::{Path, PathBuf};
 
@@ -12,7 +13,9 @@ use hyper_util::rt::TokioIo;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
+use tokio::io::{AsyncRead, AsyncWrite, DuplexStream};
 use tokio::net::UnixStream;
+use tokio::sync::mpsc;
 
 use super::types::{ErrorBody, ErrorEnvelope};
 
@@ -20,6 +23,9 @@ use super::types::{ErrorBody, ErrorEnvelope};
 const MAX_ANSWER: usize = 256 << 20;
 /// Most bytes of one event.
 const MAX_EVENT: usize = 4 << 20;
+
+/// Content type of a body that is a file's bytes.
+pub const BYTES: &str = "application/octet-stream";
 
 /// Why a call failed.
 #[derive(Debug, thiserror::Error)]
@@ -53,16 +59,73 @@ pub type Result<T> = std::result::Result<T, Error>;
 
 type Body = UnsyncBoxBody<Bytes, std::io::Error>;
 
-/// A client of one daemon.
+/// A client of one server.
 #[derive(Debug, Clone)]
 pub struct Client {
-    socket: PathBuf,
+    way: Way,
+}
+
+/// How the server is reached.
+#[derive(Debug, Clone)]
+enum Way {
+    Socket(PathBuf),
+    Within(mpsc::Sender<DuplexStream>),
+}
+
+/// Either kind of connection.
+trait Connection: AsyncRead + AsyncWrite + Send + Unpin {}
+impl<T: AsyncRead + AsyncWrite + Send + Unpin> Connection for T {}
+
+/// Takes the connections of a client in the same process.
+#[derive(Debug)]
+pub struct Within(mpsc::Receiver<DuplexStream>);
+
+/// A client, and what its server listens to.
+pub fn within() -> (Client, Within) {
+    let (send, receive) = mpsc::channel(8);
+    (Client { way: Way::Within(send) }, Within(receive))
+}
+
+impl axum::serve::Listener for Within {
+    type Io = DuplexStream;
+    type Addr = ();
+
+    async fn accept(&mut self) -> (DuplexStream, ()) {
+        match self.0.recv().await {
+            Some(connection) => (connection, ()),
+            // No client is left; whoever serves ends the server.
+            None => std::future::pending().await,
+        }
+    }
+
+    fn local_addr(&self) -> std::io::Result<()> {
+        Ok(())
+    }
 }
 
 impl Client {
     /// A client of the daemon that listens on `socket`.
     pub fn new(socket: &Path) -> Self {
-        Self { socket: socket.to_owned() }
+        Self { way: Way::Socket(socket.to_owned()) }
+    }
+
+    /// Whether somebody listens.
+    pub async fn is_answered(&self) -> Result<()> {
+        self.connect().await.map(drop)
+    }
+
+    async fn connect(&self) -> Result<Box<dyn Connection>> {
+        match &self.way {
+            Way::Socket(socket) => match UnixStream::connect(socket).await {
+                Ok(stream) => Ok(Box::new(stream)),
+                Err(source) => Err(Error::Unreachable { socket: socket.clone(), source }),
+            },
+            Way::Within(server) => {
+                let (here, there) = tokio::io::duplex(1 << 20);
+                server.send(there).await.map_err(|_| Error::Broken("the store has been closed".to_owned()))?;
+                Ok(Box::new(here))
+            }
+        }
     }
 
     /// `GET`, and the answer's `data`.
@@ -84,6 +147,7 @@ impl Client {
     pub async fn upload<T: DeserializeOwned>(
         &self,
         path: &str,
+        kind: &str,
         content: impl Stream<Item = std::io::Result<Bytes>> + Send + 'static,
     ) -> Result<T> {
         // A failure to read here surfaces as a broken connection; it is told as what it was.
@@ -92,7 +156,7 @@ impl Client {
         let body = StreamBody::new(content.map_ok(Frame::data).inspect_err(move |e| {
             *note.lock() = Some(std::io::Error::new(e.kind(), e.to_string()));
         }));
-        let answered = self.send(Method::POST, path, BodyExt::boxed_unsync(body), "application/octet-stream").await;
+        let answered = self.send(Method::POST, path, BodyExt::boxed_unsync(body), kind).await;
         if let Some(error) = failed.lock().take() {
             return Err(Error::Local(error));
         }
@@ -122,9 +186,7 @@ impl Client {
     /// Sends, and sees that the answer is a success.
     async fn send(&self, method: Method, path: &str, body: Body, kind: &str) -> Result<Response<Incoming>> {
         tracing::debug!(%method, path, "request");
-        let stream = UnixStream::connect(&self.socket)
-            .await
-            .map_err(|source| Error::Unreachable { socket: self.socket.clone(), source })?;
+        let stream = self.connect().await?;
         let broken = |e: hyper::Error| Error::Broken(describe(&e));
         let (mut sender, connection) =
             hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.map_err(broken)?;

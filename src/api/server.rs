@@ -24,6 +24,7 @@ use vmm::agent::Stdin;
 
 use super::stream::{Encoding, ExecEvents, error_body, error_event, event};
 use super::types::*;
+use crate::disks::Disks;
 use crate::engine::error::{Error, Kind};
 use crate::engine::lifecycle::State;
 use crate::engine::records::new_id;
@@ -63,11 +64,11 @@ pub struct Api {
 }
 
 type Stdins = Arc<Mutex<HashMap<String, Stdin>>>;
-type Answer<T> = Result<Json<Envelope<T>>, ApiError>;
-type ListAnswer<T> = Result<Json<ListEnvelope<T>>, ApiError>;
+pub(super) type Answer<T> = Result<Json<Envelope<T>>, ApiError>;
+pub(super) type ListAnswer<T> = Result<Json<ListEnvelope<T>>, ApiError>;
 
 /// All routes.
-pub fn router(engine: Arc<Engine>, defaults: Defaults) -> Router {
+pub fn router(engine: Arc<Engine>, disks: Arc<Disks>, defaults: Defaults) -> Router {
     let sandbox = Router::new()
         .route("/", get(show).delete(destroy))
         .route("/readiness", get(readiness))
@@ -93,21 +94,21 @@ pub fn router(engine: Arc<Engine>, defaults: Defaults) -> Router {
         .route("/snapshots/{snapshot}", get(snapshot).delete(delete_snapshot))
         .route("/sandbox-templates", get(templates).post(build_template))
         .route("/sandbox-templates/{name}", get(template).delete(delete_template))
-        .route("/store/stats", get(store_stats))
-        .route("/store/seal", post(store_seal));
-    Router::new()
-        .nest("/api/v1", v1)
-        .fallback(no_route)
-        .method_not_allowed_fallback(no_method)
-        .layer(axum::middleware::from_fn(request_id))
-        .with_state(Api { engine, defaults, stdins: Stdins::default() })
+        .merge(super::disks::routes(disks));
+    let api = Api { engine, defaults, stdins: Stdins::default() };
+    own_layers(Router::new().nest("/api/v1", v1).with_state(api))
 }
 
-fn data<T>(data: impl Into<T>) -> Answer<T> {
+/// What every answer has: our own bodies where nothing serves a request, and an id.
+pub(super) fn own_layers(router: Router) -> Router {
+    router.fallback(no_route).method_not_allowed_fallback(no_method).layer(axum::middleware::from_fn(request_id))
+}
+
+pub(super) fn data<T>(data: impl Into<T>) -> Answer<T> {
     Ok(Json(Envelope { data: data.into() }))
 }
 
-fn list_of<T, R: Into<T>>(items: Vec<R>) -> ListAnswer<T> {
+pub(super) fn list_of<T, R: Into<T>>(items: Vec<R>) -> ListAnswer<T> {
     let data: Vec<T> = items.into_iter().map(Into::into).collect();
     let page = Page { count: data.len(), total: data.len(), has_more: false };
     Ok(Json(ListEnvelope { data, page }))
@@ -135,6 +136,7 @@ async fn create(
     Params(params): Params,
     JsonBody(body): JsonBody<CreateBody>,
 ) -> Result<(StatusCode, Json<Envelope<SandboxBody>>), ApiError> {
+    refuse_unsupported("create", &body.other)?;
     let mut request = create_request(body, api.defaults)?;
     request.wait = flag(&params, "wait");
     let view = api.engine.create(request).await?;
@@ -181,6 +183,16 @@ fn create_request(body: CreateBody, defaults: Defaults) -> Result<CreateRequest,
         start: body.auto_start.unwrap_or(true),
         wait: false,
     })
+}
+
+/// What would be done otherwise than asked for is not done.
+fn refuse_unsupported(what: &str, other: &serde_json::Map<String, serde_json::Value>) -> Result<(), ApiError> {
+    let names = unsupported(other);
+    if names.is_empty() {
+        return Ok(());
+    }
+    let message = format!("{what} does not support: {}", names.join(", "));
+    Err(Error::new(Kind::UnsupportedOption, message).hint("leave it out").into())
 }
 
 /// None, and zero, mean without limit.
@@ -234,6 +246,7 @@ async fn fork(
     Params(params): Params,
     JsonBody(body): JsonBody<ForkBody>,
 ) -> Result<Response, ApiError> {
+    refuse_unsupported("fork", &body.other)?;
     let request = ForkRequest {
         name: body.name,
         count: body.count.unwrap_or(1),
@@ -257,6 +270,7 @@ async fn take_snapshot(
     Path(id): Path<String>,
     JsonBody(body): JsonBody<SnapshotRequestBody>,
 ) -> Result<(StatusCode, Json<Envelope<SnapshotBody>>), ApiError> {
+    refuse_unsupported("snapshot", &body.other)?;
     Ok((StatusCode::CREATED, data(api.engine.snapshot(&id, body.comment).await?)?))
 }
 
@@ -415,6 +429,7 @@ async fn exec_stdin(
 }
 
 async fn start_exec(api: &Api, id: &str, body: &ExecBody) -> Result<RunningExec, ApiError> {
+    refuse_unsupported("exec", &body.other)?;
     let argv = match &body.command {
         Command::Argv(argv) => argv.clone(),
         Command::Line(line) => vec!["sh".to_owned(), "-lc".to_owned(), line.clone()],
@@ -514,7 +529,7 @@ async fn read_file(
     Ok(([(header::CONTENT_TYPE, "application/octet-stream")], Body::from_stream(body)).into_response())
 }
 
-// ---- templates and store
+// ---- templates
 
 async fn templates(AppState(api): AppState<Api>) -> ListAnswer<TemplateBody> {
     list_of(api.engine.templates())
@@ -585,20 +600,12 @@ async fn build_template(
     Ok(event_stream(Body::from_stream(body)))
 }
 
-async fn store_stats(AppState(api): AppState<Api>) -> Answer<storage::Stats> {
-    data(api.engine.store_stats().await?)
-}
-
-async fn store_seal(AppState(api): AppState<Api>) -> Answer<storage::SealReport> {
-    data(api.engine.store_seal().await?)
-}
-
 // ---- requests and errors
 
 async fn no_route(request: Request) -> ApiError {
     let message = format!("there is no {} {}", request.method(), request.uri().path());
     ApiError::new(404, "route_not_found", message)
-        .hint("this daemon serves /api/v1/sandboxes, snapshots and sandbox-templates")
+        .hint("this daemon serves /api/v1/sandboxes, snapshots, sandbox-templates, disks and store")
 }
 
 async fn no_method(request: Request) -> ApiError {
@@ -613,7 +620,7 @@ pub struct ApiError {
 }
 
 impl ApiError {
-    fn new(status: u16, code: &str, message: impl Into<String>) -> Self {
+    pub(super) fn new(status: u16, code: &str, message: impl Into<String>) -> Self {
         let body = ErrorBody { code: code.to_owned(), message: message.into(), ..ErrorBody::default() };
         Self { status, body: Box::new(body) }
     }
@@ -661,7 +668,7 @@ async fn request_id(request: Request, next: Next) -> Response {
 }
 
 /// Ids and names in the path.
-struct Path<T>(T);
+pub(super) struct Path<T>(pub(super) T);
 
 impl<T: DeserializeOwned + Send, S: Send + Sync> FromRequestParts<S> for Path<T> {
     type Rejection = ApiError;
@@ -673,7 +680,7 @@ impl<T: DeserializeOwned + Send, S: Send + Sync> FromRequestParts<S> for Path<T>
 }
 
 /// The query, as a map.
-struct Params(HashMap<String, String>);
+pub(super) struct Params(pub(super) HashMap<String, String>);
 
 impl<S: Send + Sync> FromRequestParts<S> for Params {
     type Rejection = ApiError;
@@ -691,13 +698,13 @@ impl std::ops::Deref for Params {
     }
 }
 
-fn flag(params: &HashMap<String, String>, name: &str) -> bool {
+pub(super) fn flag(params: &HashMap<String, String>, name: &str) -> bool {
     // The SDK sends `wait` as a flag or as a number of seconds.
     params.get(name).is_some_and(|v| !matches!(v.to_ascii_lowercase().as_str(), "false" | "0" | "no"))
 }
 
 /// A JSON body of bounded size; an empty one is an empty object.
-struct JsonBody<T>(T);
+pub(super) struct JsonBody<T>(pub(super) T);
 
 impl<T: DeserializeOwned, S: Send + Sync> FromRequest<S> for JsonBody<T> {
     type Rejection = ApiError;

@@ -116,7 +116,7 @@ pub(super) fn error_event(error: &Error) -> Bytes {
 }
 
 /// An error of the engine, as it goes over the wire.
-pub(super) fn error_body(error: &Error) -> ErrorBody {
+pub(crate) fn error_body(error: &Error) -> ErrorBody {
     ErrorBody {
         code: error.kind().code().to_owned(),
         message: error.to_string(),

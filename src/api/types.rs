@@ -231,6 +231,30 @@ pub struct CreateBody {
     pub tags: Option<Vec<String>>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub auto_start: Option<bool>,
+    /// Whatever else the request has; see [`unsupported`].
+    #[serde(flatten)]
+    pub other: Map<String, Value>,
+}
+
+/// Options that other servers of this API know and that make no difference here: who asks, for what project, where.
+const HARMLESS: [&str; 9] =
+    ["wait", "fail_fast", "idempotency_key", "slug", "description", "label", "region", "allow_provision", "no_env"];
+const HARMLESS_PREFIXES: [&str; 3] = ["workspace_", "project_", "external_"];
+
+/// The options of a request that ask for something this daemon does not do. An option that is null, false, zero or empty
+/// asks for nothing.
+pub fn unsupported(other: &Map<String, Value>) -> Vec<&str> {
+    let asks = |value: &Value| match value {
+        Value::Null => false,
+        Value::Bool(b) => *b,
+        Value::Number(n) => n.as_f64() != Some(0.0),
+        Value::String(s) => !s.is_empty(),
+        Value::Array(a) => !a.is_empty(),
+        Value::Object(o) => !o.is_empty(),
+    };
+    let harmless =
+        |name: &str| HARMLESS.contains(&name) || HARMLESS_PREFIXES.iter().any(|prefix| name.starts_with(prefix));
+    other.iter().filter(|(name, value)| asks(value) && !harmless(name)).map(|(name, _)| name.as_str()).collect()
 }
 
 /// Asks for forks.
@@ -251,6 +275,9 @@ pub struct ForkBody {
     pub timeout_ms: Option<u64>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub metadata: Option<Map<String, Value>>,
+    /// Whatever else the request has; see [`unsupported`].
+    #[serde(flatten)]
+    pub other: Map<String, Value>,
 }
 
 /// Asks for a snapshot.
@@ -260,6 +287,9 @@ pub struct ForkBody {
 pub struct SnapshotRequestBody {
     #[serde(skip_serializing_if = "Option::is_none", alias = "name")]
     pub comment: Option<String>,
+    /// Whatever else the request has; see [`unsupported`].
+    #[serde(flatten)]
+    pub other: Map<String, Value>,
 }
 
 /// Asks for more time.
@@ -310,6 +340,9 @@ pub struct ExecBody {
     /// `base64`: events carry bytes exactly and as they come, and not lines of text.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub encoding: Option<String>,
+    /// Whatever else the request has; see [`unsupported`].
+    #[serde(flatten)]
+    pub other: Map<String, Value>,
 }
 
 /// What a command did.

@@ -12,7 +12,7 @@ use serde_json::Value;
 use super::args::ExecArgs;
 use super::output::{Failure, Out, Result};
 use super::sandbox::path;
-use crate::api::client::Client;
+use crate::api::client::{BYTES, Client};
 use crate::api::types::{Command, ErrorBody, ExecBody, ExecResult, ExitEvent, StdinBody};
 
 /// Most of each output that one document holds.
@@ -29,6 +29,7 @@ pub(super) async fn run(client: &Client, out: Out, args: ExecArgs) -> Result<Exi
         timeout: args.timeout.map(|t| t.as_secs_f64()),
         stdin: with_stdin.then_some(StdinBody::Stream(true)),
         encoding: Some("base64".to_owned()),
+        other: serde_json::Map::new(),
     };
     let mut events = client.events(&path(&sandbox, "/exec/stream"), &body).await?;
     let mut kept = Kept::default();
@@ -108,7 +109,7 @@ impl Kept {
 /// Sends what is on standard input, for as long as the command wants it.
 fn forward_stdin(client: Client, route: String) {
     tokio::spawn(async move {
-        let sent: crate::api::client::Result<Value> = client.upload(&route, stdin_pieces()).await;
+        let sent: crate::api::client::Result<Value> = client.upload(&route, BYTES, stdin_pieces()).await;
         if let Err(error) = sent {
             // Mostly a command that has ended; its own exit tells what matters.
             tracing::debug!(%error, "standard input");

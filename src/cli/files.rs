@@ -14,7 +14,7 @@ use super::args::{ReadFileArgs, WriteFileArgs};
 use super::exec::stdin_pieces;
 use super::output::{Failure, Out, Result};
 use super::sandbox::path;
-use crate::api::client::{Client, Download, escape};
+use crate::api::client::{BYTES, Client, Download, escape};
 use crate::api::types::WrittenBody;
 use crate::units::show_bytes;
 
@@ -27,7 +27,7 @@ pub(super) async fn write(client: &Client, out: Out, args: WriteFileArgs) -> Res
     let route = path(&args.target.sandbox, &format!("/fs/write?path={}{mode}", escape(&args.path)));
     let content =
         if args.file == Path::new("-") { stdin_pieces().boxed() } else { file_pieces(&args.file).await?.boxed() };
-    let written: WrittenBody = client.upload(&route, content).await?;
+    let written: WrittenBody = client.upload(&route, BYTES, content).await?;
     out.answer(&written, &written.path, |out| {
         let next = format!("miosa sandbox exec {} -- COMMAND", args.target.sandbox);
         format!("wrote {} to {}\n{}", show_bytes(written.size_bytes), written.path, out.next_step(&next))

@@ -72,6 +72,12 @@ impl Failure {
     }
 }
 
+impl From<crate::engine::error::Error> for Failure {
+    fn from(error: crate::engine::error::Error) -> Self {
+        Self::refused(error.kind().status(), crate::api::error_body(&error))
+    }
+}
+
 impl From<client::Error> for Failure {
     fn from(error: client::Error) -> Self {
         let message = error.to_string();

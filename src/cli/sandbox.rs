@@ -6,7 +6,7 @@ use std::time::Duration;
 use serde_json::{Value, json};
 
 use super::args::{CreateArgs, ForkArgs, SandboxCommand, SnapshotArgs, SnapshotTarget, SnapshotsCommand};
-use super::output::{Out, Result};
+use super::output::{Failure, Out, Result};
 use super::{exec, files};
 use crate::api::client::{Client, escape};
 use crate::api::types::{CreateBody, ExtendBody, ForkBody, SandboxBody, SnapshotBody, SnapshotRequestBody};
@@ -92,6 +92,7 @@ async fn create(client: &Client, out: Out, args: CreateArgs) -> Result<()> {
         metadata: None,
         tags: Some(args.tag).filter(|t| !t.is_empty()),
         auto_start: args.no_start.then_some(false),
+        other: serde_json::Map::new(),
     };
     if args.wait {
         out.progress("creating, and waiting until it can be used …");
@@ -171,7 +172,7 @@ fn changed(out: &Out, s: &SandboxBody, next: &str) -> String {
 }
 
 async fn snapshot(client: &Client, out: Out, args: SnapshotArgs) -> Result<()> {
-    let body = SnapshotRequestBody { comment: args.name };
+    let body = SnapshotRequestBody { comment: args.name, ..SnapshotRequestBody::default() };
     let snapshot: SnapshotBody = client.post(&path(&args.target.sandbox, "/snapshots"), &body).await?;
     out.answer(&snapshot, &snapshot.id, |out| {
         let mut text = format!("{} {}", snapshot.id, out.strong(snapshot.comment.as_deref().unwrap_or("(unnamed)")));
@@ -254,6 +255,7 @@ async fn fork(client: &Client, out: Out, args: ForkArgs) -> Result<()> {
         timeout_sec: None,
         timeout_ms: args.timeout.map(millis),
         metadata: None,
+        other: serde_json::Map::new(),
     };
     let route = path(&args.target.sandbox, &format!("/fork?wait={}", args.wait));
     if args.wait {
@@ -262,18 +264,31 @@ async fn fork(client: &Client, out: Out, args: ForkArgs) -> Result<()> {
     if args.count.is_some() {
         let children: Vec<SandboxBody> = client.post(&route, &body).await?;
         let ids: Vec<_> = children.iter().map(|s| s.id.as_str()).collect();
-        return out.answer(&children, &ids.join("\n"), |out| {
-            let rows: Vec<_> =
-                children.iter().map(|s| vec![s.id.clone(), s.name.clone(), s.state.name().to_owned()]).collect();
+        out.answer(&children, &ids.join("\n"), |out| {
+            let row = |s: &SandboxBody| {
+                vec![s.id.clone(), s.name.clone(), s.state.name().to_owned(), s.last_error.clone().unwrap_or_default()]
+            };
             format!(
                 "{}\n{}",
-                out.table(&["ID", "NAME", "STATE"], &rows),
+                out.table(&["ID", "NAME", "STATE", "ERROR"], &children.iter().map(row).collect::<Vec<_>>()),
                 out.next_step("miosa sandbox exec ID -- COMMAND")
             )
-        });
+        })?;
+        return all_started(args.wait, &children);
     }
     let child: SandboxBody = client.post(&route, &body).await?;
     out.answer(&child, &child.id, |out| {
         changed(out, &child, &format!("miosa sandbox exec {} -- COMMAND (starts it)", child.id))
-    })
+    })?;
+    all_started(args.wait, std::slice::from_ref(&child))
+}
+
+/// The children are printed by now, whether or not they could be started; the exit code tells.
+fn all_started(waited: bool, children: &[SandboxBody]) -> Result<()> {
+    let down: Vec<_> = children.iter().filter(|c| c.state != State::Running).collect();
+    let Some(first) = down.first().filter(|_| waited) else { return Ok(()) };
+    let why = first.last_error.as_deref().unwrap_or("it is not running");
+    let message = format!("{} of {} children could not be started: {}: {why}", down.len(), children.len(), first.name);
+    Err(Failure::new(4, "children_not_started", message)
+        .hint(format!("the children are there; start one again: miosa sandbox resume {}", first.id)))
 }

@@ -1,8 +1,6 @@
-//! `miosa template …` and `miosa store …`.
+//! `miosa template …`.
 
-use serde_json::{Value, json};
-
-use super::args::{StoreCommand, TemplateCommand};
+use super::args::TemplateCommand;
 use super::output::{Failure, Out, Result};
 use crate::api::client::{Client, escape};
 use crate::api::types::{ErrorBody, TemplateBody, TemplateRequestBody};
@@ -75,35 +73,4 @@ fn describe(out: &Out, template: &TemplateBody) -> String {
         ("origin", template.origin.clone()),
         ("created", template.created_at.to_string()),
     ])
-}
-
-pub(super) async fn store(client: &Client, out: Out, command: StoreCommand) -> Result<()> {
-    match command {
-        StoreCommand::Stats => {
-            let stats: Value = client.get("/store/stats").await?;
-            out.answer(&stats, "", |out| numbers(out, &stats))
-        }
-        StoreCommand::Seal => {
-            out.progress("packing …");
-            let report: Value = client.post("/store/seal", &json!({})).await?;
-            out.answer(&report, "", |out| format!("{}\n{}", numbers(out, &report), out.next_step("miosa store stats")))
-        }
-    }
-}
-
-/// Whatever numbers there are, sizes as sizes.
-fn numbers(out: &Out, value: &Value) -> String {
-    let Value::Object(map) = value else { return value.to_string() };
-    let fields: Vec<(&str, String)> = map
-        .iter()
-        .map(|(key, value)| {
-            let shown = match (key.strip_suffix("_bytes"), value.as_u64(), value.as_f64()) {
-                (Some(_), Some(bytes), _) => show_bytes(bytes),
-                (None, None, Some(ratio)) => format!("{ratio:.2}"),
-                _ => value.to_string(),
-            };
-            (key.strip_suffix("_bytes").unwrap_or(key), shown)
-        })
-        .collect();
-    out.fields(&fields)
 }

@@ -33,18 +33,22 @@ pub struct ForkRequest {
     pub timeout: Option<std::time::Duration>,
     /// Notes of the children, if not the parent's.
     pub metadata: Option<serde_json::Map<String, serde_json::Value>>,
-    /// Start a session in each child and answer when their agents do; without, children are paused until used.
+    /// Start a session in each child and answer when their agents do; without, children are paused until used. A child
+    /// that could not be started says so in its state and last error.
     pub wait: bool,
 }
 
 impl Sandbox {
-    /// Commits at one consistent point. Consistent means that of the file system, unless told otherwise.
+    /// Commits at one consistent point.
+    ///
+    /// Of a running sandbox `commit` is told `crash`, which is certain; `upgrade` makes that `filesystem` once the guest
+    /// says that it was frozen all the while. A crash in between leaves the weaker word.
     async fn at_one_point<T: Clone + Send + 'static>(
         self: &Arc<Self>,
         owner: &mut OwnerGuard,
         request: Request,
         commit: impl FnOnce(&Store, Consistency) -> Result<T> + Send + 'static,
-        amend: impl FnOnce(&Store, &T) -> Result<()> + Send + 'static,
+        upgrade: impl FnOnce(&Store, &T) -> Result<()> + Send + 'static,
     ) -> Result<(T, Consistency)> {
         let Some(next) = self.decide(request)? else {
             // At rest: the disk is all there is.
@@ -57,20 +61,24 @@ impl Sandbox {
         };
         self.publish(|r| r.state = next);
         let frozen = freeze(&self.shared, session).await;
-        let hoped = if frozen { Consistency::Filesystem } else { Consistency::Crash };
-        let committed = self.shared.with_store(move |store| commit(store, hoped)).await;
+        let committed = self.shared.with_store(move |store| commit(store, Consistency::Crash)).await;
         // Also after a failed freeze: it may have taken effect late.
         let stayed_frozen = thaw(&self.shared, session).await;
         if let Ok(Some(after)) = self.decide(Request::CheckpointDone) {
             self.publish(|r| r.state = after);
         }
         let done = committed?;
-        if hoped == Consistency::Filesystem && !stayed_frozen {
-            let told = done.clone();
-            self.shared.with_store(move |store| amend(store, &told)).await?;
+        if !(frozen && stayed_frozen) {
             return Ok((done, Consistency::Crash));
         }
-        Ok((done, hoped))
+        let told = done.clone();
+        match self.shared.with_store(move |store| upgrade(store, &told)).await {
+            Ok(()) => Ok((done, Consistency::Filesystem)),
+            Err(error) => {
+                tracing::warn!(sandbox = %self.id(), %error, "a consistent state is labelled as after a power cut");
+                Ok((done, Consistency::Crash))
+            }
+        }
     }
 
     pub(super) async fn snapshot(self: &Arc<Self>, comment: Option<String>) -> Result<SnapshotRecord> {
@@ -93,13 +101,13 @@ impl Sandbox {
             tx.commit_durable()?;
             Ok(record)
         };
-        let amend = |store: &Store, record: &SnapshotRecord| {
-            let record = SnapshotRecord { consistency: Consistency::Crash, ..record.clone() };
+        let upgrade = |store: &Store, record: &SnapshotRecord| {
+            let record = SnapshotRecord { consistency: Consistency::Filesystem, ..record.clone() };
             let mut tx = store.begin();
             tx.put_record(SnapshotRecord::KIND, &record.id, record.encode()?);
             Ok(tx.commit_durable()?)
         };
-        let (mut record, consistency) = self.at_one_point(&mut owner, Request::Snapshot, take, amend).await?;
+        let (mut record, consistency) = self.at_one_point(&mut owner, Request::Snapshot, take, upgrade).await?;
         record.consistency = consistency;
         self.shared.registry.insert_snapshot(record.clone());
         Ok(record)
@@ -156,10 +164,10 @@ impl Sandbox {
             tx.commit_durable()?;
             Ok(children)
         };
-        let amend = |store: &Store, children: &Vec<SandboxRecord>| {
+        let upgrade = |store: &Store, children: &Vec<SandboxRecord>| {
             let mut tx = store.begin();
             for child in children {
-                let child = SandboxRecord { unclean: true, ..child.clone() };
+                let child = SandboxRecord { unclean: false, ..child.clone() };
                 tx.put_record(SandboxRecord::KIND, &child.id, child.encode()?);
             }
             Ok(tx.commit_durable()?)
@@ -170,7 +178,7 @@ impl Sandbox {
                 shared.with_store(move |store| commit(store, snapshot.consistency)).await?
             }
             None => {
-                let (mut children, consistency) = self.at_one_point(&mut owner, Request::Fork, commit, amend).await?;
+                let (mut children, consistency) = self.at_one_point(&mut owner, Request::Fork, commit, upgrade).await?;
                 children.iter_mut().for_each(|c| c.unclean = consistency == Consistency::Crash);
                 children
             }
@@ -184,8 +192,16 @@ impl Sandbox {
             let starts: Vec<_> =
                 children.iter().cloned().map(|child| tokio::spawn(async move { child.resume().await })).collect();
             if request.wait {
-                for start in starts {
-                    start.await.map_err(|e| Error::internal(format!("a child's start did not end: {e}")))??;
+                // A child that does not start is there all the same: it says why, and the others are not lost with it.
+                for (start, child) in starts.into_iter().zip(&children) {
+                    let started = start.await;
+                    let started =
+                        started.unwrap_or_else(|e| Err(Error::internal(format!("its start did not end: {e}"))));
+                    if let Err(error) = started {
+                        child.publish(|r| {
+                            r.last_error.get_or_insert_with(|| error.to_string());
+                        });
+                    }
                 }
             }
         }

@@ -20,10 +20,22 @@ pub enum Kind {
     SnapshotAmbiguous,
     /// No template has this name.
     TemplateNotFound,
+    /// No disk or state of the store has this id or name.
+    DiskNotFound,
+    /// Several disks or states of the store have this name.
+    DiskAmbiguous,
+    /// The disk belongs to a sandbox, is attached, or is being imported.
+    DiskInUse,
+    /// The disk is not attached.
+    DiskNotAttached,
+    /// Disks cannot be shown in this way here.
+    FrontendUnavailable,
     /// Another sandbox has this name.
     NameTaken,
     /// An argument is malformed or out of range.
     InvalidInput,
+    /// The request asks for something that is not done here.
+    UnsupportedOption,
     /// The request needs a running session and does not start one.
     NotRunning,
     /// Another call is changing this sandbox.
@@ -71,8 +83,14 @@ impl Kind {
             Kind::SnapshotNotFound => "snapshot_not_found",
             Kind::SnapshotAmbiguous => "snapshot_ambiguous",
             Kind::TemplateNotFound => "template_not_found",
+            Kind::DiskNotFound => "disk_not_found",
+            Kind::DiskAmbiguous => "disk_ambiguous",
+            Kind::DiskInUse => "disk_in_use",
+            Kind::DiskNotAttached => "disk_not_attached",
+            Kind::FrontendUnavailable => "frontend_unavailable",
             Kind::NameTaken => "name_taken",
             Kind::InvalidInput => "invalid_input",
+            Kind::UnsupportedOption => "unsupported_option",
             Kind::NotRunning => "sandbox_not_running",
             Kind::Busy => "sandbox_busy",
             Kind::SessionEnded => "session_ended",
@@ -97,16 +115,32 @@ impl Kind {
     /// The HTTP status that goes with it.
     pub fn status(self) -> u16 {
         match self {
-            Kind::SandboxNotFound | Kind::SnapshotNotFound | Kind::TemplateNotFound | Kind::FileNotFound => 404,
+            Kind::SandboxNotFound
+            | Kind::SnapshotNotFound
+            | Kind::TemplateNotFound
+            | Kind::FileNotFound
+            | Kind::DiskNotFound => 404,
             Kind::SandboxDestroyed => 410,
-            Kind::SnapshotAmbiguous | Kind::NameTaken | Kind::NotRunning | Kind::Busy | Kind::SessionEnded => 409,
+            Kind::SnapshotAmbiguous
+            | Kind::DiskAmbiguous
+            | Kind::DiskInUse
+            | Kind::DiskNotAttached
+            | Kind::NameTaken
+            | Kind::NotRunning
+            | Kind::Busy
+            | Kind::SessionEnded => 409,
             Kind::InvalidInput
+            | Kind::UnsupportedOption
             | Kind::GuestFile
             | Kind::GuestDiskFull
             | Kind::CommandNotFound
             | Kind::CommandFailed => 422,
             Kind::AgentTimeout => 504,
-            Kind::MachineUnavailable | Kind::ImageMissing | Kind::ShuttingDown | Kind::StoragePoisoned => 503,
+            Kind::MachineUnavailable
+            | Kind::FrontendUnavailable
+            | Kind::ImageMissing
+            | Kind::ShuttingDown
+            | Kind::StoragePoisoned => 503,
             Kind::StorageFull => 507,
             Kind::BootFailed | Kind::StorageDamaged | Kind::Storage | Kind::Internal => 500,
         }
@@ -182,11 +216,14 @@ impl From<storage::Error> for Error {
         match error.kind() {
             ErrorKind::NoSpace => Self::new(Kind::StorageFull, message)
                 .hint("free space on the file system of the state directory, or destroy sandboxes and snapshots; nothing was lost"),
-            ErrorKind::Damaged => Self::new(Kind::StorageDamaged, message),
+            ErrorKind::Damaged => Self::new(Kind::StorageDamaged, message)
+                .hint("see what is damaged: miosa store check; heal what has a copy: miosa store scrub --heal"),
             ErrorKind::Poisoned => Self::new(Kind::StoragePoisoned, message)
                 .hint("a disk sync failed earlier; check the disk, then restart the daemon"),
             ErrorKind::Closed => Self::new(Kind::ShuttingDown, "the daemon is shutting down"),
             ErrorKind::InvalidInput => Self::new(Kind::InvalidInput, message),
+            ErrorKind::NotFound => Self::new(Kind::DiskNotFound, message).hint("list them: miosa disk list"),
+            ErrorKind::NameTaken => Self::new(Kind::NameTaken, message),
             _ => Self::new(Kind::Storage, message),
         }
     }

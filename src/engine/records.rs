@@ -172,16 +172,29 @@ pub(crate) fn load_all<R: Record>(store: &storage::Store) -> Result<Vec<R>> {
         .collect()
 }
 
+const ID_ALPHABET: &[u8; 32] = b"0123456789abcdefghjkmnpqrstvwxyz";
+const ID_CHARS: usize = 12;
+
 /// A new id: the prefix and 60 random bits in letters and digits that are not mistaken for each other.
 pub(crate) fn new_id(prefix: &str) -> String {
-    const ALPHABET: &[u8; 32] = b"0123456789abcdefghjkmnpqrstvwxyz";
     let mut random: u64 = rand::rng().random();
     let mut id = format!("{prefix}-");
-    for _ in 0..12 {
-        id.push(char::from(ALPHABET[(random & 31) as usize]));
+    for _ in 0..ID_CHARS {
+        id.push(char::from(ID_ALPHABET[(random & 31) as usize]));
         random >>= 5;
     }
     id
+}
+
+/// What the names of the engine's own disks and states in the store begin with; an id of [`new_id`] each.
+const OWN_PREFIXES: [&str; 4] = ["sb-", "snap-", "import-", "template-"];
+
+/// Whether a disk or state of this name was made by the engine, and not by a user of the store.
+pub(crate) fn is_own_name(name: &str) -> bool {
+    OWN_PREFIXES.iter().any(|prefix| {
+        name.strip_prefix(prefix)
+            .is_some_and(|rest| rest.len() == ID_CHARS && rest.bytes().all(|b| ID_ALPHABET.contains(&b)))
+    })
 }
 
 /// 32 random hex digits.
@@ -226,6 +239,16 @@ mod tests {
         assert!(a.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-'), "{a}");
         assert_ne!(a, new_id("sb"));
         assert_eq!(new_machine_id().len(), 32);
+    }
+
+    #[test]
+    fn our_own_names_are_known() {
+        for prefix in ["sb", "snap", "import", "template"] {
+            assert!(is_own_name(&new_id(prefix)));
+        }
+        for name in ["golden", "sb-golden", "snap-1", "import-cut-off", "template-0123456789AB", "x-0123456789ab"] {
+            assert!(!is_own_name(name), "{name}");
+        }
     }
 
     #[test]

@@ -3,7 +3,8 @@
 //! 1. Machines of before are killed: nobody serves their disks. What they flushed is in the store.
 //! 2. Records are read; each sandbox asks the table about [`Request::DaemonRestarted`]: a session that was going becomes
 //!    `paused`, a non-persistent sandbox is destroyed.
-//! 3. Disks and snapshots that no record names are deleted: an import that was cut off.
+//! 3. Disks and snapshots of the engine's own naming that no record names are deleted: an import that was cut off.
+//!    Those that users of the store made are theirs.
 //!
 //! Each step can be cut off and done again.
 
@@ -15,7 +16,7 @@ use jiff::Timestamp;
 use super::Shared;
 use super::error::{Error, Result};
 use super::lifecycle::{Decision, Request, State, decide};
-use super::records::{Record, SandboxRecord, SnapshotRecord, TemplateRecord, load_all};
+use super::records::{Record, SandboxRecord, SnapshotRecord, TemplateRecord, is_own_name, load_all};
 use super::sandbox::Sandbox;
 
 pub(super) async fn run(shared: &Arc<Shared>) -> Result<()> {
@@ -46,14 +47,14 @@ pub(super) async fn run(shared: &Arc<Shared>) -> Result<()> {
             }
         }
         let disks: BTreeSet<_> = sandboxes.iter().filter(|r| r.state != State::Destroyed).map(|r| r.disk).collect();
-        for disk in store.disks().into_iter().filter(|d| !disks.contains(&d.id)) {
+        for disk in store.disks().into_iter().filter(|d| is_own_name(&d.name) && !disks.contains(&d.id)) {
             tracing::info!(disk = %disk.name, "deleting a disk that no sandbox has");
             tx.delete_disk(disk.id);
             changed = true;
         }
         let states: BTreeSet<_> =
             snapshots.iter().map(|r| r.snapshot).chain(templates.iter().map(|r| r.snapshot)).collect();
-        for state in store.snapshots().into_iter().filter(|s| !states.contains(&s.id)) {
+        for state in store.snapshots().into_iter().filter(|s| is_own_name(&s.name) && !states.contains(&s.id)) {
             tracing::info!(snapshot = %state.name, "deleting a state that no snapshot or template has");
             tx.delete_snapshot(state.id);
             changed = true;

@@ -5,7 +5,6 @@
 //! transaction that registers the template; if the daemon dies before, recovery deletes it.
 
 use std::fs::File;
-use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -17,6 +16,7 @@ use storage::{Disk, Store};
 use super::Shared;
 use super::error::{Error, Kind, Result};
 use super::records::{Record, TemplateRecord, check_name, new_id};
+use crate::sparse::{data_runs, next_data};
 
 /// The template that is built and not imported.
 pub const BASE: &str = "base";
@@ -187,7 +187,6 @@ enum Copy {
 /// Copies what is not zero, and says how much that was. Holes of the file are not read.
 fn copy_data(file: &File, size: u64, disk: &Disk, progress: &Progress) -> std::result::Result<u64, Copy> {
     const CHUNK: usize = 1 << 20;
-    const BLOCK: usize = 4_096;
     let mut buffer = vec![0; CHUNK];
     let (mut offset, mut copied, mut told) = (0, 0, 0);
     while offset < size {
@@ -195,22 +194,9 @@ fn copy_data(file: &File, size: u64, disk: &Disk, progress: &Progress) -> std::r
         let len = CHUNK.min((size - offset) as usize);
         let chunk = &mut buffer[..len];
         file.read_exact_at(chunk, offset).map_err(Copy::Read)?;
-        // Runs of blocks that are not zero, each written in one go.
-        let mut at = 0;
-        while at < len {
-            let is_zero = |at: usize| chunk[at..len.min(at + BLOCK)].iter().all(|b| *b == 0);
-            let start = at;
-            while at < len && !is_zero(at) {
-                at += BLOCK;
-            }
-            let end = at.min(len);
-            if end > start {
-                disk.write(offset + start as u64, &chunk[start..end]).map_err(Copy::Store)?;
-                copied += (end - start) as u64;
-            }
-            while at < len && is_zero(at) {
-                at += BLOCK;
-            }
+        for run in data_runs(chunk) {
+            disk.write(offset + run.start as u64, &chunk[run.clone()]).map_err(Copy::Store)?;
+            copied += run.len() as u64;
         }
         offset += len as u64;
         if copied - told >= 64 << 20 {
@@ -221,34 +207,9 @@ fn copy_data(file: &File, size: u64, disk: &Disk, progress: &Progress) -> std::r
     Ok(copied)
 }
 
-/// Where data begins at or after `offset`, down to a block; the file's end if there is no more. File systems without
-/// holes say `offset`.
-fn next_data(file: &File, offset: u64, size: u64) -> u64 {
-    match nix::unistd::lseek64(file, offset as i64, nix::unistd::Whence::SeekData) {
-        Ok(at) => (at as u64 & !4_095).clamp(offset, size),
-        Err(nix::errno::Errno::ENXIO) => size,
-        Err(error) => {
-            tracing::trace!(fd = file.as_raw_fd(), %error, "no holes are known of this file");
-            offset
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn holes_are_found() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("image");
-        let file = File::options().read(true).write(true).create_new(true).open(&path).unwrap();
-        file.set_len(64 << 20).unwrap();
-        file.write_all_at(&[7; 100], (32 << 20) + 5_000).unwrap();
-        let at = next_data(&file, 0, 64 << 20);
-        assert!(at <= (32 << 20) + 4_096 && at.is_multiple_of(4_096), "{at}");
-        assert!(next_data(&file, 40 << 20, 64 << 20) >= 40 << 20);
-    }
 
     #[test]
     fn a_bad_image_is_refused_before_anything_is_built() {

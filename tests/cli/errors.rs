@@ -11,7 +11,6 @@ fn without_a_daemon_every_command_says_so() {
         &["sandbox", "exec", "x", "--json", "--", "true"],
         &["sandbox", "read-file", "x", "/f", "--json"],
         &["template", "build", "base", "--json"],
-        &["store", "stats", "--json"],
     ] {
         let error = run(miosa(dir.path(), args), b"").error(2);
         assert_eq!(error["code"], "daemon_unreachable", "{args:?}");

@@ -55,17 +55,24 @@ async fn a_start_that_was_cut_off_leaves_a_paused_sandbox() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_no_record_names_is_deleted() {
+async fn what_the_engine_made_and_no_record_names_is_deleted_and_what_others_made_is_not() {
     let w = World::new().await;
-    w.create("one").await;
-    let mut tx = w.store.begin();
-    let disk = tx.create_disk("import-cut-off", 1 << 20);
-    tx.commit_durable().unwrap();
-    let mut tx = w.store.begin();
-    tx.snapshot(disk, "template-cut-off");
-    tx.commit_durable().unwrap();
+    let sandbox = w.create("one").await.record.id;
+    let make = |disk: &str, snapshot: &str| {
+        let mut tx = w.store.begin();
+        let id = tx.create_disk(disk, 1 << 20);
+        tx.snapshot(id, snapshot);
+        tx.commit_durable().unwrap();
+    };
+    make("import-0123456789ab", "template-0123456789ab");
+    make("golden", "sb-1");
     let w = w.crash().await;
-    assert_eq!((w.store.disks().len(), w.store.snapshots().len()), (1, 1));
+    let mut disks: Vec<_> = w.store.disks().into_iter().map(|d| d.name).collect();
+    disks.sort();
+    assert_eq!(disks, ["golden".to_owned(), sandbox]);
+    let names: Vec<_> = w.store.snapshots().into_iter().map(|s| s.name).collect();
+    assert_eq!(names.len(), 2);
+    assert!(names.contains(&"sb-1".to_owned()) && !names.contains(&"template-0123456789ab".to_owned()), "{names:?}");
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -3,7 +3,7 @@
 use miosa::engine::error::Kind;
 use miosa::engine::lifecycle::State;
 use miosa::engine::records::Consistency;
-use miosa::engine::{BuildRequest, CreateRequest, ImageSource, Origin};
+use miosa::engine::{BuildRequest, CreateRequest, ForkRequest, ImageSource, Origin};
 
 use crate::support::{DISK_BYTES, MARK, World, forks, refused, wanted};
 
@@ -128,6 +128,54 @@ async fn a_guest_that_does_not_freeze_is_snapshot_as_it_is() {
     let child = w.engine.fork("one", forks("child", 1)).await.unwrap().remove(0).record;
     assert!(child.unclean);
     assert_eq!(w.state("one"), State::Running);
+}
+
+/// What a crash in the middle of a snapshot would leave: a look from beside, again and again, sees the weaker label first.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_label_is_as_strong_as_what_is_certain() {
+    let w = World::new().await;
+    w.create("one").await;
+    let mut weaker_seen = false;
+    for _ in 0..200 {
+        let (store, over) = (w.store.clone(), std::sync::Arc::new(std::sync::atomic::AtomicBool::new(false)));
+        let before = store.records("snapshot").len();
+        let ended = over.clone();
+        let looker = std::thread::spawn(move || {
+            while !ended.load(std::sync::atomic::Ordering::Relaxed) {
+                let records = store.records("snapshot");
+                if records.len() > before {
+                    let crash = |r: &[u8]| r.windows(7).any(|w| w == b"\"crash\"");
+                    return records.iter().any(|(_, record)| crash(record));
+                }
+                std::hint::spin_loop();
+            }
+            false
+        });
+        let snapshot = w.engine.snapshot("one", None).await.unwrap();
+        assert_eq!(snapshot.consistency, Consistency::Filesystem);
+        over.store(true, std::sync::atomic::Ordering::Relaxed);
+        weaker_seen = looker.join().unwrap();
+        if weaker_seen {
+            break;
+        }
+    }
+    assert!(weaker_seen, "the stronger label was there from the start");
+}
+
+#[tokio::test]
+async fn a_child_that_does_not_start_is_told_with_the_others() {
+    let w = World::new().await;
+    w.create("parent").await;
+    let broken = vmm::Error::new(vmm::ErrorKind::StartFailed, "no luck");
+    w.vmm.script(vmm::fake::Script { fail_start: Some(broken), ..Default::default() });
+    let children = w.engine.fork("parent", ForkRequest { wait: true, ..forks("child", 3) }).await.unwrap();
+    let mut states: Vec<_> = children.iter().map(|c| c.record.state.name()).collect();
+    states.sort();
+    assert_eq!(states, ["error", "running", "running"]);
+    for child in children {
+        let failed = child.record.state == State::Error;
+        assert_eq!(child.record.last_error.is_some_and(|e| e.contains("no luck")), failed);
+    }
 }
 
 #[tokio::test]

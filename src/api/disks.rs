@@ -1,0 +1,304 @@
+//! The routes of disks and of the store itself. The daemon serves them beside those of sandboxes; the command line serves
+//! them to itself where no daemon holds the store.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::Router;
+use axum::body::Body;
+use axum::extract::{Request, State as AppState};
+use axum::http::{StatusCode, header};
+use axum::response::{IntoResponse, Response};
+use axum::routing::{get, post};
+use bytes::Bytes;
+use futures_util::{StreamExt, stream};
+use serde::{Deserialize, Serialize};
+use tokio::sync::mpsc;
+
+use super::server::{Answer, ApiError, JsonBody, ListAnswer, Params, Path, data, flag, list_of, own_layers};
+use super::stream::error_body;
+use crate::disks::frames::{self, Decoder, Part};
+use crate::disks::{Attachment, Difference, DiskView, Disks, Export, Frontend, Import};
+use crate::engine::error::{Error, Kind, Result};
+
+/// How long a body that nobody wants is taken in, so that the sender comes to read why.
+const DRAIN: Duration = Duration::from_secs(5);
+
+/// Asks for a disk.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[allow(missing_docs)]
+pub struct CreateDiskBody {
+    pub name: String,
+    pub size_bytes: u64,
+}
+
+/// Asks for a snapshot of a disk.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[allow(missing_docs)]
+pub struct SnapshotDiskBody {
+    pub name: String,
+}
+
+/// Asks for disks on the state of another.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[allow(missing_docs)]
+pub struct ForkDiskBody {
+    pub name: String,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub count: Option<u32>,
+}
+
+/// Asks for a disk to be shown.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[allow(missing_docs)]
+pub struct AttachDiskBody {
+    pub frontend: Frontend,
+}
+
+/// The routes, for the daemon to put among its own.
+pub fn routes<S>(disks: Arc<Disks>) -> Router<S> {
+    let disk = Router::new()
+        .route("/", get(show).delete(delete))
+        .route("/snapshots", get(snapshots).post(snapshot))
+        .route("/fork", post(fork))
+        .route("/export", get(export))
+        .route("/diff", get(diff))
+        .route("/attach", post(attach))
+        .route("/detach", post(detach));
+    Router::new()
+        .route("/disks", get(list).post(create))
+        .route("/disk-imports", post(import))
+        .nest("/disks/{id}", disk)
+        .route("/store/stats", get(stats))
+        .route("/store/usage", get(usage))
+        .route("/store/seal", post(seal))
+        .route("/store/gc", post(gc))
+        .route("/store/check", post(check))
+        .route("/store/scrub", post(scrub))
+        .with_state(disks)
+}
+
+/// All routes there are without sandboxes.
+pub fn router(disks: Arc<Disks>) -> Router {
+    own_layers(Router::new().nest("/api/v1", routes(disks)))
+}
+
+/// Runs a call where it may block.
+async fn blocking<T: Send + 'static>(call: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
+    let done = tokio::task::spawn_blocking(call).await;
+    done.unwrap_or_else(|e| Err(Error::new(Kind::Internal, format!("a call of the store did not end: {e}"))))
+}
+
+type Shared = AppState<Arc<Disks>>;
+
+async fn list(AppState(disks): Shared) -> ListAnswer<DiskView> {
+    list_of(blocking(move || disks.list()).await?)
+}
+
+async fn create(
+    AppState(disks): Shared,
+    JsonBody(body): JsonBody<CreateDiskBody>,
+) -> std::result::Result<Response, ApiError> {
+    let made = blocking(move || disks.create(&body.name, body.size_bytes)).await?;
+    Ok((StatusCode::CREATED, data::<DiskView>(made)?).into_response())
+}
+
+async fn show(AppState(disks): Shared, Path(id): Path<String>) -> Answer<DiskView> {
+    data(blocking(move || disks.show(&id)).await?)
+}
+
+async fn delete(AppState(disks): Shared, Path(id): Path<String>) -> Answer<DiskView> {
+    data(blocking(move || disks.delete(&id)).await?)
+}
+
+async fn snapshots(AppState(disks): Shared, Path(id): Path<String>) -> ListAnswer<DiskView> {
+    list_of(blocking(move || disks.snapshots(&id)).await?)
+}
+
+async fn snapshot(
+    AppState(disks): Shared,
+    Path(id): Path<String>,
+    JsonBody(body): JsonBody<SnapshotDiskBody>,
+) -> std::result::Result<Response, ApiError> {
+    let made = blocking(move || disks.snapshot(&id, &body.name)).await?;
+    Ok((StatusCode::CREATED, data::<DiskView>(made)?).into_response())
+}
+
+/// With a count the answer is a list, without a disk.
+async fn fork(
+    AppState(disks): Shared,
+    Path(id): Path<String>,
+    JsonBody(body): JsonBody<ForkDiskBody>,
+) -> std::result::Result<Response, ApiError> {
+    let mut made = blocking(move || disks.fork(&id, &body.name, body.count)).await?;
+    if body.count.is_some() {
+        return Ok((StatusCode::CREATED, list_of::<DiskView, _>(made)?).into_response());
+    }
+    let one = made.pop().ok_or_else(|| Error::new(Kind::Internal, "a fork made no disk"))?;
+    Ok((StatusCode::CREATED, data::<DiskView>(one)?).into_response())
+}
+
+async fn diff(AppState(disks): Shared, Path(id): Path<String>, Params(params): Params) -> Answer<Difference> {
+    let Some(with) = params.get("with").cloned() else {
+        return Err(Error::new(Kind::InvalidInput, "a difference is between two").hint("?with=ID").into());
+    };
+    data(blocking(move || disks.diff(&id, &with)).await?)
+}
+
+async fn attach(
+    AppState(disks): Shared,
+    Path(id): Path<String>,
+    JsonBody(body): JsonBody<AttachDiskBody>,
+) -> Answer<Attachment> {
+    data(blocking(move || disks.attach(&id, body.frontend)).await?)
+}
+
+async fn detach(AppState(disks): Shared, Path(id): Path<String>) -> Answer<Attachment> {
+    data(blocking(move || disks.detach(&id)).await?)
+}
+
+// ---- content
+
+/// `?name=&size_bytes=`, and as the body the disk's bytes as they are, or a sparse stream (see [`frames`]).
+async fn import(
+    AppState(disks): Shared,
+    Params(params): Params,
+    request: Request,
+) -> std::result::Result<Response, ApiError> {
+    let name = params.get("name").cloned().unwrap_or_default();
+    let size = params.get("size_bytes").and_then(|s| s.parse::<u64>().ok());
+    let Some(size) = size else {
+        return Err(Error::new(Kind::InvalidInput, "an import needs the size of the disk")
+            .hint("&size_bytes=N")
+            .into());
+    };
+    if flag(&params, "dry_run") {
+        blocking(move || disks.check_new(&name, size)).await?;
+        return Ok(data::<serde_json::Value>(serde_json::json!({ "size_bytes": size }))?.into_response());
+    }
+    let sparse = request.headers().get(header::CONTENT_TYPE).is_some_and(|kind| kind == frames::CONTENT_TYPE);
+    let (send, pieces) = mpsc::channel(8);
+    let writer = tokio::task::spawn_blocking(move || fill(disks, &name, size, sparse, pieces));
+    let mut content = request.into_body().into_data_stream();
+    let mut broken = None;
+    loop {
+        let piece = match content.next().await {
+            Some(Ok(piece)) => Some(piece),
+            Some(Err(error)) => {
+                broken = Some(ApiError::new(400, "body_broken", format!("the request's body broke off: {error}")));
+                break;
+            }
+            None => None,
+        };
+        let last = piece.is_none();
+        if send.send(piece).await.is_err() || last {
+            break;
+        }
+    }
+    // Without a last word the writer knows that there is no whole image, and leaves nothing.
+    drop(send);
+    let filled =
+        writer.await.unwrap_or_else(|e| Err(Error::new(Kind::Internal, format!("an import did not end: {e}"))));
+    match (broken, filled) {
+        (Some(error), _) => Err(error),
+        (None, Ok(view)) => Ok((StatusCode::CREATED, data::<DiskView>(view)?).into_response()),
+        (None, Err(error)) => {
+            tokio::spawn(tokio::time::timeout(DRAIN, async move { while let Some(Ok(_)) = content.next().await {} }));
+            Err(error.into())
+        }
+    }
+}
+
+/// Makes a disk of the pieces of a body; the last of them is none.
+fn fill(
+    disks: Arc<Disks>,
+    name: &str,
+    size: u64,
+    sparse: bool,
+    mut pieces: mpsc::Receiver<Option<Bytes>>,
+) -> Result<DiskView> {
+    let cut_off = |why: String| Error::new(Kind::InvalidInput, format!("the image was not all sent: {why}"));
+    let mut import = Import::begin(disks, name, size)?;
+    let mut decoder = Decoder::default();
+    let mut at = 0;
+    while let Some(piece) = pieces.blocking_recv() {
+        match piece {
+            Some(piece) if sparse => {
+                decoder.push(&piece);
+                while let Some(part) = decoder.next_part().map_err(cut_off)? {
+                    match part {
+                        Part::Size(told) if told != size => {
+                            return Err(cut_off(format!("{size} bytes were announced, and its head says {told}")));
+                        }
+                        Part::Size(_) | Part::End => {}
+                        Part::Data(offset, bytes) => import.write(offset, &bytes)?,
+                        Part::Error(why) => return Err(cut_off(String::from_utf8_lossy(&why).into_owned())),
+                    }
+                }
+            }
+            Some(piece) => {
+                import.write(at, &piece)?;
+                at += piece.len() as u64;
+            }
+            None if sparse && !decoder.ended() => return Err(cut_off("its end is missing".to_owned())),
+            None if !sparse && at != size => return Err(cut_off(format!("{at} bytes of {size} came"))),
+            None => return import.finish(),
+        }
+    }
+    Err(cut_off("the connection broke off".to_owned()))
+}
+
+/// A sparse stream (see [`frames`]) of what the disk holds now.
+async fn export(AppState(disks): Shared, Path(id): Path<String>) -> std::result::Result<Response, ApiError> {
+    let export = blocking(move || Export::begin(disks, &id)).await?;
+    let size = export.size_bytes();
+    let head = stream::once(async move { Ok::<_, std::convert::Infallible>(frames::begin(size)) });
+    let body = stream::unfold(Some(export), move |export| async move {
+        let mut export = export?;
+        let read = tokio::task::spawn_blocking(move || {
+            let piece = export.next_piece();
+            // Dropping it ends in a call of the store, too.
+            match piece {
+                Ok(Some((offset, bytes))) => (frames::data(offset, &bytes), Some(export)),
+                Ok(None) => (frames::end(size), None),
+                Err(error) => {
+                    tracing::error!(%error, "an export broke off");
+                    let status = error.kind().status();
+                    let why = serde_json::json!({ "status": status, "error": error_body(&error) });
+                    (frames::error(why.to_string().as_bytes()), None)
+                }
+            }
+        });
+        let (piece, rest) = read.await.ok()?;
+        Some((Ok(piece), rest))
+    });
+    Ok(([(header::CONTENT_TYPE, frames::CONTENT_TYPE)], Body::from_stream(head.chain(body))).into_response())
+}
+
+// ---- the store
+
+async fn stats(AppState(disks): Shared) -> Answer<storage::Stats> {
+    data(blocking(move || Ok(disks.store().stats()?)).await?)
+}
+
+async fn usage(AppState(disks): Shared) -> ListAnswer<DiskView> {
+    list_of(blocking(move || disks.usage()).await?)
+}
+
+async fn seal(AppState(disks): Shared) -> Answer<storage::SealReport> {
+    data(blocking(move || Ok(disks.store().seal()?)).await?)
+}
+
+async fn gc(AppState(disks): Shared, Params(params): Params) -> Answer<storage::GcReport> {
+    let dry_run = flag(&params, "dry_run");
+    data(blocking(move || Ok(disks.store().gc(dry_run)?)).await?)
+}
+
+async fn check(AppState(disks): Shared) -> Answer<storage::CheckReport> {
+    data(blocking(move || Ok(disks.store().check()?)).await?)
+}
+
+async fn scrub(AppState(disks): Shared, Params(params): Params) -> Answer<storage::CheckReport> {
+    let heal = flag(&params, "heal");
+    data(blocking(move || Ok(disks.store().scrub(heal)?)).await?)
+}

@@ -1,0 +1,202 @@
+//! Without a daemon: what a disk can do, and who may have the store.
+
+use std::os::unix::fs::PermissionsExt;
+
+use crate::support::{Daemon, miosa, run};
+use crate::words::{Place, noise, text};
+
+#[test]
+fn a_disk_has_the_promised_fields() {
+    for place in Place::both() {
+        let made = place.ok(&["disk", "create", "one", "--size", "1gb"]);
+        assert_eq!(
+            (&made["name"], &made["size_bytes"], &made["parent"]),
+            (&"one".into(), &(1 << 30).into(), &().into())
+        );
+        let shown = place.ok(&["disk", "show", "one"]);
+        for field in ["id", "name", "size_bytes", "logical_bytes", "referenced_bytes", "exclusive_bytes", "parent"] {
+            assert!(shown.get(field).is_some(), "{field} is missing: {shown}");
+        }
+        let stats = place.ok(&["store", "stats"]);
+        for field in [
+            "disks",
+            "snapshots",
+            "logical_bytes",
+            "unique_bytes",
+            "pack_bytes",
+            "map_bytes",
+            "index_bytes",
+            "log_bytes",
+            "stored_bytes",
+            "dedup_ratio",
+            "compression_ratio",
+        ] {
+            assert!(stats.get(field).is_some(), "{field} is missing: {stats}");
+        }
+        let people = place.run(&["disk", "list"]);
+        assert!(people.out.contains("one") && people.out.contains("1.0 GiB"), "{people:?}");
+        assert_eq!(place.run(&["disk", "list", "--quiet"]).out.trim(), made["id"].as_str().unwrap());
+    }
+}
+
+#[test]
+fn forks_and_snapshots_are_found_by_id_and_name() {
+    for place in Place::both() {
+        let image = noise(10, 1 << 20);
+        let id = place.import("golden", &image)["id"].clone();
+        let snapshot = place.ok(&["disk", "snapshot", "golden", "--name", "clean"]);
+        assert_eq!((&snapshot["parent"], &snapshot["kind"]), (&id, &"snapshot".into()));
+        assert_eq!(place.ok(&["disk", "snapshots", "golden"])[0]["name"], "clean");
+        let child = place.ok(&["disk", "fork", "clean", "--name", "child"]);
+        assert_eq!(child["parent"], snapshot["id"]);
+        assert!(place.export("child") == image && place.export("clean") == image);
+        let many = place.ok(&["disk", "fork", "golden", "--name", "w", "--count", "100"]);
+        assert_eq!(many.as_array().unwrap().len(), 100);
+        assert_eq!((&many[99]["name"], &many[99]["parent"]), (&"w-100".into(), &id));
+        assert!(place.export("w-57") == image);
+        // All or none.
+        place.ok(&["disk", "delete", "w-1"]);
+        place.refused(&["disk", "fork", "golden", "--name", "w", "--count", "100"], 1, "name_taken");
+        assert_eq!(place.names().len(), 101);
+        place.refused(&["disk", "fork", "golden", "--name", "none", "--count", "0"], 1, "invalid_input");
+        // One name of two things is nobody's.
+        place.ok(&["disk", "snapshot", "child", "--name", "clean"]);
+        place.refused(&["disk", "show", "clean"], 1, "disk_ambiguous");
+        place.refused(&["disk", "snapshot", "golden", "--name", "clean"], 1, "name_taken");
+        place.refused(&["disk", "create", "golden", "--size", "1mb"], 1, "name_taken");
+        for (args, code) in [
+            (&["disk", "show", "nobody"][..], "disk_not_found"),
+            (&["disk", "show", "disk-999999"], "disk_not_found"),
+            (&["disk", "delete", "nobody"], "disk_not_found"),
+            (&["disk", "diff", "golden", "nobody"], "disk_not_found"),
+            (&["disk", "detach", "golden"], "disk_not_attached"),
+            (&["disk", "snapshots", snapshot["id"].as_str().unwrap()], "invalid_input"),
+            (&["disk", "create", "x", "--size", "0"], "usage"),
+            (&["disk", "create", "snap-1", "--size", "1mb"], "invalid_input"),
+            (&["disk", "create", "x"], "usage"),
+        ] {
+            place.refused(args, 1, code);
+        }
+    }
+}
+
+#[test]
+fn a_difference_is_exact() {
+    for place in Place::both() {
+        let mut image = noise(20, 4 << 20);
+        place.import("a", &image);
+        for offset in [4_096, 8_192, 1 << 20] {
+            image[offset + 5] ^= 1;
+        }
+        image[3 << 20..(3 << 20) + 8_192].fill(0);
+        place.import("b", &image);
+        let expected = serde_json::json!([
+            { "offset": 4_096, "bytes": 8_192 },
+            { "offset": 1 << 20, "bytes": 4_096 },
+            { "offset": 3 << 20, "bytes": 8_192 },
+        ]);
+        for _ in 0..2 {
+            let difference = place.ok(&["disk", "diff", "a", "b"]);
+            assert_eq!((&difference["ranges"], &difference["changed_bytes"]), (&expected, &20_480.into()));
+            place.ok(&["store", "seal"]);
+        }
+        place.ok(&["disk", "fork", "a", "--name", "c"]);
+        assert_eq!(place.ok(&["disk", "diff", "a", "c"])["changed_bytes"], 0);
+        assert!(place.run(&["disk", "diff", "a", "c"]).out.contains("do not differ"));
+    }
+}
+
+#[test]
+fn deleting_and_collecting_gives_the_bytes_back() {
+    for place in Place::both() {
+        place.import("kept", &noise(30, 8 << 20));
+        place.import("gone", &noise(31, 32 << 20));
+        place.ok(&["store", "seal"]);
+        let exclusive = place.ok(&["disk", "show", "gone"])["exclusive_bytes"].as_u64().unwrap();
+        assert!(exclusive > 32 << 20, "{exclusive}");
+        let usage = place.ok(&["store", "usage"]);
+        assert!(usage.as_array().unwrap().iter().any(|u| u["name"] == "gone" && u["exclusive_bytes"] == exclusive));
+        let before = place.ok(&["store", "stats"]);
+        place.ok(&["disk", "delete", "gone"]);
+        place.ok(&["store", "seal"]);
+        let dry = place.ok(&["store", "gc", "--dry-run"]);
+        assert_eq!(dry["dry_run"], true);
+        place.ok(&["store", "gc"]);
+        let after = place.ok(&["store", "stats"]);
+        let packs = |s: &serde_json::Value| s["pack_bytes"].as_u64().unwrap() + s["map_bytes"].as_u64().unwrap();
+        let freed = packs(&before) - packs(&after);
+        assert!(freed as f64 >= exclusive as f64 * 0.95, "{freed} of {exclusive}");
+        assert!(place.export("kept") == noise(30, 8 << 20));
+        place.ok(&["store", "check"]);
+    }
+}
+
+#[test]
+fn damage_is_found_and_told_with_the_exit_code() {
+    let place = Place::Alone(tempfile::tempdir().unwrap());
+    place.import("disk", &noise(40, 8 << 20));
+    place.ok(&["store", "seal"]);
+    assert!(place.ok(&["store", "check"])["damage"].as_array().unwrap().is_empty());
+    let packs = std::fs::read_dir(place.dir().join("store/packs")).unwrap().map(|e| e.unwrap().path());
+    let largest = packs.max_by_key(|p| std::fs::metadata(p).unwrap().len()).unwrap();
+    let mut bytes = std::fs::read(&largest).unwrap();
+    let middle = bytes.len() / 2;
+    bytes[middle] ^= 0x40;
+    std::fs::write(&largest, bytes).unwrap();
+    for command in [&["--json", "store", "check"][..], &["--json", "store", "scrub"]] {
+        let ran = place.run(command);
+        assert_eq!(ran.code, 4, "{ran:?}");
+        assert!(!ran.document()["damage"].as_array().unwrap().is_empty());
+        assert!(ran.err.contains("storage_damaged"), "{ran:?}");
+    }
+    // What is damaged is not exported, and says so; the file is not there half.
+    let out = place.file("out");
+    place.refused(&["disk", "export", "disk", text(&out)], 4, "storage_damaged");
+    assert!(!out.exists());
+}
+
+#[test]
+fn a_catalogue_is_made_again() {
+    let place = Place::Alone(tempfile::tempdir().unwrap());
+    place.import("disk", &noise(41, 4 << 20));
+    place.ok(&["store", "seal"]);
+    let catalogue = place.dir().join("store/catalogue");
+    for entry in std::fs::read_dir(&catalogue).unwrap() {
+        std::fs::remove_file(entry.unwrap().path()).unwrap();
+    }
+    let report = place.ok(&["store", "repair"]);
+    assert_eq!(report["disks"], 1, "{report}");
+    assert!(place.export("disk") == noise(41, 4 << 20));
+    let d = Daemon::start();
+    assert_eq!(run(miosa(d.dir.path(), &["store", "repair", "--json"]), b"").error(1)["code"], "store_in_use");
+}
+
+#[test]
+fn a_store_that_is_not_there_is_not_made_by_looking() {
+    let place = Place::Alone(tempfile::tempdir().unwrap());
+    for args in
+        [&["disk", "list"][..], &["store", "stats"], &["store", "gc"], &["disk", "show", "x"], &["store", "repair"]]
+    {
+        place.refused(args, 1, "no_store");
+    }
+    assert_eq!(std::fs::read_dir(place.dir()).unwrap().count(), 0);
+    // And what is wrong with an image is found before one is made.
+    place.refused(&["disk", "import", "/no/such", "--name", "x"], 1, "local_file");
+    assert_eq!(std::fs::read_dir(place.dir()).unwrap().count(), 0);
+    place.ok(&["disk", "create", "x", "--size", "1mb"]);
+    let mode = std::fs::metadata(place.dir().join("store")).unwrap().permissions().mode() & 0o777;
+    assert_eq!(mode, 0o700);
+}
+
+#[test]
+fn two_commands_on_one_directory_take_turns() {
+    let place = Place::Alone(tempfile::tempdir().unwrap());
+    place.ok(&["disk", "create", "golden", "--size", "1mb"]);
+    std::thread::scope(|scope| {
+        for i in 0..6 {
+            let place = &place;
+            scope.spawn(move || place.ok(&["disk", "fork", "golden", "--name", &format!("child-{i}")]));
+        }
+    });
+    assert_eq!(place.names().len(), 7);
+}
