@@ -3,7 +3,7 @@
 //! [`Disks`] serves the daemon's API beside the engine, and the same API within the command line where no daemon runs.
 //! What belongs to a sandbox, a snapshot of one or a template is shown and can be read and forked; only the engine
 //! changes or deletes it. Disks and states that an operation needs for its own time carry a record of the kind
-//! [`TEMPORARY`]; those that a crash leaves go when the store is opened next.
+//! `temporary`; those that a crash leaves go when the store is opened next.
 //!
 //! All calls block.
 

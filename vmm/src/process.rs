@@ -237,6 +237,12 @@ mod tests {
         let run_dir = root.path().join("m1");
         let mut child = Command::new("sleep").arg("1000").env(RUN_DIR_VARIABLE, &run_dir).spawn().unwrap();
         let pid = child.id() as i32;
+        // The kernel lets the parent of a new process go on before the process has its environment.
+        let deadline = std::time::Instant::now() + std::time::Duration::from_secs(30);
+        while fs::read(format!("/proc/{pid}/environ")).unwrap().is_empty() {
+            assert!(std::time::Instant::now() < deadline, "the process never had an environment");
+            std::thread::yield_now();
+        }
         assert_eq!(reap_orphans(&root.path().join("other")).unwrap(), []);
         assert_eq!(reap_orphans(root.path()).unwrap(), [Reaped { run_dir, pid, killed: true }]);
         assert!(!child.wait().unwrap().success());
