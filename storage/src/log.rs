@@ -421,6 +421,8 @@ impl Log {
             // Writing it again makes the sync mean something. Segments before the last were durable when it was begun.
             let cannot = |e| Error::io("cannot make the recovered log durable", e);
             segment.file.write_at(&data[..valid], 0).map_err(cannot)?;
+            // Records from now on go to a new segment: what is reserved in this one would only take space.
+            segment.file.truncate(valid as u64).map_err(cannot)?;
             segment.file.sync().map_err(cannot)?;
         }
         for number in &unneeded {

@@ -40,6 +40,9 @@ pub trait File: Send + Sync {
     /// file; the new bytes read as zero.
     fn allocate(&self, offset: u64, len: u64) -> io::Result<()>;
 
+    /// Cuts the file off at `len` bytes, giving back what was reserved behind.
+    fn truncate(&self, len: u64) -> io::Result<()>;
+
     /// Length in bytes.
     fn file_bytes(&self) -> io::Result<u64>;
 }

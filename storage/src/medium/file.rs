@@ -217,6 +217,10 @@ impl File for HostFile {
         }
     }
 
+    fn truncate(&self, len: u64) -> io::Result<()> {
+        self.file.set_len(len)
+    }
+
     fn file_bytes(&self) -> io::Result<u64> {
         Ok(self.file.metadata()?.len())
     }

@@ -20,7 +20,7 @@ pub enum Event {
     Write,
     /// `sync`
     Sync,
-    /// `allocate`
+    /// `allocate` or `truncate`
     Allocate,
     /// `open` with `Create`
     Create,
@@ -239,6 +239,12 @@ impl File for Handle {
         if file.data.len() < end {
             file.data.resize(end, 0);
         }
+        Ok(())
+    }
+
+    fn truncate(&self, len: u64) -> io::Result<()> {
+        self.state.lock().event(Event::Allocate)?;
+        self.file.lock().data.truncate(len as usize);
         Ok(())
     }
 
