@@ -9,6 +9,7 @@ use crate::format::{Codec, FrameHeader, GroupEntry, GroupKind, Node, PackContent
 use crate::map::NodeSource;
 use crate::medium::{File, Medium, Mode};
 use crate::pack::{self, Digest, GroupPlace, PackFacts};
+use crate::rows;
 use quick_cache::Weighter;
 use quick_cache::sync::Cache;
 use std::sync::Arc;
@@ -162,6 +163,16 @@ impl Blocks {
     /// Decodes a row of the group table.
     pub fn parse_place(&self, id: GroupId, row: &[u8]) -> Result<GroupPlace> {
         postcard::from_bytes(row).map_err(|e| Error::damaged(format!("the place of group {}: {e}", id.0)))
+    }
+
+    /// All packs and what the catalogue knows of them, by number.
+    pub fn packs(&self) -> Result<Vec<(PackId, PackFacts)>> {
+        let mut packs = Vec::new();
+        self.catalogue.scan(Table::Packs, &mut |key, row| {
+            packs.push((PackId(rows::parse_id(key)?), rows::decode("a pack", row)?));
+            Ok(())
+        })?;
+        Ok(packs)
     }
 
     /// What the catalogue knows of a pack.

@@ -9,7 +9,7 @@ use crate::format::GroupEntry;
 use crate::inner::Inner;
 use crate::map;
 use crate::pack::{self, Digest, GroupPlace, PackFacts, PackWriter};
-use crate::rows::{self, encode, parse_id};
+use crate::rows::parse_id;
 use crate::seal;
 use serde::Serialize;
 use std::collections::{BTreeMap, HashMap, HashSet};
@@ -78,11 +78,7 @@ fn read_packs(inner: &Inner, report: &mut CheckReport) -> Result<Found> {
     // The two tables have to be of one moment.
     let no_sealing = inner.sealer.running.lock();
     let mut packs: BTreeMap<PackId, (PackFacts, Vec<(GroupId, GroupPlace)>)> = BTreeMap::new();
-    inner.catalogue.scan(Table::Packs, &mut |key, row| {
-        let facts = rows::decode("a pack", row)?;
-        packs.insert(PackId(parse_id(key)?), (facts, Vec::new()));
-        Ok(())
-    })?;
+    packs.extend(inner.blocks.packs()?.into_iter().map(|(pack, facts)| (pack, (facts, Vec::new()))));
     inner.catalogue.scan(Table::Groups, &mut |key, row| {
         let group = GroupId(parse_id(key)?);
         let place = inner.blocks.parse_place(group, row)?;
@@ -186,10 +182,7 @@ fn heal_all(inner: &Inner, found: &mut Found, report: &mut CheckReport) -> Resul
         batch.delete(Table::Packs, pack.0.to_be_bytes());
     }
     for new in writer.finish(&[])? {
-        batch.put(Table::Packs, new.pack.0.to_be_bytes(), encode(&new.facts)?);
-        for (group, place) in &new.groups {
-            batch.put(Table::Groups, group.0.to_be_bytes(), encode(place)?);
-        }
+        new.add_to(&mut batch)?;
     }
     inner.catalogue.commit(batch)?;
     inner.index.clear();
@@ -213,13 +206,7 @@ fn find_copies(inner: &Inner, found: &Found) -> Result<HashMap<Digest, Vec<u8>>>
     let wanted: HashSet<Digest> =
         found.groups.values().filter_map(|bad| bad.digests.as_ref()).flatten().copied().collect();
     let mut copies = HashMap::new();
-    let mut packs = Vec::new();
-    inner.catalogue.scan(Table::Packs, &mut |key, row| {
-        let facts: PackFacts = rows::decode("a pack", row)?;
-        packs.push((PackId(parse_id(key)?), facts));
-        Ok(())
-    })?;
-    for (pack, facts) in packs.into_iter().filter(|(pack, _)| !found.packs.contains_key(pack)) {
+    for (pack, facts) in inner.blocks.packs()?.into_iter().filter(|(pack, _)| !found.packs.contains_key(pack)) {
         let (contents, digests) = inner.blocks.contents(inner.uuid, pack, &facts)?;
         let blocks = contents.frames.iter().flat_map(|f| &f.groups).flat_map(|e| e.slots().map(|s| (e.group, s)));
         for ((group, slot), digest) in blocks.zip(digests) {

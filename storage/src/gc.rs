@@ -19,8 +19,8 @@ use crate::format::{GroupEntry, NodeRef};
 use crate::index;
 use crate::inner::Inner;
 use crate::live::{Live, mark};
-use crate::pack::{self, Digest, Finished, GroupPlace, PackFacts, PackWriter};
-use crate::rows::{self, encode, parse_id};
+use crate::pack::{self, Digest, GroupPlace, PackFacts, PackWriter};
+use crate::rows::parse_id;
 use crate::seal;
 use roaring::RoaringTreemap;
 use serde::Serialize;
@@ -121,13 +121,8 @@ pub(crate) fn collect(inner: &Inner, dry_run: bool) -> Result<GcReport> {
 }
 
 fn plan(inner: &Inner, live: &Live, dry_run: bool) -> Result<(GcReport, Vec<Candidate>)> {
-    let mut packs = BTreeMap::new();
-    inner.catalogue.scan(Table::Packs, &mut |key, row| {
-        let facts: PackFacts = rows::decode("a pack", row)?;
-        let pack = PackId(parse_id(key)?);
-        packs.insert(pack, Candidate { pack, facts, live: 0, dead: 0, live_bytes: 0 });
-        Ok(())
-    })?;
+    let candidate = |(pack, facts)| (pack, Candidate { pack, facts, live: 0, dead: 0, live_bytes: 0 });
+    let mut packs: BTreeMap<PackId, Candidate> = inner.blocks.packs()?.into_iter().map(candidate).collect();
     // A pack of a later sealing may be in the table already: its groups are all kept.
     inner.catalogue.scan(Table::Groups, &mut |key, row| {
         let group = GroupId(parse_id(key)?);
@@ -203,12 +198,7 @@ fn move_packs(inner: &Inner, live: &Live, packs: &[Candidate], report: &mut GcRe
         batch.delete(Table::Packs, candidate.pack.0.to_be_bytes());
     }
     let new = writer.finish(&[])?;
-    for Finished { pack, facts, groups, .. } in &new {
-        batch.put(Table::Packs, pack.0.to_be_bytes(), encode(facts)?);
-        for (group, place) in groups {
-            batch.put(Table::Groups, group.0.to_be_bytes(), encode(place)?);
-        }
-    }
+    new.iter().try_for_each(|finished| finished.add_to(&mut batch))?;
     inner.catalogue.commit(batch)?;
     let freed: u64 = packs.iter().map(|p| p.facts.bytes).sum();
     let written: u64 = new.iter().map(|p| p.facts.bytes).sum();

@@ -410,7 +410,10 @@ impl Log {
             last = Some(segment);
         }
         if let Some(segment) = &last {
-            read_all(segment.number, &*segment.file, &mut data)?;
+            if !unneeded.is_empty() {
+                // The buffer may hold one of those.
+                read_all(segment.number, &*segment.file, &mut data)?;
+            }
             let valid = (end.0 - segment.base.0) as usize;
             if let Some(testimony) = latest_durable(&store, &data, valid)
                 && testimony > end

@@ -4,11 +4,13 @@
 //! synced and its name is durable; a pack without a footer is the remainder of a crash.
 
 use crate::block::{BLOCK_SIZE, BlockId, GROUP_BLOCKS, GroupId, PackId};
+use crate::catalogue::{Batch, Table};
 use crate::error::{Error, Result};
 use crate::format::{
     Codec, FrameEntry, FrameHeader, GroupEntry, GroupKind, PackContents, PackFooter, PackHeader, StoreUuid,
 };
 use crate::medium::{File, Medium, Mode};
+use crate::rows::encode;
 use serde::{Deserialize, Serialize};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -64,6 +66,17 @@ pub(crate) struct Finished {
     pub groups: Vec<(GroupId, GroupPlace)>,
     /// Digest and address of each data block.
     pub data: Vec<(Digest, BlockId)>,
+}
+
+impl Finished {
+    /// Adds the rows of the pack and its groups to a batch.
+    pub fn add_to(&self, batch: &mut Batch) -> Result<()> {
+        batch.put(Table::Packs, self.pack.0.to_be_bytes(), encode(&self.facts)?);
+        for (group, place) in &self.groups {
+            batch.put(Table::Groups, group.0.to_be_bytes(), encode(place)?);
+        }
+        Ok(())
+    }
 }
 
 /// Where the next ids come from; shared by everything that writes packs.

@@ -174,10 +174,7 @@ fn execute(inner: &Inner, plan: &Plan) -> Result<SealReport> {
     let mut batch = Batch::default();
     for pack in &packs {
         report.pack_bytes += pack.facts.bytes;
-        batch.put(Table::Packs, pack.pack.0.to_be_bytes(), encode(&pack.facts)?);
-        for (group, place) in &pack.groups {
-            batch.put(Table::Groups, group.0.to_be_bytes(), encode(place)?);
-        }
+        pack.add_to(&mut batch)?;
         for (digest, id) in pack.data.iter().filter(|(digest, _)| index::sampled(digest)) {
             batch.put(Table::Index, index::key(digest), id.0.to_be_bytes());
         }

@@ -2,14 +2,12 @@
 
 use crate::block::{BLOCK_BYTES, BlockId, GroupId, Source};
 use crate::blocks::Blocks;
-use crate::catalogue::Table;
 use crate::disk::Device;
 use crate::error::{Error, Result};
 use crate::format::NodeRef;
 use crate::inner::Inner;
 use crate::live::mark;
-use crate::pack::{Digest, PackFacts};
-use crate::rows;
+use crate::pack::Digest;
 use crate::state::State;
 use roaring::RoaringTreemap;
 use serde::Serialize;
@@ -131,13 +129,11 @@ pub(crate) fn stats(inner: &Inner) -> Result<Stats> {
         stats.logical_bytes += logical_blocks(inner, device)? * BLOCK_BYTES;
     }
     let (mut data_blocks, mut packs) = (0, 0);
-    inner.catalogue.scan(Table::Packs, &mut |_, row| {
-        let facts: PackFacts = rows::decode("a pack", row)?;
+    for (_, facts) in inner.blocks.packs()? {
         stats.map_bytes += facts.node_bytes;
         data_blocks += facts.data_blocks;
         packs += facts.bytes;
-        Ok(())
-    })?;
+    }
     let allocated = |dir| inner.medium.allocated_bytes(dir).map_err(|e| Error::io("cannot measure the store", e));
     stats.unique_bytes = data_blocks * BLOCK_BYTES;
     stats.pack_bytes = packs - stats.map_bytes;
