@@ -1,0 +1,101 @@
+//! What an answer is: an envelope, a list's page, or an error with the request's id.
+
+use std::sync::Arc;
+
+use axum::Json;
+use axum::body::Body;
+use axum::extract::Request;
+use axum::http::{HeaderValue, StatusCode, header};
+use axum::middleware::Next;
+use axum::response::{IntoResponse, Response};
+
+use crate::api::stream::error_body;
+use crate::api::types::{Envelope, ErrorBody, ErrorEnvelope, ListEnvelope, Page};
+use crate::engine::error::Error;
+use crate::engine::records::new_id;
+
+pub(crate) type Answer<T> = Result<Json<Envelope<T>>, ApiError>;
+pub(crate) type ListAnswer<T> = Result<Json<ListEnvelope<T>>, ApiError>;
+
+pub(crate) fn data<T>(data: impl Into<T>) -> Answer<T> {
+    Ok(Json(Envelope { data: data.into() }))
+}
+
+pub(crate) fn list_of<T, R: Into<T>>(items: Vec<R>) -> ListAnswer<T> {
+    let data: Vec<T> = items.into_iter().map(Into::into).collect();
+    let page = Page { count: data.len(), total: data.len(), has_more: false };
+    Ok(Json(ListEnvelope { data, page }))
+}
+
+pub(super) fn event_stream(body: Body) -> Response {
+    let headers = [
+        (header::CONTENT_TYPE, HeaderValue::from_static("text/event-stream")),
+        (header::CACHE_CONTROL, HeaderValue::from_static("no-cache")),
+    ];
+    (headers, body).into_response()
+}
+
+pub(super) async fn no_route(request: Request) -> ApiError {
+    let message = format!("there is no {} {}", request.method(), request.uri().path());
+    ApiError::new(404, "route_not_found", message)
+        .hint("this daemon serves /api/v1/sandboxes, snapshots, sandbox-templates, disks and store")
+}
+
+pub(super) async fn no_method(request: Request) -> ApiError {
+    ApiError::new(405, "method_not_allowed", format!("{} does not take {}", request.uri().path(), request.method()))
+}
+
+/// A failed answer.
+#[derive(Debug)]
+pub struct ApiError {
+    status: u16,
+    body: Box<ErrorBody>,
+}
+
+impl ApiError {
+    pub(crate) fn new(status: u16, code: &str, message: impl Into<String>) -> Self {
+        let body = ErrorBody { code: code.to_owned(), message: message.into(), ..ErrorBody::default() };
+        Self { status, body: Box::new(body) }
+    }
+
+    pub(super) fn hint(mut self, hint: &str) -> Self {
+        self.body.hint = Some(hint.to_owned());
+        self
+    }
+}
+
+impl From<Error> for ApiError {
+    fn from(error: Error) -> Self {
+        Self { status: error.kind().status(), body: Box::new(error_body(&error)) }
+    }
+}
+
+impl IntoResponse for ApiError {
+    fn into_response(self) -> Response {
+        let status = StatusCode::from_u16(self.status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
+        let mut response = status.into_response();
+        response.extensions_mut().insert(Arc::new(*self.body));
+        response
+    }
+}
+
+/// Gives every request an id, and every failure its body.
+pub(super) async fn request_id(request: Request, next: Next) -> Response {
+    let id = new_id("req");
+    let what = format!("{} {}", request.method(), request.uri().path());
+    let mut response = next.run(request).await;
+    let status = response.status();
+    if let Some(error) = response.extensions_mut().remove::<Arc<ErrorBody>>() {
+        if status.is_server_error() {
+            tracing::error!(request = %id, %what, status = status.as_u16(), code = %error.code, message = %error.message, "failed");
+        } else {
+            tracing::debug!(request = %id, %what, status = status.as_u16(), code = %error.code, message = %error.message, "refused");
+        }
+        let error = ErrorBody { request_id: id.clone(), ..(*error).clone() };
+        response = (status, Json(ErrorEnvelope { error })).into_response();
+    }
+    if let Ok(value) = HeaderValue::from_str(&id) {
+        response.headers_mut().insert("x-request-id", value);
+    }
+    response
+}

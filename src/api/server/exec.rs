@@ -1,0 +1,189 @@
+//! Commands in a sandbox, with their output in one answer or as a stream of events.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::Router;
+use axum::body::Body;
+use axum::extract::{Request, State as AppState};
+use axum::response::Response;
+use axum::routing::post;
+use futures_util::{StreamExt, stream};
+use parking_lot::Mutex;
+use vmm::agent::Stdin;
+
+use super::Api;
+use super::answer::{Answer, ApiError, data, event_stream};
+use super::request::{JsonBody, Path, refuse_unsupported};
+use crate::api::stream::{Encoding, ExecEvents};
+use crate::api::types::{Command, ExecBody, ExecResult, StdinBody, exit_code};
+use crate::engine::error::{Error, Kind};
+use crate::engine::records::new_id;
+use crate::engine::{ExecEvent, ExecSpec, RunningExec};
+
+/// Most of each output of a command that one answer holds.
+const MAX_OUTPUT: usize = 16 << 20;
+
+/// Standard inputs of running commands that wait for their content.
+pub(super) type Stdins = Arc<Mutex<HashMap<String, Stdin>>>;
+
+pub(super) fn routes() -> Router<Api> {
+    Router::new()
+        .route("/sandboxes/{id}/exec", post(exec))
+        .route("/sandboxes/{id}/exec/stream", post(exec_stream))
+        .route("/sandboxes/{id}/exec/{exec}/stdin", post(exec_stdin))
+}
+
+async fn exec(
+    AppState(api): AppState<Api>,
+    Path(id): Path<String>,
+    JsonBody(body): JsonBody<ExecBody>,
+) -> Answer<ExecResult> {
+    if matches!(body.stdin, Some(StdinBody::Stream(true))) {
+        return Err(Error::new(Kind::InvalidInput, "a standard input can be sent to a streamed command only")
+            .hint("POST …/exec/stream, or give its content as a string")
+            .into());
+    }
+    let mut exec = start_exec(&api, &id, &body).await?;
+    feed(&mut exec, &body);
+    let (mut out, mut err) = (Vec::new(), Vec::new());
+    let mut truncated = false;
+    let mut keep = |kept: &mut Vec<u8>, bytes: &[u8]| {
+        let room = MAX_OUTPUT - kept.len();
+        truncated |= bytes.len() > room;
+        kept.extend_from_slice(&bytes[..bytes.len().min(room)]);
+    };
+    loop {
+        match exec.next_event().await? {
+            Some(ExecEvent::Stdout(bytes)) => keep(&mut out, &bytes),
+            Some(ExecEvent::Stderr(bytes)) => keep(&mut err, &bytes),
+            Some(ExecEvent::Exit { code, signal, timed_out }) => {
+                return data(ExecResult {
+                    stdout: text(out),
+                    stderr: text(err),
+                    exit_code: exit_code(code, signal, timed_out),
+                    signal,
+                    timed_out,
+                    truncated,
+                    duration_ms: exec.age().as_millis() as u64,
+                });
+            }
+            None => return Err(Error::new(Kind::SessionEnded, "the command's end was not seen").into()),
+        }
+    }
+}
+
+async fn exec_stream(
+    AppState(api): AppState<Api>,
+    Path(id): Path<String>,
+    JsonBody(body): JsonBody<ExecBody>,
+) -> Result<Response, ApiError> {
+    let encoding = match body.encoding.as_deref() {
+        None | Some("lines") => Encoding::Lines,
+        Some("base64") => Encoding::Base64,
+        Some(other) => {
+            return Err(Error::new(Kind::InvalidInput, format!("there is no encoding {other:?}"))
+                .hint("lines, base64")
+                .into());
+        }
+    };
+    let mut exec = start_exec(&api, &id, &body).await?;
+    feed(&mut exec, &body);
+    let waiting = match (&body.stdin, exec.take_stdin()) {
+        (Some(StdinBody::Stream(true)), Some(stdin)) => {
+            let id = new_id("exec");
+            api.stdins.lock().insert(id.clone(), stdin);
+            Some(id)
+        }
+        _ => None,
+    };
+    let mut events = ExecEvents::new(exec, encoding);
+    if let Some(id) = waiting {
+        events._cleanup = Some(Box::new(WaitingStdin { id: id.clone(), stdins: api.stdins.clone() }));
+        events.exec_id = Some(id);
+    }
+    let body = stream::unfold(events, |mut events| async move {
+        let piece = events.next().await?;
+        Some((Ok::<_, std::convert::Infallible>(piece), events))
+    });
+    Ok(event_stream(Body::from_stream(body)))
+}
+
+/// A standard input that nobody came for goes with its command.
+struct WaitingStdin {
+    id: String,
+    stdins: Stdins,
+}
+
+impl Drop for WaitingStdin {
+    fn drop(&mut self) {
+        self.stdins.lock().remove(&self.id);
+    }
+}
+
+async fn exec_stdin(
+    AppState(api): AppState<Api>,
+    Path((_, exec)): Path<(String, String)>,
+    request: Request,
+) -> Answer<serde_json::Value> {
+    let Some(mut stdin) = api.stdins.lock().remove(&exec) else {
+        return Err(ApiError::new(
+            404,
+            "exec_not_found",
+            "no running command waits for a standard input under this id",
+        ));
+    };
+    let mut content = request.into_body().into_data_stream();
+    let mut taken = 0;
+    while let Some(piece) = content.next().await {
+        let piece =
+            piece.map_err(|e| ApiError::new(400, "body_broken", format!("the request's body broke off: {e}")))?;
+        if stdin.write(&piece).await.is_err() {
+            // The command has ended or closed its input, as `head` does. That is no error of the caller's.
+            break;
+        }
+        taken += piece.len() as u64;
+    }
+    stdin.close();
+    data(serde_json::json!({ "size_bytes": taken }))
+}
+
+async fn start_exec(api: &Api, id: &str, body: &ExecBody) -> Result<RunningExec, ApiError> {
+    refuse_unsupported("exec", &body.other)?;
+    let argv = match &body.command {
+        Command::Argv(argv) => argv.clone(),
+        Command::Line(line) => vec!["sh".to_owned(), "-lc".to_owned(), line.clone()],
+    };
+    let timeout = match body.timeout {
+        None => None,
+        Some(seconds) if seconds > 0.0 && seconds < 1e9 => Some(Duration::from_secs_f64(seconds)),
+        Some(seconds) => return Err(Error::new(Kind::InvalidInput, format!("a timeout of {seconds} s")).into()),
+    };
+    let spec = ExecSpec {
+        argv,
+        env: body.env.clone().unwrap_or_default(),
+        cwd: body.cwd.clone(),
+        user: body.user.clone(),
+        timeout,
+        stdin: matches!(body.stdin, Some(StdinBody::Stream(true) | StdinBody::Text(_))),
+    };
+    Ok(api.engine.exec(id, spec).await?)
+}
+
+/// Gives a command the input that came with the request.
+fn feed(exec: &mut RunningExec, body: &ExecBody) {
+    if let Some(StdinBody::Text(content)) = &body.stdin
+        && let Some(mut stdin) = exec.take_stdin()
+    {
+        let content = content.clone();
+        tokio::spawn(async move {
+            // A command that does not read to the end is no error.
+            let _ = stdin.write(content.as_bytes()).await;
+        });
+    }
+}
+
+fn text(bytes: Vec<u8>) -> String {
+    String::from_utf8(bytes).unwrap_or_else(|e| String::from_utf8_lossy(e.as_bytes()).into_owned())
+}

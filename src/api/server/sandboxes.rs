@@ -1,0 +1,155 @@
+//! Sandboxes: create, look at, stop, resume, extend, fork, destroy.
+
+use axum::extract::State as AppState;
+use axum::http::StatusCode;
+use axum::response::{IntoResponse, Response};
+use axum::routing::{get, post};
+use axum::{Json, Router};
+
+use super::answer::{Answer, ApiError, ListAnswer, data, list_of};
+use super::request::{JsonBody, Params, Path, flag, refuse_unsupported, timeout};
+use super::{Api, Defaults};
+use crate::api::types::{CreateBody, Envelope, ExtendBody, ForkBody, SandboxBody};
+use crate::engine::error::{Error, Kind};
+use crate::engine::lifecycle::State;
+use crate::engine::{CreateRequest, ForkRequest, Origin};
+
+/// Processors and memory of a named size.
+const SIZES: [(&str, u32, u64); 5] =
+    [("xs", 1, 2_048), ("small", 2, 4_096), ("medium", 4, 8_192), ("large", 8, 16_384), ("xl", 16, 32_768)];
+
+pub(super) fn routes() -> Router<Api> {
+    Router::new()
+        .route("/sandboxes", get(list).post(create))
+        .route("/sandboxes/by-name/{name}", get(by_name))
+        .route("/sandboxes/{id}", get(show).delete(destroy))
+        .route("/sandboxes/{id}/readiness", get(readiness))
+        .route("/sandboxes/{id}/stop", post(stop))
+        .route("/sandboxes/{id}/pause", post(stop))
+        .route("/sandboxes/{id}/resume", post(resume))
+        .route("/sandboxes/{id}/extend", post(extend))
+        .route("/sandboxes/{id}/fork", post(fork))
+}
+
+async fn list(AppState(api): AppState<Api>, Params(params): Params) -> ListAnswer<SandboxBody> {
+    let state = match params.get("state").map(String::as_str).filter(|s| !s.is_empty()) {
+        None => None,
+        Some(name) => Some(State::parse(name).ok_or_else(|| {
+            Error::new(Kind::InvalidInput, format!("there is no state {name:?}"))
+                .hint(State::ALL.map(State::name).join(", "))
+        })?),
+    };
+    list_of(api.engine.list(state))
+}
+
+async fn create(
+    AppState(api): AppState<Api>,
+    Params(params): Params,
+    JsonBody(body): JsonBody<CreateBody>,
+) -> Result<(StatusCode, Json<Envelope<SandboxBody>>), ApiError> {
+    refuse_unsupported("create", &body.other)?;
+    let mut request = create_request(body, api.defaults)?;
+    request.wait = flag(&params, "wait");
+    let view = api.engine.create(request).await?;
+    Ok((StatusCode::CREATED, Json(Envelope { data: view.into() })))
+}
+
+fn create_request(body: CreateBody, defaults: Defaults) -> Result<CreateRequest, ApiError> {
+    let invalid = |message: String, hint: &str| ApiError::from(Error::new(Kind::InvalidInput, message).hint(hint));
+    let origin = match (body.template_id, body.snapshot_id) {
+        (Some(_), Some(_)) => return Err(invalid("a template and a snapshot were given".into(), "give one of them")),
+        (Some(template), None) => Origin::Template(template),
+        (None, Some(snapshot)) => Origin::Snapshot(snapshot),
+        (None, None) => Origin::Template(crate::engine::BASE.to_owned()),
+    };
+    let (mut cpus, mut memory_mib) = (defaults.cpus, defaults.memory_mib);
+    if let Some(size) = &body.size {
+        let Some((_, c, m)) = SIZES.iter().find(|(name, ..)| name == size) else {
+            return Err(invalid(format!("there is no size {size:?}"), "xs, small, medium, large, xl"));
+        };
+        // A disk is as large as its template's.
+        (cpus, memory_mib) = (*c, *m);
+    }
+    cpus = body.cpu_count.unwrap_or(cpus);
+    memory_mib = body.memory_mb.unwrap_or(memory_mib);
+    if !(1..=64).contains(&cpus) {
+        return Err(invalid(format!("{cpus} processors were asked for"), "1 to 64"));
+    }
+    if !(128..=1 << 20).contains(&memory_mib) {
+        return Err(invalid(format!("{memory_mib} MiB of memory were asked for"), "128 MiB to 1 TiB, such as 2gb"));
+    }
+    let env = body.env.unwrap_or_default();
+    crate::engine::check_env(&env)?;
+    Ok(CreateRequest {
+        origin,
+        name: body.name,
+        cpus,
+        memory_mib,
+        disk_mib: body.disk_size_mb,
+        timeout: timeout(body.timeout_sec, body.timeout_ms)?,
+        persistent: body.persistent.unwrap_or(true),
+        env,
+        metadata: body.metadata.unwrap_or_default(),
+        tags: body.tags.unwrap_or_default(),
+        start: body.auto_start.unwrap_or(true),
+        wait: false,
+    })
+}
+
+async fn show(AppState(api): AppState<Api>, Path(id): Path<String>) -> Answer<SandboxBody> {
+    data(api.engine.show(&id)?)
+}
+
+async fn by_name(AppState(api): AppState<Api>, Path(name): Path<String>) -> Answer<SandboxBody> {
+    data(api.engine.show_by_name(&name)?)
+}
+
+async fn readiness(AppState(api): AppState<Api>, Path(id): Path<String>) -> Answer<serde_json::Value> {
+    let record = api.engine.show(&id)?.record;
+    data(
+        serde_json::json!({ "ready": record.state == State::Running, "state": record.state, "last_error": record.last_error }),
+    )
+}
+
+async fn destroy(AppState(api): AppState<Api>, Path(id): Path<String>) -> Answer<SandboxBody> {
+    data(api.engine.destroy(&id).await?)
+}
+
+async fn stop(AppState(api): AppState<Api>, Path(id): Path<String>) -> Answer<SandboxBody> {
+    data(api.engine.stop(&id).await?)
+}
+
+async fn resume(AppState(api): AppState<Api>, Path(id): Path<String>) -> Answer<SandboxBody> {
+    data(api.engine.resume(&id).await?)
+}
+
+async fn extend(
+    AppState(api): AppState<Api>,
+    Path(id): Path<String>,
+    JsonBody(body): JsonBody<ExtendBody>,
+) -> Answer<SandboxBody> {
+    data(api.engine.extend(&id, timeout(body.timeout_sec, body.timeout_ms)?).await?)
+}
+
+async fn fork(
+    AppState(api): AppState<Api>,
+    Path(id): Path<String>,
+    Params(params): Params,
+    JsonBody(body): JsonBody<ForkBody>,
+) -> Result<Response, ApiError> {
+    refuse_unsupported("fork", &body.other)?;
+    let request = ForkRequest {
+        name: body.name,
+        count: body.count.unwrap_or(1),
+        snapshot: body.snapshot_id,
+        timeout: timeout(body.timeout_sec, body.timeout_ms)?,
+        metadata: body.metadata,
+        wait: flag(&params, "wait"),
+    };
+    let mut children = api.engine.fork(&id, request).await?;
+    if body.count.is_some() {
+        return Ok((StatusCode::CREATED, list_of::<SandboxBody, _>(children)?).into_response());
+    }
+    let child = children.pop().ok_or_else(|| Error::new(Kind::Internal, "a fork made no child"))?;
+    Ok((StatusCode::CREATED, data::<SandboxBody>(child)?).into_response())
+}

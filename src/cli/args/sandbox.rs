@@ -1,0 +1,218 @@
+//! `miosa sandbox …`.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::{Args, Subcommand};
+
+use super::{parse_env, parse_mode};
+use crate::units::{parse_duration, parse_size_mib};
+
+/// `miosa sandbox`
+#[derive(Debug, Subcommand)]
+pub enum SandboxCommand {
+    /// Create a sandbox from a template or a snapshot
+    Create(CreateArgs),
+    /// List sandboxes
+    #[command(visible_alias = "ls")]
+    List {
+        /// Only those in this state; destroyed ones are listed only so
+        #[arg(long)]
+        state: Option<String>,
+    },
+    /// Show a sandbox
+    #[command(visible_alias = "get")]
+    Show(Target),
+    /// Write a local file into a sandbox
+    WriteFile(WriteFileArgs),
+    /// Read a file of a sandbox
+    ReadFile(ReadFileArgs),
+    /// Run a command in a sandbox; its exit code becomes this command's
+    #[command(visible_alias = "run")]
+    Exec(ExecArgs),
+    /// End the session, keep the file system
+    Stop(Target),
+    /// Start a session
+    Resume(Target),
+    /// Save the present state under a name
+    Snapshot(SnapshotArgs),
+    /// List, show and delete snapshots
+    #[command(subcommand)]
+    Snapshots(SnapshotsCommand),
+    /// Create sandboxes on the present state of another
+    Fork(ForkArgs),
+    /// Delete a sandbox for good
+    #[command(visible_aliases = ["delete", "rm"])]
+    Destroy(Target),
+    /// Give a running session more time, from now
+    Extend {
+        /// The sandbox
+        #[command(flatten)]
+        target: Target,
+        /// How much
+        #[arg(long, value_parser = parse_duration, value_name = "DURATION")]
+        timeout: Option<Duration>,
+    },
+}
+
+/// A sandbox.
+#[derive(Debug, Clone, Args)]
+pub struct Target {
+    /// Id or name of the sandbox
+    #[arg(value_name = "SANDBOX")]
+    pub sandbox: String,
+}
+
+/// `miosa sandbox create`
+#[derive(Debug, Args)]
+pub struct CreateArgs {
+    /// Start from this template [default: base]
+    #[arg(long, value_name = "NAME", conflicts_with = "snapshot")]
+    pub template: Option<String>,
+    /// Start from this snapshot, by id or by unique name
+    #[arg(long, value_name = "SNAPSHOT")]
+    pub snapshot: Option<String>,
+    /// Name of the sandbox [default: its id]
+    #[arg(long)]
+    pub name: Option<String>,
+    /// Processors and memory: xs, small, medium, large, xl
+    #[arg(long)]
+    pub size: Option<String>,
+    /// Processors
+    #[arg(long, value_name = "N")]
+    pub cpu: Option<u32>,
+    /// Memory, such as 4gb
+    #[arg(long, value_parser = parse_size_mib, value_name = "SIZE")]
+    pub memory: Option<u64>,
+    /// The disk must be at least this large; it is as large as the template's
+    #[arg(long, value_parser = parse_size_mib, value_name = "SIZE")]
+    pub disk: Option<u64>,
+    /// How long a session may last; then it is stopped (non-persistent: destroyed) [default: no limit]
+    #[arg(long, value_parser = parse_duration, value_name = "DURATION")]
+    pub timeout: Option<Duration>,
+    /// Environment of every command
+    #[arg(long, value_parser = parse_env, value_name = "NAME=VALUE")]
+    pub env: Vec<(String, String)>,
+    /// Label the sandbox
+    #[arg(long, value_name = "TAG")]
+    pub tag: Vec<String>,
+    /// Discard the file system when the session ends
+    #[arg(long)]
+    pub non_persistent: bool,
+    /// Do not start a session; the first use does
+    #[arg(long, conflicts_with = "wait")]
+    pub no_start: bool,
+    /// Return when the sandbox can be used, not before
+    #[arg(long)]
+    pub wait: bool,
+}
+
+/// `miosa sandbox exec`
+#[derive(Debug, Args)]
+pub struct ExecArgs {
+    /// The sandbox
+    #[command(flatten)]
+    pub target: Target,
+    /// Working directory
+    #[arg(long, value_name = "DIR")]
+    pub cwd: Option<String>,
+    /// Added to the environment
+    #[arg(long, value_parser = parse_env, value_name = "NAME=VALUE")]
+    pub env: Vec<(String, String)>,
+    /// Run as this user
+    #[arg(long)]
+    pub user: Option<String>,
+    /// Kill the command after this long (exit code 124)
+    #[arg(long, value_parser = parse_duration, value_name = "DURATION")]
+    pub timeout: Option<Duration>,
+    /// The command and its arguments
+    #[arg(last = true, required = true, value_name = "COMMAND")]
+    pub command: Vec<String>,
+}
+
+/// `miosa sandbox write-file`
+#[derive(Debug, Args)]
+pub struct WriteFileArgs {
+    /// The sandbox
+    #[command(flatten)]
+    pub target: Target,
+    /// Absolute path in the sandbox; directories are made
+    pub path: String,
+    /// Local file, or - for stdin
+    pub file: PathBuf,
+    /// Permissions in octal [default: as they are, or 644]
+    #[arg(long, value_parser = parse_mode, value_name = "MODE")]
+    pub mode: Option<u32>,
+}
+
+/// `miosa sandbox read-file`
+#[derive(Debug, Args)]
+pub struct ReadFileArgs {
+    /// The sandbox
+    #[command(flatten)]
+    pub target: Target,
+    /// Absolute path in the sandbox
+    pub path: String,
+    /// Write here and not to stdout
+    #[arg(long, short, value_name = "FILE")]
+    pub output: Option<PathBuf>,
+}
+
+/// `miosa sandbox snapshot`
+#[derive(Debug, Args)]
+pub struct SnapshotArgs {
+    /// The sandbox
+    #[command(flatten)]
+    pub target: Target,
+    /// Name of the snapshot
+    #[arg(long, visible_alias = "comment")]
+    pub name: Option<String>,
+}
+
+/// `miosa sandbox snapshots`
+#[derive(Debug, Subcommand)]
+pub enum SnapshotsCommand {
+    /// List snapshots of a sandbox, or all
+    #[command(visible_alias = "ls")]
+    List {
+        /// Id or name of the sandbox
+        sandbox: Option<String>,
+    },
+    /// Show a snapshot
+    #[command(visible_alias = "show")]
+    Get(SnapshotTarget),
+    /// Delete a snapshot
+    #[command(visible_aliases = ["rm", "destroy"])]
+    Delete(SnapshotTarget),
+}
+
+/// A snapshot: `SNAPSHOT`, or `SANDBOX SNAPSHOT`.
+#[derive(Debug, Args)]
+pub struct SnapshotTarget {
+    /// Id or name of the snapshot, or of its sandbox with the snapshot after it
+    #[arg(value_name = "[SANDBOX] SNAPSHOT", num_args = 1..=2, required = true)]
+    pub keys: Vec<String>,
+}
+
+/// `miosa sandbox fork`
+#[derive(Debug, Args)]
+pub struct ForkArgs {
+    /// The sandbox
+    #[command(flatten)]
+    pub target: Target,
+    /// Name of the child; with --count NAME-1, NAME-2 … [default: its id]
+    #[arg(long)]
+    pub name: Option<String>,
+    /// How many children
+    #[arg(long, value_name = "N")]
+    pub count: Option<u32>,
+    /// From this snapshot of the sandbox and not from its present state
+    #[arg(long, value_name = "SNAPSHOT")]
+    pub snapshot: Option<String>,
+    /// How long a session of the child may last [default: as the parent's]
+    #[arg(long, value_parser = parse_duration, value_name = "DURATION")]
+    pub timeout: Option<Duration>,
+    /// Start a session in each child and return when it can be used
+    #[arg(long)]
+    pub wait: bool,
+}

@@ -1,0 +1,34 @@
+//! `miosa store …`.
+
+use clap::Subcommand;
+
+/// `miosa store`
+#[derive(Debug, Subcommand)]
+pub enum StoreCommand {
+    /// Show what the store holds and what it costs
+    Stats,
+    /// Deduplicate and compress everything written so far, and return when it is done
+    Seal {
+        /// Said for clearness: it is always waited for
+        #[arg(long)]
+        wait: bool,
+    },
+    /// Give back the space of what nothing refers to
+    Gc {
+        /// Only say what that would give back
+        #[arg(long)]
+        dry_run: bool,
+    },
+    /// Read everything that is stored and compare it with its checksums; fails when anything is damaged
+    Check,
+    /// Check everything, and with --heal write anew what is damaged and has an undamaged copy
+    Scrub {
+        /// Heal what can be healed
+        #[arg(long)]
+        heal: bool,
+    },
+    /// Make the catalogue again from packs and log; no daemon may run
+    Repair,
+    /// Show what each disk and snapshot costs
+    Usage,
+}
