@@ -479,6 +479,14 @@ pub enum Node {
 }
 
 impl Node {
+    /// 0 for a leaf.
+    pub fn level(&self) -> u32 {
+        match self {
+            Self::Leaf(_) => 0,
+            Self::Inner { level, .. } => u32::from(*level),
+        }
+    }
+
     const LEAF: u8 = 1;
     const LEAF_DENSE: u8 = 2;
     const INNER: u8 = 3;

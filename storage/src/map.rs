@@ -3,6 +3,9 @@
 //! A leaf covers 512 blocks with extents; an inner node has 256 children. A root is immutable, so a snapshot or fork
 //! keeps it by copying twelve bytes; an update writes new nodes for the paths that change and shares the rest. Every
 //! reference carries the number of mapped blocks below it, so that a disk knows its logical size without a walk.
+//!
+//! A node may stand at a place above its own level: it then covers the beginning of that place, and nothing else there is
+//! mapped. That is how a fork that is larger than what it was made from has the same root.
 
 use crate::block::BlockId;
 use crate::error::Result;
@@ -85,8 +88,14 @@ fn visit<E: From<crate::Error>>(
     if at.node.is_none() {
         return f(start, end - start, BlockId::NONE);
     }
-    match &*source.node(at.node)? {
-        Node::Leaf(_) if level != 0 => Err(wrong_level(at.node).into()),
+    let node = source.node(at.node)?;
+    if node.level() < level {
+        let covered = base + span(node.level());
+        visit(source, at, node.level(), base, start, end.min(covered), f)?;
+        let rest = start.max(covered);
+        return if rest < end { f(rest, end - rest, BlockId::NONE) } else { Ok(()) };
+    }
+    match &*node {
         Node::Leaf(extents) => {
             let mut next = start;
             // The first extent that ends beyond `start`.
@@ -122,6 +131,13 @@ fn visit<E: From<crate::Error>>(
     }
 }
 
+/// The children of an inner node in whose place a lower node stands.
+fn lifted(at: NodeRef) -> Vec<NodeRef> {
+    let mut children = vec![NodeRef::default(); 1 << INNER_BITS];
+    children[0] = at;
+    children
+}
+
 fn wrong_level(node: BlockId) -> crate::Error {
     crate::Error::damaged(format!("map node {} is not at the level its parent says", node.0))
 }
@@ -146,6 +162,7 @@ pub(crate) fn differences(
             }
             match &*source.node(at.node)? {
                 Node::Inner { level: found, children } if u32::from(*found) == level => Ok(children.clone()),
+                node if node.level() < level => Ok(lifted(at)),
                 _ => Err(wrong_level(at.node)),
             }
         };
@@ -182,8 +199,11 @@ fn count(source: &dyn NodeSource, at: NodeRef, level: u32, base: u64, start: u64
     if start <= base && end >= base + span(level) {
         return Ok(at.mapped);
     }
-    match &*source.node(at.node)? {
-        Node::Leaf(_) if level != 0 => Err(wrong_level(at.node)),
+    let node = source.node(at.node)?;
+    if node.level() < level {
+        return count(source, at, node.level(), base, start, end.min(base + span(node.level())));
+    }
+    match &*node {
         Node::Leaf(extents) => Ok(extents
             .iter()
             .map(|e| {
@@ -242,6 +262,7 @@ fn rewrite(sink: &mut dyn NodeSink, at: NodeRef, level: u32, base: u64, changes:
     let mut children = match old.as_deref() {
         None => vec![NodeRef::default(); 1 << INNER_BITS],
         Some(Node::Inner { level: found, children }) if u32::from(*found) == level => children.clone(),
+        Some(node) if node.level() < level => lifted(at),
         Some(_) => return Err(wrong_level(at.node)),
     };
     let below = span(level - 1);
@@ -332,6 +353,41 @@ mod tests {
         })
         .unwrap();
         out
+    }
+
+    #[test]
+    fn a_tree_is_read_and_updated_at_a_place_above_its_own() {
+        let mut random = Random(5);
+        for (small, large) in [(300, 5_000), (300, 200_000), (5_000, 200_000)] {
+            let mut nodes = Nodes::default();
+            let mut model = vec![0u64; large as usize];
+            let mut change = |nodes: &mut Nodes, model: &mut Vec<u64>, root, level, below: u64| {
+                let start = random.below(below);
+                let len = 1 + random.below(40.min(below - start));
+                let block = BlockId(1 + random.below(1 << 40));
+                (0..len).for_each(|i| model[(start + i) as usize] = block.0 + i);
+                update(nodes, root, level, &[Change { start, len, block }]).unwrap()
+            };
+            let mut root = NodeRef::default();
+            for _ in 0..10 {
+                root = change(&mut nodes, &mut model, root, levels(small), small);
+            }
+            let before = root;
+            for _ in 0..10 {
+                assert_eq!(show(&nodes, root, levels(large), 0, large), model);
+                assert_eq!(show(&nodes, root, levels(large), 200, large - 200), model[200..]);
+                let some = model[..4_000].iter().filter(|b| **b != 0).count() as u64;
+                assert_eq!(mapped(&nodes, root, levels(large), 0, 4_000).unwrap(), some);
+                let mut differ = std::collections::BTreeSet::new();
+                let mut note = |start, len| differ.extend(start..start + len);
+                differences(&nodes, before, root, levels(large), 0, &mut note).unwrap();
+                let was = show(&nodes, before, levels(large), 0, large);
+                assert!(differ.iter().copied().eq((0..large).filter(|i| was[*i as usize] != model[*i as usize])));
+                root = change(&mut nodes, &mut model, root, levels(large), large);
+            }
+            // A tree above its place is no tree of that disk.
+            assert!(pieces::<crate::Error>(&nodes, root, levels(small), 0, small, &mut |_, _, _| Ok(())).is_err());
+        }
     }
 
     #[test]

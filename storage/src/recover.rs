@@ -166,7 +166,7 @@ fn apply(
                 .map_err(|e| Error::damaged(format!("the transaction at log position {}: {e}", header.pos.0)))?;
             for op in &ops {
                 *next_id = (*next_id).max(match op {
-                    Op::CreateDisk { id, .. } | Op::Fork { id, .. } => id.0 + 1,
+                    Op::CreateDisk { id, .. } | Op::Fork { id, .. } | Op::ForkLarger { id, .. } => id.0 + 1,
                     Op::Snapshot { id, .. } => id.0 + 1,
                     _ => 0,
                 });

@@ -17,13 +17,47 @@ use std::sync::Arc;
 /// One step of a transaction: what the log's transaction records hold, postcard-encoded.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub(crate) enum Op {
-    CreateDisk { id: DiskId, name: String, size_blocks: u64, unix_ms: u64 },
-    Fork { id: DiskId, name: String, source: Source, unix_ms: u64 },
-    Snapshot { id: SnapshotId, name: String, disk: DiskId, unix_ms: u64 },
-    DeleteDisk { id: DiskId },
-    DeleteSnapshot { id: SnapshotId },
-    PutRecord { kind: String, key: String, value: Bytes },
-    DeleteRecord { kind: String, key: String },
+    CreateDisk {
+        id: DiskId,
+        name: String,
+        size_blocks: u64,
+        unix_ms: u64,
+    },
+    Fork {
+        id: DiskId,
+        name: String,
+        source: Source,
+        unix_ms: u64,
+    },
+    Snapshot {
+        id: SnapshotId,
+        name: String,
+        disk: DiskId,
+        unix_ms: u64,
+    },
+    DeleteDisk {
+        id: DiskId,
+    },
+    DeleteSnapshot {
+        id: SnapshotId,
+    },
+    PutRecord {
+        kind: String,
+        key: String,
+        value: Bytes,
+    },
+    DeleteRecord {
+        kind: String,
+        key: String,
+    },
+    /// A fork with more blocks than its source: those read as zeroes.
+    ForkLarger {
+        id: DiskId,
+        name: String,
+        source: Source,
+        size_blocks: u64,
+        unix_ms: u64,
+    },
 }
 
 /// See the module.
@@ -61,17 +95,19 @@ impl Registry {
 
     /// Would these steps, one after the other, succeed? Errors say what to do instead.
     pub fn check(&self, ops: &[Op]) -> Result<()> {
-        let mut made: BTreeSet<Source> = BTreeSet::new();
+        // With their sizes.
+        let mut made: BTreeMap<Source, u64> = BTreeMap::new();
         let mut gone: BTreeSet<Source> = BTreeSet::new();
         let mut names: HashMap<&str, bool> = HashMap::new();
         for op in ops {
-            let exists = |source: &Source| {
-                if gone.contains(source) || !(made.contains(source) || self.devices.contains_key(source)) {
-                    return Err(self.device(*source).err().unwrap_or_else(|| {
+            // The size of what exists by then.
+            let size_of = |source: &Source| {
+                let size = made.get(source).copied().or_else(|| self.devices.get(source).map(|d| d.size_blocks));
+                size.filter(|_| !gone.contains(source)).ok_or_else(|| {
+                    self.device(*source).err().unwrap_or_else(|| {
                         Error::new(ErrorKind::NotFound, format!("{source} is deleted in the same transaction"))
-                    }));
-                }
-                Ok(())
+                    })
+                })
             };
             let mut new_name = |name| -> Result<()> {
                 check_name(name)?;
@@ -86,35 +122,39 @@ impl Registry {
             match op {
                 Op::CreateDisk { id, name, size_blocks, .. } => {
                     new_name(name)?;
-                    if *size_blocks == 0 || *size_blocks > MAX_DISK_BLOCKS {
-                        let what = format!(
-                            "a disk has between 4096 and {} bytes, a multiple of 4096",
-                            MAX_DISK_BLOCKS * BLOCK_BYTES
-                        );
-                        return Err(Error::new(ErrorKind::InvalidInput, what));
-                    }
-                    made.insert(Source::Disk(*id));
+                    check_size(*size_blocks)?;
+                    made.insert(Source::Disk(*id), *size_blocks);
                 }
                 Op::Fork { id, name, source, .. } => {
-                    exists(source)?;
+                    let size = size_of(source)?;
                     new_name(name)?;
-                    made.insert(Source::Disk(*id));
+                    made.insert(Source::Disk(*id), size);
+                }
+                Op::ForkLarger { id, name, source, size_blocks, .. } => {
+                    let size = size_of(source)?;
+                    check_size(*size_blocks)?;
+                    if *size_blocks < size {
+                        let what = format!("{source} has {} bytes: a fork cannot be smaller", size * BLOCK_BYTES);
+                        return Err(Error::new(ErrorKind::InvalidInput, what));
+                    }
+                    new_name(name)?;
+                    made.insert(Source::Disk(*id), *size_blocks);
                 }
                 Op::Snapshot { id, name, disk, .. } => {
-                    exists(&Source::Disk(*disk))?;
+                    let size = size_of(&Source::Disk(*disk))?;
                     check_name(name)?;
-                    made.insert(Source::Snapshot(*id));
+                    made.insert(Source::Snapshot(*id), size);
                 }
                 Op::DeleteDisk { id } => {
                     let source = Source::Disk(*id);
-                    exists(&source)?;
+                    size_of(&source)?;
                     if let Some(device) = self.devices.get(&source) {
                         names.insert(&device.name, false);
                     }
                     gone.insert(source);
                 }
                 Op::DeleteSnapshot { id } => {
-                    exists(&Source::Snapshot(*id))?;
+                    size_of(&Source::Snapshot(*id))?;
                     gone.insert(Source::Snapshot(*id));
                 }
                 Op::PutRecord { kind, .. } | Op::DeleteRecord { kind, .. } => {
@@ -133,7 +173,7 @@ impl Registry {
         let sources: BTreeSet<Source> = ops
             .iter()
             .filter_map(|op| match op {
-                Op::Fork { source, .. } => Some(*source),
+                Op::Fork { source, .. } | Op::ForkLarger { source, .. } => Some(*source),
                 Op::Snapshot { disk, .. } => Some(Source::Disk(*disk)),
                 Op::DeleteDisk { id } => Some(Source::Disk(*id)),
                 Op::DeleteSnapshot { id } => Some(Source::Snapshot(*id)),
@@ -152,11 +192,15 @@ impl Registry {
                     self.add(Device::new(Source::Disk(id), name, size_blocks, None, unix_ms, State::default()));
                 }
                 Op::Fork { id, name, source, unix_ms } => {
-                    let device = self.grow(source, Source::Disk(id), name, unix_ms, end)?;
+                    let device = self.grow(source, Source::Disk(id), name, None, unix_ms, end)?;
+                    self.add(device);
+                }
+                Op::ForkLarger { id, name, source, size_blocks, unix_ms } => {
+                    let device = self.grow(source, Source::Disk(id), name, Some(size_blocks), unix_ms, end)?;
                     self.add(device);
                 }
                 Op::Snapshot { id, name, disk, unix_ms } => {
-                    let device = self.grow(Source::Disk(disk), Source::Snapshot(id), name, unix_ms, end)?;
+                    let device = self.grow(Source::Disk(disk), Source::Snapshot(id), name, None, unix_ms, end)?;
                     self.add(device);
                 }
                 Op::DeleteDisk { id } => self.remove(Source::Disk(id))?,
@@ -175,13 +219,21 @@ impl Registry {
     }
 
     /// A device that starts with what another holds now: the O(1) heart of snapshot and fork.
-    fn grow(&self, from: Source, to: Source, name: String, unix_ms: u64, end: LogPos) -> Result<Device> {
+    fn grow(
+        &self,
+        from: Source,
+        to: Source,
+        name: String,
+        larger: Option<u64>,
+        unix_ms: u64,
+        end: LogPos,
+    ) -> Result<Device> {
         let parent = self.device(from)?;
         let state = parent.with_state(|state| {
-            state.freeze(end);
+            state.freeze(end, parent.level());
             state.clone()
         });
-        Ok(Device::new(to, name, parent.size_blocks, Some(from), unix_ms, state))
+        Ok(Device::new(to, name, larger.unwrap_or(parent.size_blocks), Some(from), unix_ms, state))
     }
 
     fn add(&mut self, device: Device) {
@@ -201,6 +253,14 @@ impl Registry {
         self.touched.insert(source);
         Ok(())
     }
+}
+
+fn check_size(blocks: u64) -> Result<()> {
+    if blocks == 0 || blocks > MAX_DISK_BLOCKS {
+        let what = format!("a disk has between 4096 and {} bytes, a multiple of 4096", MAX_DISK_BLOCKS * BLOCK_BYTES);
+        return Err(Error::new(ErrorKind::InvalidInput, what));
+    }
+    Ok(())
 }
 
 fn check_name(name: &str) -> Result<()> {

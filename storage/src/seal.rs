@@ -109,7 +109,7 @@ fn plan(inner: &Inner, whole: bool) -> Result<Option<Plan>> {
         let _still = device.stop_writes();
         // Behind every record of this device, since its writers stand still.
         let end = inner.log.end();
-        if let Some(layer) = device.with_state(|state| state.freeze(end)) {
+        if let Some(layer) = device.with_state(|state| state.freeze(end, device.level())) {
             sources.insert(device.source);
             layers.insert(device.source, layer);
         }
@@ -137,8 +137,8 @@ fn execute(inner: &Inner, plan: &Plan) -> Result<SealReport> {
     let mut sealing =
         Sealing { inner, writer, fresh: HashMap::new(), roots: HashMap::new(), report: SealReport::default() };
     for (source, device) in &plan.devices {
-        if let (Some(layer), Some(device)) = (plan.layers.get(source), device) {
-            sealing.seal_with_bases(layer, device.level())?;
+        if let (Some(layer), Some(_)) = (plan.layers.get(source), device) {
+            sealing.seal_with_bases(layer)?;
         }
     }
     let Sealing { mut writer, roots, mut report, .. } = sealing;
@@ -242,7 +242,7 @@ impl NodeSink for Sealing<'_> {
 
 impl Sealing<'_> {
     /// Seals a fork point after those it grew from.
-    fn seal_with_bases(&mut self, layer: &Arc<Layer>, level: u32) -> Result<()> {
+    fn seal_with_bases(&mut self, layer: &Arc<Layer>) -> Result<()> {
         let mut open = Vec::new();
         let mut next = Some(layer.clone());
         while let Some(layer) = next.take_if(|l| l.sealed.get().is_none() && !self.roots.contains_key(&Arc::as_ptr(l)))
@@ -251,13 +251,13 @@ impl Sealing<'_> {
             open.push(layer);
         }
         for layer in open.into_iter().rev() {
-            let root = self.seal(&layer, level)?;
+            let root = self.seal(&layer)?;
             self.roots.insert(Arc::as_ptr(&layer), (layer, root));
         }
         Ok(())
     }
 
-    fn seal(&mut self, layer: &Layer, level: u32) -> Result<NodeRef> {
+    fn seal(&mut self, layer: &Layer) -> Result<NodeRef> {
         let state = layer.frozen.read().clone();
         let base = state.base.as_ref().and_then(|b| Some((b, self.roots.get(&Arc::as_ptr(b))?.1)));
         let (root, extents) = match base {
@@ -265,7 +265,7 @@ impl Sealing<'_> {
             None => (state.root, state.overlay.iter().map(|(start, e)| (start, e.clone())).collect()),
         };
         let changes = self.store_extents(&extents)?;
-        map::update(self, root, level, &changes)
+        map::update(self, root, layer.level, &changes)
     }
 
     /// Stores what the extents hold; returns where it all is now.

@@ -20,6 +20,8 @@ pub(crate) struct State {
 pub(crate) struct Layer {
     /// Every record in the overlay is before this, every later one at or after it.
     pub upto: LogPos,
+    /// Level of the root it is sealed with: that of the disk it is a state of. Larger forks may have grown from it.
+    pub level: u32,
     pub frozen: RwLock<State>,
     /// The root that holds everything, once it is durable.
     pub sealed: OnceLock<NodeRef>,
@@ -27,8 +29,9 @@ pub(crate) struct Layer {
 
 impl State {
     /// Makes the present contents a fork point and returns it; `None` when the map has everything and there is nothing
-    /// to share. `end` is the log's end. O(1).
-    pub fn freeze(&mut self, end: LogPos) -> Option<Arc<Layer>> {
+    /// to share. `end` is the log's end, `level` that of the
+    /// disk's root. O(1).
+    pub fn freeze(&mut self, end: LogPos, level: u32) -> Option<Arc<Layer>> {
         if self.overlay.is_empty() {
             self.base = None;
             return None;
@@ -38,7 +41,7 @@ impl State {
         {
             return Some(base.clone());
         }
-        let layer = Arc::new(Layer { upto: end, frozen: RwLock::new(self.clone()), sealed: OnceLock::new() });
+        let layer = Arc::new(Layer { upto: end, level, frozen: RwLock::new(self.clone()), sealed: OnceLock::new() });
         self.base = Some(layer.clone());
         Some(layer)
     }

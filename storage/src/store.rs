@@ -298,6 +298,11 @@ fn unix_ms() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_millis() as u64)
 }
 
+/// A size that is no multiple is refused at the commit, like every other bad argument.
+fn whole_blocks(size_bytes: u64) -> u64 {
+    if size_bytes.is_multiple_of(BLOCK_BYTES) { size_bytes / BLOCK_BYTES } else { 0 }
+}
+
 impl Transaction<'_> {
     fn next_id(&self) -> u64 {
         self.store.inner().next_id.fetch_add(1, Ordering::Relaxed)
@@ -306,8 +311,7 @@ impl Transaction<'_> {
     /// A new disk that reads as zeroes. The size is a multiple of 4096 bytes, at most 64 TiB; the name is unique.
     pub fn create_disk(&mut self, name: &str, size_bytes: u64) -> DiskId {
         let id = DiskId(self.next_id());
-        // A size that is no multiple is refused at the commit, like every other bad argument.
-        let size_blocks = if size_bytes.is_multiple_of(BLOCK_BYTES) { size_bytes / BLOCK_BYTES } else { 0 };
+        let size_blocks = whole_blocks(size_bytes);
         self.ops.push(Op::CreateDisk { id, name: name.to_owned(), size_blocks, unix_ms: unix_ms() });
         id
     }
@@ -316,6 +320,15 @@ impl Transaction<'_> {
     pub fn fork(&mut self, source: Source, name: &str) -> DiskId {
         let id = DiskId(self.next_id());
         self.ops.push(Op::Fork { id, name: name.to_owned(), source, unix_ms: unix_ms() });
+        id
+    }
+
+    /// As [`Transaction::fork`], with more room: what lies beyond the source's end reads as zeroes. The size is a multiple
+    /// of 4096 bytes and not smaller than the source's.
+    pub fn fork_larger(&mut self, source: Source, name: &str, size_bytes: u64) -> DiskId {
+        let id = DiskId(self.next_id());
+        let size_blocks = whole_blocks(size_bytes);
+        self.ops.push(Op::ForkLarger { id, name: name.to_owned(), source, size_blocks, unix_ms: unix_ms() });
         id
     }
 
@@ -368,7 +381,9 @@ impl Transaction<'_> {
             checksums: &checksums,
             payload: &encoded,
         };
-        let gives_back = |op: &Op| !matches!(op, Op::CreateDisk { .. } | Op::Fork { .. } | Op::Snapshot { .. });
+        let gives_back = |op: &Op| {
+            !matches!(op, Op::CreateDisk { .. } | Op::Fork { .. } | Op::ForkLarger { .. } | Op::Snapshot { .. })
+        };
         if self.ops.iter().all(gives_back) {
             inner.with_reserve(|| inner.log.append(&record))?;
         } else {

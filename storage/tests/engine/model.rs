@@ -48,6 +48,20 @@ fn diff_finds_exactly_what_differs() {
     assert!(compared > 50, "too few states differed");
 }
 
+#[test]
+fn a_fork_cannot_be_smaller_or_of_an_odd_size() {
+    let run = Run::start(1, SimMedium::new()).expect("a fresh store");
+    let mut tx = run.store.begin();
+    let disk = tx.create_disk("disk", 8 << 20);
+    tx.commit_durable().unwrap();
+    for size in [4 << 20, (8 << 20) + 1, 1 << 60] {
+        let mut tx = run.store.begin();
+        tx.fork_larger(Source::Disk(disk), "fork", size);
+        assert_eq!(tx.commit_durable().unwrap_err().kind(), storage::ErrorKind::InvalidInput, "{size}");
+    }
+    assert_eq!(run.store.disks().len(), 1);
+}
+
 /// Unaligned reads and writes, on a real directory with RocksDB, io_uring or plain calls, and sealing in the background.
 #[test]
 fn unaligned_access_on_a_real_directory_agrees_with_a_byte_array() {
@@ -55,7 +69,8 @@ fn unaligned_access_on_a_real_directory_agrees_with_a_byte_array() {
         let dir = tempfile::tempdir().unwrap();
         let options = Options { backend, log_bytes: 1 << 20, idle: std::time::Duration::ZERO, ..Options::default() };
         let mut store = Store::open(dir.path(), options.clone()).unwrap();
-        let size = 3 << 20;
+        // One leaf; larger forks have a tree.
+        let size = 3 << 19;
         let mut random = Random(seed);
         let mut tx = store.begin();
         let first = tx.create_disk("first", size as u64);
@@ -66,6 +81,7 @@ fn unaligned_access_on_a_real_directory_agrees_with_a_byte_array() {
             let id = disks[random.below(disks.len() as u64) as usize];
             let disk = store.disk(id).unwrap();
             let bytes = model.get_mut(&Source::Disk(id)).unwrap();
+            let size = bytes.len();
             let at = random.below(size as u64) as usize;
             let reach = [100, 5000, 300_000][random.below(3) as usize];
             let len = (random.below(reach) as usize).min(size - at);
@@ -90,11 +106,16 @@ fn unaligned_access_on_a_real_directory_agrees_with_a_byte_array() {
                 12 => disk.flush().unwrap(),
                 13 if disks.len() < 6 => {
                     let mut tx = store.begin();
-                    let fork = tx.fork(Source::Disk(id), &format!("fork-{step}"));
+                    let larger = size + random.below(3) as usize * (1 << 20);
+                    let fork = match larger > size {
+                        true => tx.fork_larger(Source::Disk(id), &format!("fork-{step}"), larger as u64),
+                        false => tx.fork(Source::Disk(id), &format!("fork-{step}")),
+                    };
                     let snapshot = tx.snapshot(id, "snapshot");
                     drop(tx.commit().unwrap());
-                    let bytes = bytes.clone();
+                    let mut bytes = bytes.clone();
                     model.insert(Source::Snapshot(snapshot), bytes.clone());
+                    bytes.resize(larger, 0);
                     model.insert(Source::Disk(fork), bytes);
                     disks.push(fork);
                 }
@@ -113,7 +134,7 @@ fn unaligned_access_on_a_real_directory_agrees_with_a_byte_array() {
             }
         }
         for (source, bytes) in &model {
-            let mut got = vec![0; size];
+            let mut got = vec![0; bytes.len()];
             store.open_source(*source).unwrap().read(0, &mut got).unwrap();
             assert!(got == *bytes, "seed {seed}: {source}");
         }
