@@ -37,7 +37,7 @@ const IMPORTING: &[u8] = b"import";
 const EXPORTING: &[u8] = b"export";
 
 /// A disk or a state of one.
-#[derive(Debug, Clone, Serialize, Deserialize)]
+#[derive(Debug, Clone, Serialize, Deserialize, utoipa::ToSchema)]
 pub struct DiskView {
     /// `disk-…` or `snap-…`.
     pub id: String,
@@ -67,11 +67,12 @@ pub struct DiskView {
     /// How it is attached, if it is.
     pub attachment: Option<Attachment>,
     /// When it was made.
+    #[schema(value_type = String, format = DateTime)]
     pub created_at: jiff::Timestamp,
 }
 
 /// Which of the two.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum DiskKind {
     /// Can be written.
@@ -81,7 +82,7 @@ pub enum DiskKind {
 }
 
 /// Whose a disk is.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 pub struct Owner {
     /// What.
     pub kind: OwnerKind,
@@ -92,7 +93,7 @@ pub struct Owner {
 }
 
 /// What a disk can belong to.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum OwnerKind {
     /// A sandbox that is not destroyed.
@@ -124,7 +125,7 @@ impl Owner {
 }
 
 /// What differs between two states.
-#[derive(Debug, Clone, Serialize, Deserialize)]
+#[derive(Debug, Clone, Serialize, Deserialize, utoipa::ToSchema)]
 pub struct Difference {
     /// The ids compared.
     pub a: String,
@@ -137,7 +138,7 @@ pub struct Difference {
 }
 
 /// A run of bytes.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 pub struct Range {
     /// Where it begins.
     pub offset: u64,

@@ -255,3 +255,75 @@ fn what_is_wrong_with_a_request_is_said() {
     assert_eq!(get(&d, "/health").data()["status"], "ok");
     assert!(get(&d, "/sandboxes").data().as_array().unwrap().is_empty());
 }
+
+#[test]
+fn lists_come_in_pages() {
+    let d = Daemon::start();
+    for i in 0..5 {
+        post(&d, "/sandboxes", &json!({ "name": format!("s{i}"), "auto_start": false })).data();
+    }
+    let names = |page: &Value| -> Vec<String> {
+        page["data"].as_array().unwrap().iter().map(|s| s["name"].as_str().unwrap().to_owned()).collect()
+    };
+    let first = get(&d, "/sandboxes?limit=2").json();
+    assert_eq!(names(&first), ["s0", "s1"]);
+    assert_eq!((&first["page"]["total"], &first["page"]["has_more"]), (&5.into(), &true.into()));
+    // What is deleted between two pages moves nothing.
+    call(&d, "DELETE", "/sandboxes/s1", "", b"").data();
+    let cursor = first["page"]["next_cursor"].as_str().unwrap();
+    let second = get(&d, &format!("/sandboxes?limit=2&cursor={cursor}")).json();
+    assert_eq!(names(&second), ["s2", "s3"]);
+    let cursor = second["next_cursor"].as_str().unwrap();
+    let last = get(&d, &format!("/sandboxes?limit=2&cursor={cursor}")).json();
+    assert_eq!((names(&last), &last["page"]["has_more"]), (vec!["s4".to_owned()], &false.into()));
+    assert!(last["page"].get("next_cursor").is_none() && last.get("next_cursor").is_none(), "{last}");
+    assert_eq!(names(&get(&d, "/sandboxes?offset=3").json()), ["s4"]);
+    assert_eq!(names(&get(&d, "/sandboxes").json()).len(), 4);
+    assert_eq!(get(&d, "/disks?limit=1").json()["page"]["count"], 1);
+    for query in ["limit=0", "limit=1001", "limit=x", "limit=-1", "offset=x", "cursor=*", "cursor=eA"] {
+        assert_eq!(get(&d, &format!("/sandboxes?{query}")).code(), "invalid_input", "{query}");
+    }
+}
+
+#[test]
+fn the_document_describes_what_is_served() {
+    let d = Daemon::start();
+    let document = get(&d, "/openapi.json").json();
+    let paths = document["paths"].as_object().unwrap();
+    assert!(paths.len() > 30, "{}", paths.len());
+    for (path, item) in paths {
+        let route = path.strip_prefix("/api/v1").unwrap();
+        // One that nobody has, so that nothing is done.
+        let asked = route.split('/').map(|p| if p.starts_with('{') { "none" } else { p }).collect::<Vec<_>>().join("/");
+        for (method, operation) in item.as_object().unwrap() {
+            let what = format!("{method} {path}");
+            assert!(operation["summary"].as_str().is_some_and(|s| !s.is_empty()), "{what} is not described");
+            let ok = operation["responses"].as_object().unwrap().keys().any(|s| s.starts_with('2'));
+            assert!(ok && operation["responses"]["4XX"].is_object(), "{what}: {operation}");
+            let named = operation["parameters"].as_array().into_iter().flatten().filter(|p| p["in"] == "path");
+            assert_eq!(named.count(), path.matches('{').count(), "{what}");
+            if route.starts_with("/store/") {
+                continue;
+            }
+            let answer = call(&d, &method.to_uppercase(), &asked, "application/json", b"{}");
+            if answer.status >= 300 {
+                assert!(!["route_not_found", "method_not_allowed"].contains(&answer.code().as_str()), "{what}");
+            }
+        }
+    }
+    // And the other way round: a route can only be added together with its description.
+    let mut looked = 0;
+    let mut dirs = vec![std::path::PathBuf::from("src/api")];
+    while let Some(dir) = dirs.pop() {
+        for entry in std::fs::read_dir(dir).unwrap() {
+            let path = entry.unwrap().path();
+            if path.is_dir() {
+                dirs.push(path);
+            } else if !path.ends_with("openapi.rs") {
+                looked += 1;
+                assert!(!std::fs::read_to_string(&path).unwrap().contains(".route(\""), "{}", path.display());
+            }
+        }
+    }
+    assert!(looked > 8);
+}

@@ -9,14 +9,19 @@ use axum::body::Body;
 use axum::extract::{Request, State as AppState};
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
-use axum::routing::{get, post};
 use bytes::Bytes;
 use futures_util::{StreamExt, stream};
 use serde::{Deserialize, Serialize};
 use tokio::sync::mpsc;
+use utoipa::ToSchema;
+use utoipa_axum::router::OpenApiRouter;
+use utoipa_axum::routes;
 
-use super::server::{Answer, ApiError, JsonBody, ListAnswer, Params, Path, data, flag, list_of, own_layers};
+use super::server::{
+    Answer, ApiError, JsonBody, ListAnswer, Paging, Params, Path, data, flag, list_all, list_of, own_layers,
+};
 use super::stream::error_body;
+use super::types::{Envelope, Figures, ListEnvelope, OneOrMany, SizeBody};
 use crate::disks::frames::{self, Decoder, Part};
 use crate::disks::{Attachment, Difference, DiskView, Disks, Export, Frontend, Import};
 use crate::engine::error::{Error, Kind, Result};
@@ -25,7 +30,7 @@ use crate::engine::error::{Error, Kind, Result};
 const DRAIN: Duration = Duration::from_secs(5);
 
 /// Asks for a disk.
-#[derive(Debug, Clone, Serialize, Deserialize)]
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
 #[allow(missing_docs)]
 pub struct CreateDiskBody {
     pub name: String,
@@ -33,14 +38,14 @@ pub struct CreateDiskBody {
 }
 
 /// Asks for a snapshot of a disk.
-#[derive(Debug, Clone, Serialize, Deserialize)]
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
 #[allow(missing_docs)]
 pub struct SnapshotDiskBody {
     pub name: String,
 }
 
 /// Asks for disks on the state of another.
-#[derive(Debug, Clone, Serialize, Deserialize)]
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
 #[allow(missing_docs)]
 pub struct ForkDiskBody {
     pub name: String,
@@ -49,38 +54,36 @@ pub struct ForkDiskBody {
 }
 
 /// Asks for a disk to be shown.
-#[derive(Debug, Clone, Serialize, Deserialize)]
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
 #[allow(missing_docs)]
 pub struct AttachDiskBody {
     pub frontend: Frontend,
 }
 
 /// The routes, for the daemon to put among its own.
-pub fn routes<S>(disks: Arc<Disks>) -> Router<S> {
-    let disk = Router::new()
-        .route("/", get(show).delete(delete))
-        .route("/snapshots", get(snapshots).post(snapshot))
-        .route("/fork", post(fork))
-        .route("/export", get(export))
-        .route("/diff", get(diff))
-        .route("/attach", post(attach))
-        .route("/detach", post(detach));
-    Router::new()
-        .route("/disks", get(list).post(create))
-        .route("/disk-imports", post(import))
-        .nest("/disks/{id}", disk)
-        .route("/store/stats", get(stats))
-        .route("/store/usage", get(usage))
-        .route("/store/seal", post(seal))
-        .route("/store/gc", post(gc))
-        .route("/store/check", post(check))
-        .route("/store/scrub", post(scrub))
+pub fn routes<S: Clone + Send + Sync + 'static>(disks: Arc<Disks>) -> OpenApiRouter<S> {
+    OpenApiRouter::new()
+        .routes(routes!(list, create))
+        .routes(routes!(import))
+        .routes(routes!(show, delete))
+        .routes(routes!(snapshots, snapshot))
+        .routes(routes!(fork))
+        .routes(routes!(export))
+        .routes(routes!(diff))
+        .routes(routes!(attach))
+        .routes(routes!(detach))
+        .routes(routes!(stats))
+        .routes(routes!(usage))
+        .routes(routes!(seal))
+        .routes(routes!(gc))
+        .routes(routes!(check))
+        .routes(routes!(scrub))
         .with_state(disks)
 }
 
 /// All routes there are without sandboxes.
 pub fn router(disks: Arc<Disks>) -> Router {
-    own_layers(Router::new().nest("/api/v1", routes(disks)))
+    own_layers(OpenApiRouter::new().nest("/api/v1", routes(disks)).into())
 }
 
 /// Runs a call where it may block.
@@ -91,10 +94,14 @@ async fn blocking<T: Send + 'static>(call: impl FnOnce() -> Result<T> + Send + '
 
 type Shared = AppState<Arc<Disks>>;
 
-async fn list(AppState(disks): Shared) -> ListAnswer<DiskView> {
-    list_of(blocking(move || disks.list()).await?)
+/// Lists disks, those of sandboxes too.
+#[utoipa::path(get, path = "/disks", tag = "disks", params(Paging), responses((status = 200, body = ListEnvelope<DiskView>)))]
+async fn list(AppState(disks): Shared, Params(params): Params) -> ListAnswer<DiskView> {
+    list_of(blocking(move || disks.list()).await?, &params)
 }
 
+/// Makes an empty disk.
+#[utoipa::path(post, path = "/disks", tag = "disks", request_body = CreateDiskBody, responses((status = 201, body = Envelope<DiskView>)))]
 async fn create(
     AppState(disks): Shared,
     JsonBody(body): JsonBody<CreateDiskBody>,
@@ -103,18 +110,26 @@ async fn create(
     Ok((StatusCode::CREATED, data::<DiskView>(made)?).into_response())
 }
 
+/// Shows a disk or snapshot, and what it costs.
+#[utoipa::path(get, path = "/disks/{id}", tag = "disks", responses((status = 200, body = Envelope<DiskView>)))]
 async fn show(AppState(disks): Shared, Path(id): Path<String>) -> Answer<DiskView> {
     data(blocking(move || disks.show(&id)).await?)
 }
 
+/// Deletes a disk or snapshot; what was made from it stays.
+#[utoipa::path(delete, path = "/disks/{id}", tag = "disks", responses((status = 200, body = Envelope<DiskView>)))]
 async fn delete(AppState(disks): Shared, Path(id): Path<String>) -> Answer<DiskView> {
     data(blocking(move || disks.delete(&id)).await?)
 }
 
-async fn snapshots(AppState(disks): Shared, Path(id): Path<String>) -> ListAnswer<DiskView> {
-    list_of(blocking(move || disks.snapshots(&id)).await?)
+/// Lists the snapshots of a disk.
+#[utoipa::path(get, path = "/disks/{id}/snapshots", tag = "disks", params(Paging), responses((status = 200, body = ListEnvelope<DiskView>)))]
+async fn snapshots(AppState(disks): Shared, Path(id): Path<String>, Params(params): Params) -> ListAnswer<DiskView> {
+    list_of(blocking(move || disks.snapshots(&id)).await?, &params)
 }
 
+/// Keeps a disk's present state under a name.
+#[utoipa::path(post, path = "/disks/{id}/snapshots", tag = "disks", request_body = SnapshotDiskBody, responses((status = 201, body = Envelope<DiskView>)))]
 async fn snapshot(
     AppState(disks): Shared,
     Path(id): Path<String>,
@@ -125,6 +140,7 @@ async fn snapshot(
 }
 
 /// With a count the answer is a list, without a disk.
+#[utoipa::path(post, path = "/disks/{id}/fork", tag = "disks", request_body = ForkDiskBody, responses((status = 201, body = OneOrMany<DiskView>)))]
 async fn fork(
     AppState(disks): Shared,
     Path(id): Path<String>,
@@ -132,12 +148,14 @@ async fn fork(
 ) -> std::result::Result<Response, ApiError> {
     let mut made = blocking(move || disks.fork(&id, &body.name, body.count)).await?;
     if body.count.is_some() {
-        return Ok((StatusCode::CREATED, list_of::<DiskView, _>(made)?).into_response());
+        return Ok((StatusCode::CREATED, list_all::<DiskView, _>(made)).into_response());
     }
     let one = made.pop().ok_or_else(|| Error::new(Kind::Internal, "a fork made no disk"))?;
     Ok((StatusCode::CREATED, data::<DiskView>(one)?).into_response())
 }
 
+/// Says where two disks or snapshots differ.
+#[utoipa::path(get, path = "/disks/{id}/diff", tag = "disks", params(("with" = String, Query)), responses((status = 200, body = Envelope<Difference>)))]
 async fn diff(AppState(disks): Shared, Path(id): Path<String>, Params(params): Params) -> Answer<Difference> {
     let Some(with) = params.get("with").cloned() else {
         return Err(Error::new(Kind::InvalidInput, "a difference is between two").hint("?with=ID").into());
@@ -145,6 +163,8 @@ async fn diff(AppState(disks): Shared, Path(id): Path<String>, Params(params): P
     data(blocking(move || disks.diff(&id, &with)).await?)
 }
 
+/// Shows a disk, or a snapshot for reading, as a device.
+#[utoipa::path(post, path = "/disks/{id}/attach", tag = "disks", request_body = AttachDiskBody, responses((status = 200, body = Envelope<Attachment>)))]
 async fn attach(
     AppState(disks): Shared,
     Path(id): Path<String>,
@@ -153,6 +173,8 @@ async fn attach(
     data(blocking(move || disks.attach(&id, body.frontend)).await?)
 }
 
+/// Ends that.
+#[utoipa::path(post, path = "/disks/{id}/detach", tag = "disks", responses((status = 200, body = Envelope<Attachment>)))]
 async fn detach(AppState(disks): Shared, Path(id): Path<String>) -> Answer<Attachment> {
     data(blocking(move || disks.detach(&id)).await?)
 }
@@ -160,6 +182,7 @@ async fn detach(AppState(disks): Shared, Path(id): Path<String>) -> Answer<Attac
 // ---- content
 
 /// `?name=&size_bytes=`, and as the body the disk's bytes as they are, or a sparse stream (see [`frames`]).
+#[utoipa::path(post, path = "/disk-imports", tag = "disks", params(("name" = String, Query), ("size_bytes" = u64, Query), ("dry_run" = Option<bool>, Query, description = "Only check the two")), request_body(content((Vec<u8> = "application/octet-stream"), (Vec<u8> = "application/x-miosa-sparse"))), responses((status = 200, description = "A dry run", body = Envelope<SizeBody>), (status = 201, body = Envelope<DiskView>)))]
 async fn import(
     AppState(disks): Shared,
     Params(params): Params,
@@ -174,7 +197,7 @@ async fn import(
     };
     if flag(&params, "dry_run") {
         blocking(move || disks.check_new(&name, size)).await?;
-        return Ok(data::<serde_json::Value>(serde_json::json!({ "size_bytes": size }))?.into_response());
+        return Ok(data::<SizeBody>(SizeBody { size_bytes: size })?.into_response());
     }
     let sparse = request.headers().get(header::CONTENT_TYPE).is_some_and(|kind| kind == frames::CONTENT_TYPE);
     let (send, pieces) = mpsc::channel(8);
@@ -249,6 +272,7 @@ fn fill(
 }
 
 /// A sparse stream (see [`frames`]) of what the disk holds now.
+#[utoipa::path(get, path = "/disks/{id}/export", tag = "disks", responses((status = 200, body = Vec<u8>, content_type = "application/x-miosa-sparse")))]
 async fn export(AppState(disks): Shared, Path(id): Path<String>) -> std::result::Result<Response, ApiError> {
     let export = blocking(move || Export::begin(disks, &id)).await?;
     let size = export.size_bytes();
@@ -277,27 +301,39 @@ async fn export(AppState(disks): Shared, Path(id): Path<String>) -> std::result:
 
 // ---- the store
 
+/// What the store holds and costs.
+#[utoipa::path(get, path = "/store/stats", tag = "store", responses((status = 200, body = Envelope<Figures>)))]
 async fn stats(AppState(disks): Shared) -> Answer<storage::Stats> {
     data(blocking(move || Ok(disks.store().stats()?)).await?)
 }
 
-async fn usage(AppState(disks): Shared) -> ListAnswer<DiskView> {
-    list_of(blocking(move || disks.usage()).await?)
+/// What each disk and snapshot costs.
+#[utoipa::path(get, path = "/store/usage", tag = "store", params(Paging), responses((status = 200, body = ListEnvelope<DiskView>)))]
+async fn usage(AppState(disks): Shared, Params(params): Params) -> ListAnswer<DiskView> {
+    list_of(blocking(move || disks.usage()).await?, &params)
 }
 
+/// Deduplicates and compresses everything written so far.
+#[utoipa::path(post, path = "/store/seal", tag = "store", responses((status = 200, body = Envelope<Figures>)))]
 async fn seal(AppState(disks): Shared) -> Answer<storage::SealReport> {
     data(blocking(move || Ok(disks.store().seal()?)).await?)
 }
 
+/// Gives back the space of what nothing refers to.
+#[utoipa::path(post, path = "/store/gc", tag = "store", params(("dry_run" = Option<bool>, Query)), responses((status = 200, body = Envelope<Figures>)))]
 async fn gc(AppState(disks): Shared, Params(params): Params) -> Answer<storage::GcReport> {
     let dry_run = flag(&params, "dry_run");
     data(blocking(move || Ok(disks.store().gc(dry_run)?)).await?)
 }
 
+/// Reads everything that is stored and compares it with its checksums.
+#[utoipa::path(post, path = "/store/check", tag = "store", responses((status = 200, body = Envelope<Figures>)))]
 async fn check(AppState(disks): Shared) -> Answer<storage::CheckReport> {
     data(blocking(move || Ok(disks.store().check()?)).await?)
 }
 
+/// The same, and heals what has an undamaged copy.
+#[utoipa::path(post, path = "/store/scrub", tag = "store", params(("heal" = Option<bool>, Query)), responses((status = 200, body = Envelope<Figures>)))]
 async fn scrub(AppState(disks): Shared, Params(params): Params) -> Answer<storage::CheckReport> {
     let heal = flag(&params, "heal");
     data(blocking(move || Ok(disks.store().scrub(heal)?)).await?)

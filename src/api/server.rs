@@ -6,6 +6,7 @@
 mod answer;
 mod exec;
 mod files;
+mod openapi;
 mod request;
 mod sandboxes;
 mod snapshots;
@@ -14,14 +15,16 @@ mod templates;
 use std::sync::Arc;
 
 use axum::Router;
-use axum::routing::get;
+use utoipa_axum::router::OpenApiRouter;
+use utoipa_axum::routes;
 
+use super::types::{Envelope, HealthBody};
 use crate::disks::Disks;
 use crate::engine::Engine;
 
 pub use answer::ApiError;
-pub(super) use answer::{Answer, ListAnswer, data, list_of};
-pub(super) use request::{JsonBody, Params, Path, flag};
+pub(super) use answer::{Answer, ListAnswer, data, list_all, list_of};
+pub(super) use request::{JsonBody, Paging, Params, Path, flag};
 
 /// Processors and memory of a sandbox that does not ask for any.
 #[derive(Debug, Clone, Copy)]
@@ -42,8 +45,8 @@ pub struct Api {
 
 /// All routes.
 pub fn router(engine: Arc<Engine>, disks: Arc<Disks>, defaults: Defaults) -> Router {
-    let v1 = Router::new()
-        .route("/health", get(health))
+    let v1 = OpenApiRouter::new()
+        .routes(routes!(health))
         .merge(sandboxes::routes())
         .merge(snapshots::routes())
         .merge(exec::routes())
@@ -51,7 +54,8 @@ pub fn router(engine: Arc<Engine>, disks: Arc<Disks>, defaults: Defaults) -> Rou
         .merge(templates::routes())
         .merge(super::disks::routes(disks));
     let api = Api { engine, defaults, stdins: exec::Stdins::default() };
-    own_layers(Router::new().nest("/api/v1", v1).with_state(api))
+    let (router, document) = OpenApiRouter::new().nest("/api/v1", v1).with_state(api).split_for_parts();
+    own_layers(openapi::serve(router, document))
 }
 
 /// What every answer has: our own bodies where nothing serves a request, and an id.
@@ -62,6 +66,8 @@ pub(super) fn own_layers(router: Router) -> Router {
         .layer(axum::middleware::from_fn(answer::request_id))
 }
 
-async fn health() -> Answer<serde_json::Value> {
-    data(serde_json::json!({ "status": "ok", "version": env!("CARGO_PKG_VERSION") }))
+/// Whether the daemon serves requests.
+#[utoipa::path(get, path = "/health", tag = "daemon", responses((status = 200, body = Envelope<HealthBody>)))]
+async fn health() -> Answer<HealthBody> {
+    data(HealthBody { status: "ok".to_owned(), version: env!("CARGO_PKG_VERSION").to_owned() })
 }

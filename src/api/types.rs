@@ -5,47 +5,111 @@ use std::collections::BTreeMap;
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
+use utoipa::ToSchema;
 
 use crate::engine::SandboxView;
 use crate::engine::lifecycle::State;
 use crate::engine::records::{Consistency, SnapshotRecord, TemplateRecord, slug};
 
 /// Every successful answer.
-#[derive(Debug, Clone, Serialize, Deserialize)]
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
 pub struct Envelope<T> {
     /// The answer.
     pub data: T,
 }
 
 /// Every successful list.
-#[derive(Debug, Clone, Serialize, Deserialize)]
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
 pub struct ListEnvelope<T> {
     /// The items.
     pub data: Vec<T>,
     /// Which of them these are.
     pub page: Page,
+    /// The page's, where the SDK looks for it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub next_cursor: Option<String>,
 }
 
-/// Which items of a list an answer holds. Lists are not cut at present: it is all of them.
-#[derive(Debug, Clone, Serialize, Deserialize)]
+/// Which items of a list an answer holds: all of them, unless a `limit` was given.
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
 pub struct Page {
     /// Items in this answer.
     pub count: usize,
     /// Items there are.
     pub total: usize,
-    /// Whether there are more.
+    /// Whether there are more after these.
     pub has_more: bool,
+    /// Names those, as the next request's `cursor`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub next_cursor: Option<String>,
+}
+
+/// What lists hold: oldest first.
+pub trait Listed {
+    /// Unique, and the same as long as the item is there.
+    fn position(&self) -> (Timestamp, &str);
+}
+
+macro_rules! listed {
+    ($($body:ty),*) => {$(
+        impl Listed for $body {
+            fn position(&self) -> (Timestamp, &str) {
+                (self.created_at, &self.id)
+            }
+        }
+    )*};
+}
+
+listed!(SandboxBody, SnapshotBody, TemplateBody, crate::disks::DiskView);
+
+/// The answer to a fork: with a count a list, without it what was made.
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
+#[serde(untagged)]
+#[allow(missing_docs)]
+pub enum OneOrMany<T> {
+    Many(ListEnvelope<T>),
+    One(Envelope<T>),
+}
+
+/// Figures by name; more may be added.
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
+#[serde(transparent)]
+#[schema(value_type = Object)]
+pub struct Figures(pub Map<String, Value>);
+
+/// How many bytes were taken.
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
+#[allow(missing_docs)]
+pub struct SizeBody {
+    pub size_bytes: u64,
+}
+
+/// Whether the daemon serves requests.
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
+#[allow(missing_docs)]
+pub struct HealthBody {
+    pub status: String,
+    pub version: String,
+}
+
+/// Whether commands can be run.
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
+#[allow(missing_docs)]
+pub struct ReadinessBody {
+    pub ready: bool,
+    pub state: State,
+    pub last_error: Option<String>,
 }
 
 /// Every failed answer.
-#[derive(Debug, Clone, Serialize, Deserialize)]
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
 pub struct ErrorEnvelope {
     /// Why.
     pub error: ErrorBody,
 }
 
 /// Why a request failed.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct ErrorBody {
     /// A stable word to match on.
     pub code: String,
@@ -66,7 +130,7 @@ pub struct ErrorBody {
 }
 
 /// A sandbox.
-#[derive(Debug, Clone, Serialize, Deserialize)]
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
 #[allow(missing_docs)]
 pub struct SandboxBody {
     pub id: String,
@@ -89,12 +153,17 @@ pub struct SandboxBody {
     pub boot_path: Option<String>,
     pub boot_ms: Option<u64>,
     pub preview_url: Option<String>,
+    #[schema(value_type = Object)]
     pub metadata: Map<String, Value>,
     pub tags: Vec<String>,
     pub last_error: Option<String>,
+    #[schema(value_type = String, format = DateTime)]
     pub created_at: Timestamp,
+    #[schema(value_type = Option<String>, format = DateTime)]
     pub started_at: Option<Timestamp>,
+    #[schema(value_type = Option<String>, format = DateTime)]
     pub ready_at: Option<Timestamp>,
+    #[schema(value_type = Option<String>, format = DateTime)]
     pub destroyed_at: Option<Timestamp>,
     pub total_runtime_sec: u64,
 }
@@ -136,7 +205,7 @@ impl From<SandboxView> for SandboxBody {
 }
 
 /// A snapshot.
-#[derive(Debug, Clone, Serialize, Deserialize)]
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
 #[allow(missing_docs)]
 pub struct SnapshotBody {
     pub id: String,
@@ -147,7 +216,9 @@ pub struct SnapshotBody {
     pub comment: Option<String>,
     pub consistency: Consistency,
     pub template_id: Option<String>,
+    #[schema(value_type = String, format = DateTime)]
     pub created_at: Timestamp,
+    #[schema(value_type = String, format = DateTime)]
     pub updated_at: Timestamp,
     /// Of the disk, as the guest sees it.
     pub size_bytes: u64,
@@ -171,7 +242,7 @@ impl From<SnapshotRecord> for SnapshotBody {
 }
 
 /// A template.
-#[derive(Debug, Clone, Serialize, Deserialize)]
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
 #[allow(missing_docs)]
 pub struct TemplateBody {
     pub id: String,
@@ -180,6 +251,7 @@ pub struct TemplateBody {
     pub origin: String,
     pub disk_size_mb: u64,
     pub data_bytes: u64,
+    #[schema(value_type = String, format = DateTime)]
     pub created_at: Timestamp,
 }
 
@@ -198,7 +270,7 @@ impl From<TemplateRecord> for TemplateBody {
 }
 
 /// Asks for a sandbox.
-#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, Serialize, Deserialize, ToSchema)]
 #[serde(default)]
 #[allow(missing_docs)]
 pub struct CreateBody {
@@ -226,6 +298,7 @@ pub struct CreateBody {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub env: Option<BTreeMap<String, String>>,
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<Object>)]
     pub metadata: Option<Map<String, Value>>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub tags: Option<Vec<String>>,
@@ -233,6 +306,7 @@ pub struct CreateBody {
     pub auto_start: Option<bool>,
     /// Whatever else the request has; see [`unsupported`].
     #[serde(flatten)]
+    #[schema(ignore)]
     pub other: Map<String, Value>,
 }
 
@@ -258,7 +332,7 @@ pub fn unsupported(other: &Map<String, Value>) -> Vec<&str> {
 }
 
 /// Asks for forks.
-#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, Serialize, Deserialize, ToSchema)]
 #[serde(default)]
 #[allow(missing_docs)]
 pub struct ForkBody {
@@ -274,14 +348,16 @@ pub struct ForkBody {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub timeout_ms: Option<u64>,
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<Object>)]
     pub metadata: Option<Map<String, Value>>,
     /// Whatever else the request has; see [`unsupported`].
     #[serde(flatten)]
+    #[schema(ignore)]
     pub other: Map<String, Value>,
 }
 
 /// Asks for a snapshot.
-#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, Serialize, Deserialize, ToSchema)]
 #[serde(default)]
 #[allow(missing_docs)]
 pub struct SnapshotRequestBody {
@@ -289,11 +365,12 @@ pub struct SnapshotRequestBody {
     pub comment: Option<String>,
     /// Whatever else the request has; see [`unsupported`].
     #[serde(flatten)]
+    #[schema(ignore)]
     pub other: Map<String, Value>,
 }
 
 /// Asks for more time.
-#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, Serialize, Deserialize, ToSchema)]
 #[serde(default)]
 #[allow(missing_docs)]
 pub struct ExtendBody {
@@ -304,7 +381,7 @@ pub struct ExtendBody {
 }
 
 /// A command: a line for a shell, or a program and its arguments.
-#[derive(Debug, Clone, Serialize, Deserialize)]
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
 #[serde(untagged)]
 #[allow(missing_docs)]
 pub enum Command {
@@ -313,7 +390,7 @@ pub enum Command {
 }
 
 /// A command's standard input: its content, or whether it is sent to `/exec/{exec_id}/stdin`.
-#[derive(Debug, Clone, Serialize, Deserialize)]
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
 #[serde(untagged)]
 #[allow(missing_docs)]
 pub enum StdinBody {
@@ -322,7 +399,7 @@ pub enum StdinBody {
 }
 
 /// Asks for a command to be run.
-#[derive(Debug, Clone, Serialize, Deserialize)]
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
 #[allow(missing_docs)]
 pub struct ExecBody {
     pub command: Command,
@@ -342,11 +419,12 @@ pub struct ExecBody {
     pub encoding: Option<String>,
     /// Whatever else the request has; see [`unsupported`].
     #[serde(flatten)]
+    #[schema(ignore)]
     pub other: Map<String, Value>,
 }
 
 /// What a command did.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[allow(missing_docs)]
 pub struct ExecResult {
     pub stdout: String,
@@ -363,7 +441,7 @@ pub struct ExecResult {
 }
 
 /// The last event of a stream.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[allow(missing_docs)]
 pub struct ExitEvent {
     pub exit_code: i32,
@@ -384,7 +462,7 @@ pub fn exit_code(code: Option<i32>, signal: Option<i32>, timed_out: bool) -> i32
 }
 
 /// Asks for a small file to be written. Large ones are sent as the request's body, with the path in the query.
-#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, Serialize, Deserialize, ToSchema)]
 #[serde(default)]
 #[allow(missing_docs)]
 pub struct WriteFileBody {
@@ -395,7 +473,7 @@ pub struct WriteFileBody {
 }
 
 /// What was written.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[allow(missing_docs)]
 pub struct WrittenBody {
     pub path: String,
@@ -403,7 +481,7 @@ pub struct WrittenBody {
 }
 
 /// Asks for a template.
-#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, Serialize, Deserialize, ToSchema)]
 #[serde(default)]
 #[allow(missing_docs)]
 pub struct TemplateRequestBody {

@@ -11,7 +11,7 @@ use crate::engine::error::{Error, Kind, Result};
 use crate::frontend::{FuseMount, VhostUserServer};
 
 /// How a disk is shown.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum Frontend {
     /// A virtio-blk back end on a socket.
@@ -21,11 +21,12 @@ pub enum Frontend {
 }
 
 /// A disk that is shown.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 pub struct Attachment {
     /// How.
     pub frontend: Frontend,
     /// The socket or the file.
+    #[schema(value_type = String)]
     pub path: PathBuf,
     /// Snapshots cannot be written.
     pub read_only: bool,

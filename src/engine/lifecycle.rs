@@ -22,7 +22,7 @@
 use serde::{Deserialize, Serialize};
 
 /// Where a sandbox is in its life. The names are the API's.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, utoipa::ToSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum State {
     /// A session is being started.

@@ -79,7 +79,7 @@ pub struct SandboxRecord {
 }
 
 /// How much of a running machine's work a snapshot is certain to hold.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Consistency {
     /// Everything written before the call: the file system was frozen, or was not mounted.

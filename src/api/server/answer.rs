@@ -1,5 +1,6 @@
 //! What an answer is: an envelope, a list's page, or an error with the request's id.
 
+use std::collections::HashMap;
 use std::sync::Arc;
 
 use axum::Json;
@@ -9,8 +10,9 @@ use axum::http::{HeaderValue, StatusCode, header};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 
+use super::request::{Slice, cursor_after};
 use crate::api::stream::error_body;
-use crate::api::types::{Envelope, ErrorBody, ErrorEnvelope, ListEnvelope, Page};
+use crate::api::types::{Envelope, ErrorBody, ErrorEnvelope, ListEnvelope, Listed, Page};
 use crate::engine::error::Error;
 use crate::engine::records::new_id;
 
@@ -21,10 +23,28 @@ pub(crate) fn data<T>(data: impl Into<T>) -> Answer<T> {
     Ok(Json(Envelope { data: data.into() }))
 }
 
-pub(crate) fn list_of<T, R: Into<T>>(items: Vec<R>) -> ListAnswer<T> {
+/// A list, or the part of it that the request's query asks for.
+pub(crate) fn list_of<T: Listed, R: Into<T>>(items: Vec<R>, query: &HashMap<String, String>) -> ListAnswer<T> {
+    let slice = Slice::parse(query)?;
+    let mut data: Vec<T> = items.into_iter().map(Into::into).collect();
+    data.sort_by(|a, b| a.position().cmp(&b.position()));
+    let total = data.len();
+    if let Some((time, id)) = &slice.after {
+        data.drain(..data.partition_point(|item| item.position() <= (*time, id.as_str())));
+    }
+    data.drain(..slice.skip.min(data.len()));
+    let has_more = slice.limit.is_some_and(|limit| data.len() > limit);
+    data.truncate(slice.limit.unwrap_or(usize::MAX));
+    let next_cursor = data.last().filter(|_| has_more).map(|last| cursor_after(last.position()));
+    let page = Page { count: data.len(), total, has_more, next_cursor: next_cursor.clone() };
+    Ok(Json(ListEnvelope { data, page, next_cursor }))
+}
+
+/// A list that is never cut.
+pub(crate) fn list_all<T, R: Into<T>>(items: Vec<R>) -> Json<ListEnvelope<T>> {
     let data: Vec<T> = items.into_iter().map(Into::into).collect();
-    let page = Page { count: data.len(), total: data.len(), has_more: false };
-    Ok(Json(ListEnvelope { data, page }))
+    let page = Page { count: data.len(), total: data.len(), has_more: false, next_cursor: None };
+    Json(ListEnvelope { data, page, next_cursor: None })
 }
 
 pub(super) fn event_stream(body: Body) -> Response {

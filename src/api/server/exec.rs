@@ -4,20 +4,20 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-use axum::Router;
 use axum::body::Body;
 use axum::extract::{Request, State as AppState};
 use axum::response::Response;
-use axum::routing::post;
 use futures_util::{StreamExt, stream};
 use parking_lot::Mutex;
+use utoipa_axum::router::OpenApiRouter;
+use utoipa_axum::routes;
 use vmm::agent::Stdin;
 
 use super::Api;
 use super::answer::{Answer, ApiError, data, event_stream};
 use super::request::{JsonBody, Path, refuse_unsupported};
 use crate::api::stream::{Encoding, ExecEvents};
-use crate::api::types::{Command, ExecBody, ExecResult, StdinBody, exit_code};
+use crate::api::types::{Command, Envelope, ExecBody, ExecResult, SizeBody, StdinBody, exit_code};
 use crate::engine::error::{Error, Kind};
 use crate::engine::records::new_id;
 use crate::engine::{ExecEvent, ExecSpec, RunningExec};
@@ -28,13 +28,12 @@ const MAX_OUTPUT: usize = 16 << 20;
 /// Standard inputs of running commands that wait for their content.
 pub(super) type Stdins = Arc<Mutex<HashMap<String, Stdin>>>;
 
-pub(super) fn routes() -> Router<Api> {
-    Router::new()
-        .route("/sandboxes/{id}/exec", post(exec))
-        .route("/sandboxes/{id}/exec/stream", post(exec_stream))
-        .route("/sandboxes/{id}/exec/{exec}/stdin", post(exec_stdin))
+pub(super) fn routes() -> OpenApiRouter<Api> {
+    OpenApiRouter::new().routes(routes!(exec)).routes(routes!(exec_stream)).routes(routes!(exec_stdin))
 }
 
+/// Runs a command and answers with what it did.
+#[utoipa::path(post, path = "/sandboxes/{id}/exec", tag = "commands", request_body = ExecBody, responses((status = 200, body = Envelope<ExecResult>)))]
 async fn exec(
     AppState(api): AppState<Api>,
     Path(id): Path<String>,
@@ -74,6 +73,8 @@ async fn exec(
     }
 }
 
+/// Runs a command and answers with its output as server-sent events: `stdout`, `stderr`, and `exit` or `error` at the end.
+#[utoipa::path(post, path = "/sandboxes/{id}/exec/stream", tag = "commands", request_body = ExecBody, responses((status = 200, body = String, content_type = "text/event-stream")))]
 async fn exec_stream(
     AppState(api): AppState<Api>,
     Path(id): Path<String>,
@@ -122,11 +123,13 @@ impl Drop for WaitingStdin {
     }
 }
 
+/// Sends a running command its standard input.
+#[utoipa::path(post, path = "/sandboxes/{id}/exec/{exec}/stdin", tag = "commands", request_body(content = Vec<u8>, content_type = "application/octet-stream"), responses((status = 200, body = Envelope<SizeBody>)))]
 async fn exec_stdin(
     AppState(api): AppState<Api>,
-    Path((_, exec)): Path<(String, String)>,
+    Path((_sandbox, exec)): Path<(String, String)>,
     request: Request,
-) -> Answer<serde_json::Value> {
+) -> Answer<SizeBody> {
     let Some(mut stdin) = api.stdins.lock().remove(&exec) else {
         return Err(ApiError::new(
             404,
@@ -146,7 +149,7 @@ async fn exec_stdin(
         taken += piece.len() as u64;
     }
     stdin.close();
-    data(serde_json::json!({ "size_bytes": taken }))
+    data(SizeBody { size_bytes: taken })
 }
 
 async fn start_exec(api: &Api, id: &str, body: &ExecBody) -> Result<RunningExec, ApiError> {

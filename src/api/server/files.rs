@@ -1,30 +1,30 @@
 //! Files of a sandbox, in and out.
 
-use axum::Router;
 use axum::body::Body;
 use axum::extract::{Request, State as AppState};
 use axum::http::header;
 use axum::response::{IntoResponse, Response};
-use axum::routing::{get, post};
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD as BASE64;
 use futures_util::{StreamExt, stream};
+use utoipa_axum::router::OpenApiRouter;
+use utoipa_axum::routes;
 
 use super::Api;
 use super::answer::{Answer, ApiError, data};
 use super::request::{Params, Path, is_json, parse_json};
-use crate::api::types::{WriteFileBody, WrittenBody};
+use crate::api::types::{Envelope, WriteFileBody, WrittenBody};
 use crate::engine::error::{Error, Kind};
 
 /// Largest JSON body that carries a file. Larger files are streamed.
 const MAX_JSON_FILE: usize = 96 << 20;
 
-pub(super) fn routes() -> Router<Api> {
-    Router::new()
-        .route("/sandboxes/{id}/fs/write", post(write_file).put(write_file))
-        .route("/sandboxes/{id}/fs/download", get(read_file))
+pub(super) fn routes() -> OpenApiRouter<Api> {
+    OpenApiRouter::new().routes(routes!(write_file)).routes(routes!(read_file))
 }
 
+/// Writes a file: a small one as JSON, any other as the body with its path in the query.
+#[utoipa::path(method(post, put), path = "/sandboxes/{id}/fs/write", tag = "files", params(("path" = Option<String>, Query), ("mode" = Option<String>, Query, description = "Octal")), request_body(content((WriteFileBody = "application/json"), (Vec<u8> = "application/octet-stream"))), responses((status = 200, body = Envelope<WrittenBody>)))]
 async fn write_file(
     AppState(api): AppState<Api>,
     Path(id): Path<String>,
@@ -66,6 +66,8 @@ async fn write_file(
     data(WrittenBody { path, size_bytes })
 }
 
+/// Reads a file.
+#[utoipa::path(get, path = "/sandboxes/{id}/fs/download", tag = "files", params(("path" = String, Query)), responses((status = 200, body = Vec<u8>, content_type = "application/octet-stream")))]
 async fn read_file(
     AppState(api): AppState<Api>,
     Path(id): Path<String>,

@@ -5,9 +5,14 @@ use std::time::Duration;
 
 use axum::extract::{FromRequest, FromRequestParts, Path as UrlPath, Query, Request};
 use axum::http::header;
+use base64::Engine as _;
+use base64::engine::general_purpose::URL_SAFE_NO_PAD as BASE64;
 use bytes::BytesMut;
 use futures_util::StreamExt;
+use jiff::Timestamp;
+use serde::Deserialize;
 use serde::de::DeserializeOwned;
+use utoipa::IntoParams;
 
 use super::answer::ApiError;
 use crate::api::types::unsupported;
@@ -109,4 +114,74 @@ pub(super) fn timeout(seconds: Option<u64>, milliseconds: Option<u64>) -> Result
         Some(ms) if ms <= MOST => Ok(Some(Duration::from_millis(ms))),
         Some(_) => Err(Error::new(Kind::InvalidInput, "the timeout is longer than a hundred years").into()),
     }
+}
+
+/// Most items of a list that one answer holds, when a limit is asked for at all.
+const MAX_LIMIT: usize = 1_000;
+
+/// The part of a list that is wanted, as it is documented.
+#[derive(Debug, Deserialize, IntoParams)]
+#[into_params(parameter_in = Query)]
+#[allow(dead_code, reason = "read from the query by hand, for better messages")]
+pub(crate) struct Paging {
+    /// At most so many items; without it all.
+    #[param(minimum = 1, maximum = 1000)]
+    limit: Option<u32>,
+    /// The `next_cursor` of the page before.
+    cursor: Option<String>,
+    /// Items to leave out.
+    offset: Option<u64>,
+}
+
+/// Whether the answer waits, as it is documented.
+#[derive(Debug, Deserialize, IntoParams)]
+#[into_params(parameter_in = Query)]
+#[allow(dead_code, reason = "read from the query by hand: clients send a flag or a number of seconds")]
+pub(crate) struct Wait {
+    /// Answer when the sandbox can be used, not before.
+    wait: Option<String>,
+}
+
+/// The part of a list that is wanted.
+#[derive(Debug, Default)]
+pub(super) struct Slice {
+    pub(super) limit: Option<usize>,
+    pub(super) skip: usize,
+    /// The position of the last item of the page before.
+    pub(super) after: Option<(Timestamp, String)>,
+}
+
+impl Slice {
+    pub(super) fn parse(query: &HashMap<String, String>) -> Result<Self, ApiError> {
+        let given = |name: &str| query.get(name).filter(|text| !text.is_empty());
+        let number = |name: &str| {
+            given(name).map(|text| {
+                text.parse::<usize>()
+                    .map_err(|_| Error::new(Kind::InvalidInput, format!("{name} is a number, and not {text:?}")))
+            })
+        };
+        let limit = number("limit").transpose()?;
+        if limit.is_some_and(|limit| !(1..=MAX_LIMIT).contains(&limit)) {
+            return Err(Error::new(Kind::InvalidInput, format!("limit is 1 to {MAX_LIMIT}")).into());
+        }
+        let skip = number("offset").transpose()?.unwrap_or(0);
+        let after = given("cursor").map(|text| {
+            parse_cursor(text).ok_or_else(|| {
+                Error::new(Kind::InvalidInput, "the cursor is none of this daemon's")
+                    .hint("take next_cursor from the page before, or leave it out")
+            })
+        });
+        Ok(Self { limit, skip, after: after.transpose()? })
+    }
+}
+
+/// Names the items after this one, also when it is deleted meanwhile.
+pub(super) fn cursor_after((time, id): (Timestamp, &str)) -> String {
+    BASE64.encode(format!("{time} {id}"))
+}
+
+fn parse_cursor(text: &str) -> Option<(Timestamp, String)> {
+    let plain = String::from_utf8(BASE64.decode(text).ok()?).ok()?;
+    let (time, id) = plain.split_once(' ')?;
+    Some((time.parse().ok()?, id.to_owned()))
 }

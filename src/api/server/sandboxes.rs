@@ -1,15 +1,18 @@
 //! Sandboxes: create, look at, stop, resume, extend, fork, destroy.
 
+use axum::Json;
 use axum::extract::State as AppState;
 use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
-use axum::routing::{get, post};
-use axum::{Json, Router};
+use utoipa_axum::router::OpenApiRouter;
+use utoipa_axum::routes;
 
-use super::answer::{Answer, ApiError, ListAnswer, data, list_of};
-use super::request::{JsonBody, Params, Path, flag, refuse_unsupported, timeout};
+use super::answer::{Answer, ApiError, ListAnswer, data, list_all, list_of};
+use super::request::{JsonBody, Paging, Params, Path, Wait, flag, refuse_unsupported, timeout};
 use super::{Api, Defaults};
-use crate::api::types::{CreateBody, Envelope, ExtendBody, ForkBody, SandboxBody};
+use crate::api::types::{
+    CreateBody, Envelope, ExtendBody, ForkBody, ListEnvelope, OneOrMany, ReadinessBody, SandboxBody,
+};
 use crate::engine::error::{Error, Kind};
 use crate::engine::lifecycle::State;
 use crate::engine::{CreateRequest, ForkRequest, Origin};
@@ -18,19 +21,21 @@ use crate::engine::{CreateRequest, ForkRequest, Origin};
 const SIZES: [(&str, u32, u64); 5] =
     [("xs", 1, 2_048), ("small", 2, 4_096), ("medium", 4, 8_192), ("large", 8, 16_384), ("xl", 16, 32_768)];
 
-pub(super) fn routes() -> Router<Api> {
-    Router::new()
-        .route("/sandboxes", get(list).post(create))
-        .route("/sandboxes/by-name/{name}", get(by_name))
-        .route("/sandboxes/{id}", get(show).delete(destroy))
-        .route("/sandboxes/{id}/readiness", get(readiness))
-        .route("/sandboxes/{id}/stop", post(stop))
-        .route("/sandboxes/{id}/pause", post(stop))
-        .route("/sandboxes/{id}/resume", post(resume))
-        .route("/sandboxes/{id}/extend", post(extend))
-        .route("/sandboxes/{id}/fork", post(fork))
+pub(super) fn routes() -> OpenApiRouter<Api> {
+    OpenApiRouter::new()
+        .routes(routes!(list, create))
+        .routes(routes!(by_name))
+        .routes(routes!(show, destroy))
+        .routes(routes!(readiness))
+        .routes(routes!(stop))
+        .routes(routes!(pause))
+        .routes(routes!(resume))
+        .routes(routes!(extend))
+        .routes(routes!(fork))
 }
 
+/// Lists sandboxes, oldest first; destroyed ones only when asked for by state.
+#[utoipa::path(get, path = "/sandboxes", tag = "sandboxes", params(("state" = Option<State>, Query), Paging), responses((status = 200, body = ListEnvelope<SandboxBody>)))]
 async fn list(AppState(api): AppState<Api>, Params(params): Params) -> ListAnswer<SandboxBody> {
     let state = match params.get("state").map(String::as_str).filter(|s| !s.is_empty()) {
         None => None,
@@ -39,9 +44,11 @@ async fn list(AppState(api): AppState<Api>, Params(params): Params) -> ListAnswe
                 .hint(State::ALL.map(State::name).join(", "))
         })?),
     };
-    list_of(api.engine.list(state))
+    list_of(api.engine.list(state), &params)
 }
 
+/// Makes a sandbox of a template or a snapshot.
+#[utoipa::path(post, path = "/sandboxes", tag = "sandboxes", params(Wait), request_body = CreateBody, responses((status = 201, body = Envelope<SandboxBody>)))]
 async fn create(
     AppState(api): AppState<Api>,
     Params(params): Params,
@@ -96,33 +103,52 @@ fn create_request(body: CreateBody, defaults: Defaults) -> Result<CreateRequest,
     })
 }
 
+/// Shows a sandbox, by id or name.
+#[utoipa::path(get, path = "/sandboxes/{id}", tag = "sandboxes", responses((status = 200, body = Envelope<SandboxBody>)))]
 async fn show(AppState(api): AppState<Api>, Path(id): Path<String>) -> Answer<SandboxBody> {
     data(api.engine.show(&id)?)
 }
 
+/// Shows the sandbox of a name.
+#[utoipa::path(get, path = "/sandboxes/by-name/{name}", tag = "sandboxes", responses((status = 200, body = Envelope<SandboxBody>)))]
 async fn by_name(AppState(api): AppState<Api>, Path(name): Path<String>) -> Answer<SandboxBody> {
     data(api.engine.show_by_name(&name)?)
 }
 
-async fn readiness(AppState(api): AppState<Api>, Path(id): Path<String>) -> Answer<serde_json::Value> {
+/// Says whether commands can be run.
+#[utoipa::path(get, path = "/sandboxes/{id}/readiness", tag = "sandboxes", responses((status = 200, body = Envelope<ReadinessBody>)))]
+async fn readiness(AppState(api): AppState<Api>, Path(id): Path<String>) -> Answer<ReadinessBody> {
     let record = api.engine.show(&id)?.record;
-    data(
-        serde_json::json!({ "ready": record.state == State::Running, "state": record.state, "last_error": record.last_error }),
-    )
+    let ready = record.state == State::Running;
+    data(ReadinessBody { ready, state: record.state, last_error: record.last_error })
 }
 
+/// Destroys a sandbox for good.
+#[utoipa::path(delete, path = "/sandboxes/{id}", tag = "sandboxes", responses((status = 200, body = Envelope<SandboxBody>)))]
 async fn destroy(AppState(api): AppState<Api>, Path(id): Path<String>) -> Answer<SandboxBody> {
     data(api.engine.destroy(&id).await?)
 }
 
+/// Ends the session; the file system is kept.
+#[utoipa::path(post, path = "/sandboxes/{id}/stop", tag = "sandboxes", responses((status = 200, body = Envelope<SandboxBody>)))]
 async fn stop(AppState(api): AppState<Api>, Path(id): Path<String>) -> Answer<SandboxBody> {
     data(api.engine.stop(&id).await?)
 }
 
+/// The same as stop.
+#[utoipa::path(post, path = "/sandboxes/{id}/pause", tag = "sandboxes", responses((status = 200, body = Envelope<SandboxBody>)))]
+async fn pause(api: AppState<Api>, id: Path<String>) -> Answer<SandboxBody> {
+    stop(api, id).await
+}
+
+/// Starts a session.
+#[utoipa::path(post, path = "/sandboxes/{id}/resume", tag = "sandboxes", responses((status = 200, body = Envelope<SandboxBody>)))]
 async fn resume(AppState(api): AppState<Api>, Path(id): Path<String>) -> Answer<SandboxBody> {
     data(api.engine.resume(&id).await?)
 }
 
+/// Gives a running session more time, from now.
+#[utoipa::path(post, path = "/sandboxes/{id}/extend", tag = "sandboxes", request_body = ExtendBody, responses((status = 200, body = Envelope<SandboxBody>)))]
 async fn extend(
     AppState(api): AppState<Api>,
     Path(id): Path<String>,
@@ -131,6 +157,8 @@ async fn extend(
     data(api.engine.extend(&id, timeout(body.timeout_sec, body.timeout_ms)?).await?)
 }
 
+/// Makes sandboxes on the present state of another, or on a snapshot of it; with a count the answer is a list.
+#[utoipa::path(post, path = "/sandboxes/{id}/fork", tag = "sandboxes", params(Wait), request_body = ForkBody, responses((status = 201, body = OneOrMany<SandboxBody>)))]
 async fn fork(
     AppState(api): AppState<Api>,
     Path(id): Path<String>,
@@ -148,7 +176,7 @@ async fn fork(
     };
     let mut children = api.engine.fork(&id, request).await?;
     if body.count.is_some() {
-        return Ok((StatusCode::CREATED, list_of::<SandboxBody, _>(children)?).into_response());
+        return Ok((StatusCode::CREATED, list_all::<SandboxBody, _>(children)).into_response());
     }
     let child = children.pop().ok_or_else(|| Error::new(Kind::Internal, "a fork made no child"))?;
     Ok((StatusCode::CREATED, data::<SandboxBody>(child)?).into_response())

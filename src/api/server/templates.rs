@@ -2,45 +2,50 @@
 
 use std::time::Duration;
 
-use axum::Router;
 use axum::body::Body;
 use axum::extract::State as AppState;
 use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
-use axum::routing::get;
 use bytes::Bytes;
 use futures_util::stream;
+use utoipa_axum::router::OpenApiRouter;
+use utoipa_axum::routes;
 
 use super::Api;
 use super::answer::{Answer, ApiError, ListAnswer, data, event_stream, list_of};
-use super::request::{JsonBody, Params, Path, flag};
+use super::request::{JsonBody, Paging, Params, Path, flag};
 use crate::api::stream::{error_event, event};
-use crate::api::types::{TemplateBody, TemplateRequestBody};
+use crate::api::types::{Envelope, ListEnvelope, TemplateBody, TemplateRequestBody};
 use crate::engine::error::{Error, Kind};
 use crate::engine::{BuildRequest, ImageSource};
 
 /// Size of the base template's disk unless asked otherwise.
 const BASE_DISK_MB: u64 = 10 * 1_024;
 
-pub(super) fn routes() -> Router<Api> {
-    Router::new()
-        .route("/sandbox-templates", get(templates).post(build_template))
-        .route("/sandbox-templates/{name}", get(template).delete(delete_template))
+pub(super) fn routes() -> OpenApiRouter<Api> {
+    OpenApiRouter::new().routes(routes!(templates, build_template)).routes(routes!(template, delete_template))
 }
 
-async fn templates(AppState(api): AppState<Api>) -> ListAnswer<TemplateBody> {
-    list_of(api.engine.templates())
+/// Lists templates.
+#[utoipa::path(get, path = "/sandbox-templates", tag = "templates", params(Paging), responses((status = 200, body = ListEnvelope<TemplateBody>)))]
+async fn templates(AppState(api): AppState<Api>, Params(params): Params) -> ListAnswer<TemplateBody> {
+    list_of(api.engine.templates(), &params)
 }
 
+/// Shows a template.
+#[utoipa::path(get, path = "/sandbox-templates/{name}", tag = "templates", responses((status = 200, body = Envelope<TemplateBody>)))]
 async fn template(AppState(api): AppState<Api>, Path(name): Path<String>) -> Answer<TemplateBody> {
     data(api.engine.template(&name)?)
 }
 
+/// Deletes a template; sandboxes made from it stay.
+#[utoipa::path(delete, path = "/sandbox-templates/{name}", tag = "templates", responses((status = 200, body = Envelope<TemplateBody>)))]
 async fn delete_template(AppState(api): AppState<Api>, Path(name): Path<String>) -> Answer<TemplateBody> {
     data(api.engine.delete_template(&name).await?)
 }
 
 /// Answers when the template is there, or with `?stream=true` with an event a step and a last `done` or `error`.
+#[utoipa::path(post, path = "/sandbox-templates", tag = "templates", params(("stream" = Option<bool>, Query)), request_body = TemplateRequestBody, responses((status = 200, description = "Events", body = String, content_type = "text/event-stream"), (status = 201, body = Envelope<TemplateBody>)))]
 async fn build_template(
     AppState(api): AppState<Api>,
     Params(params): Params,
