@@ -6,20 +6,14 @@
 mod harness;
 
 use harness::load::{MIB, new_disk, quiet_store, text};
-use harness::{Report, median};
-use nix::time::ClockId;
+use harness::{Report, cpu_seconds, median};
 use std::hint::black_box;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 use storage::medium::sim::Random;
 use storage::{Disk, Options, Store};
 
 const DATA: u64 = 256 * MIB;
 const ROUNDS: u64 = 3;
-
-fn cpu_seconds() -> f64 {
-    let used = ClockId::CLOCK_PROCESS_CPUTIME_ID.now().expect("the clock of the process");
-    Duration::from(used).as_secs_f64()
-}
 
 /// MB/s by the clock and by processor time.
 fn timed(f: impl FnOnce()) -> [f64; 2] {

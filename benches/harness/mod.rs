@@ -36,6 +36,12 @@ impl Samples {
     }
 }
 
+/// Processor time this process has used, in seconds.
+pub fn cpu_seconds() -> f64 {
+    let used = nix::time::ClockId::CLOCK_PROCESS_CPUTIME_ID.now().expect("the clock of the process");
+    Duration::from(used).as_secs_f64()
+}
+
 /// Collects rows and prints them.
 pub struct Report {
     bench: &'static str,

@@ -10,9 +10,19 @@ use crate::map::NodeSource;
 use crate::medium::{File, Medium, Mode};
 use crate::pack::{self, Digest, GroupPlace, PackFacts};
 use crate::rows;
-use quick_cache::Weighter;
-use quick_cache::sync::Cache;
+use crate::workers::Workers;
+use quick_cache::sync::{Cache, DefaultLifecycle, GuardResult, PlaceholderGuard};
+use quick_cache::{DefaultHashBuilder, Weighter};
+use std::cell::RefCell;
+use std::ops::Range;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
+
+/// Groups of a large read that one thread loads at a time.
+const PART_GROUPS: usize = 4;
+/// Frames of a pack with at most so many bytes between them are read as one piece.
+const GAP_BYTES: u64 = 16 << 10;
 
 /// A group's blocks, decoded and verified.
 pub(crate) struct Group {
@@ -48,6 +58,16 @@ impl Weighter<BlockId, Arc<Node>> for Weigh {
             Node::Inner { children, .. } => 16 * children.len() as u64,
         }
     }
+}
+
+type Guard<'a> =
+    PlaceholderGuard<'a, GroupId, Arc<Group>, Weigh, DefaultHashBuilder, DefaultLifecycle<GroupId, Arc<Group>>>;
+
+/// A group that is being loaded: others who want it wait for the guard.
+struct Load<'a> {
+    id: GroupId,
+    place: GroupPlace,
+    guard: Guard<'a>,
 }
 
 /// See the module.
@@ -86,37 +106,109 @@ impl Blocks {
         Ok(())
     }
 
-    /// Brings the groups of `runs` (address, blocks) into the cache, reading what is missing in as few round trips as
-    /// the medium allows. Pays when several groups are missing. A failure shows again, or not, at [`Blocks::read`].
-    pub fn prefetch(&self, runs: &[(BlockId, u64)]) {
-        drop(self.try_prefetch(runs));
+    /// Brings the groups of `runs` (address, blocks) into the cache, in parts that `workers` help with. What they have
+    /// begun, and others load anyway, may still be under way at the end: [`Blocks::read`] waits for it. So a failure
+    /// shows there, or not at all.
+    pub fn prefetch(self: &Arc<Self>, workers: &Workers, runs: &[(BlockId, u64)]) {
+        let wanted = self.missing(runs);
+        let parts = wanted.len().div_ceil(PART_GROUPS);
+        if parts < 2 {
+            // A single group is loaded by whoever reads it.
+            if wanted.len() > 1 {
+                self.load_many(&wanted);
+            }
+            return;
+        }
+        let blocks = self.clone();
+        let next = AtomicUsize::new(0);
+        let load_parts = Arc::new(move || {
+            while let Some(part) = wanted.chunks(PART_GROUPS).nth(next.fetch_add(1, Ordering::Relaxed)) {
+                blocks.load_many(part);
+            }
+        });
+        for _ in 1..parts.min(workers.count()) {
+            let load_parts = load_parts.clone();
+            workers.offer(move || load_parts());
+        }
+        load_parts();
     }
 
-    fn try_prefetch(&self, runs: &[(BlockId, u64)]) -> Result<()> {
-        let mut wanted = Vec::new();
-        for (first, blocks) in runs {
-            for group in first.group().0..=first.plus(blocks - 1).group().0 {
-                if wanted.last() != Some(&GroupId(group)) && !self.groups.contains_key(&GroupId(group)) {
-                    wanted.push(GroupId(group));
-                }
-            }
-        }
-        if wanted.len() < 2 {
-            return Ok(());
-        }
-        let mut places = Vec::with_capacity(wanted.len());
+    /// Brings the groups of `runs` (address, blocks) into the cache.
+    pub fn read_ahead(&self, runs: &[(BlockId, u64)]) {
+        let wanted = self.missing(runs);
+        self.load_many(&wanted);
+    }
+
+    /// The groups of `runs` that are not in the cache.
+    fn missing(&self, runs: &[(BlockId, u64)]) -> Vec<GroupId> {
+        let groups = runs.iter().flat_map(|(first, len)| first.group().0..=first.plus(len - 1).group().0);
+        let mut wanted: Vec<_> = groups.map(GroupId).filter(|group| !self.groups.contains_key(group)).collect();
+        wanted.sort_unstable();
+        wanted.dedup();
+        wanted
+    }
+
+    /// Loads groups, in ascending order, that nobody else is loading. Never waits for another loader, since it holds
+    /// back those who wait for its own.
+    fn load_many(&self, wanted: &[GroupId]) {
+        let mut claimed = Vec::with_capacity(wanted.len());
         for group in wanted {
-            places.push((group, self.place(group)?));
-        }
-        places.sort_by_key(|(_, place)| (place.pack, place.offset));
-        for run in places.chunk_by(|a, b| a.1.pack == b.1.pack) {
-            let file = self.file(run[0].1.pack)?;
-            let mut buffers: Vec<Vec<u8>> = run.iter().map(|(_, p)| vec![0; p.bytes as usize]).collect();
-            let mut reads: Vec<_> = buffers.iter_mut().zip(run).map(|(b, (_, p))| (&mut b[..], p.offset)).collect();
-            file.read_many(&mut reads).map_err(|e| unreadable(run[0].1.pack, e))?;
-            for (bytes, (group, place)) in buffers.iter().zip(run) {
-                self.groups.insert(*group, Arc::new(decode(*group, place, bytes)?));
+            if let GuardResult::Guard(guard) = self.groups.get_value_or_guard(group, Some(Duration::ZERO)) {
+                claimed.push((*group, guard));
             }
+        }
+        // Whoever needs what failed here tries again, and finds out.
+        if let Err(e) = self.try_load_many(claimed) {
+            tracing::debug!("not read ahead: {e}");
+        }
+    }
+
+    fn try_load_many(&self, claimed: Vec<(GroupId, Guard<'_>)>) -> Result<()> {
+        let keys: Vec<_> = claimed.iter().map(|(group, _)| group.0.to_be_bytes()).collect();
+        let rows = self.catalogue.get_many(Table::Groups, &keys)?;
+        let mut loads = Vec::with_capacity(claimed.len());
+        for ((id, guard), row) in claimed.into_iter().zip(rows) {
+            let place = self.parse_place(id, &row.ok_or_else(|| missing(BlockId::new(id, 0)))?)?;
+            loads.push(Load { id, place, guard });
+        }
+        loads.sort_by_key(|load| (load.place.pack, load.place.offset));
+        while let Some(first) = loads.first() {
+            let pack = first.place.pack;
+            let rest = loads.split_off(loads.partition_point(|load| load.place.pack == pack));
+            self.load_from_pack(pack, std::mem::replace(&mut loads, rest))?;
+        }
+        Ok(())
+    }
+
+    /// Loads groups of one pack, in the order of their frames, with one call to the medium.
+    fn load_from_pack(&self, pack: PackId, loads: Vec<Load<'_>>) -> Result<()> {
+        let mut spans: Vec<Range<u64>> = Vec::new();
+        for Load { place, .. } in &loads {
+            let end = place.offset + u64::from(place.bytes);
+            match spans.last_mut() {
+                Some(last) if place.offset <= last.end + GAP_BYTES => last.end = end.max(last.end),
+                _ => spans.push(place.offset..end),
+            }
+        }
+        let mut buffers: Vec<Vec<u8>> = spans.iter().map(|span| vec![0; (span.end - span.start) as usize]).collect();
+        let mut reads: Vec<_> = buffers.iter_mut().zip(&spans).map(|(b, span)| (&mut b[..], span.start)).collect();
+        self.file(pack)?.read_many(&mut reads).map_err(|e| unreadable(pack, e))?;
+        let mut span = 0;
+        let mut frame: Option<(u64, Frame)> = None;
+        for Load { id, place, guard } in loads {
+            while place.offset >= spans[span].end {
+                span += 1;
+            }
+            let frame = match &mut frame {
+                Some((offset, frame)) if *offset == place.offset => frame,
+                other => {
+                    let from = (place.offset - spans[span].start) as usize;
+                    let bytes = &buffers[span][from..from + place.bytes as usize];
+                    &mut other.insert((place.offset, Frame::decode(&place, bytes)?)).1
+                }
+            };
+            // Refused only if it is larger than a part of the cache: then it is loaded again by who reads it.
+            drop(guard.insert(Arc::new(frame.take(id, &place)?)));
         }
         Ok(())
     }
@@ -136,7 +228,7 @@ impl Blocks {
     fn load(&self, id: GroupId, place: &GroupPlace) -> Result<Group> {
         let mut bytes = vec![0; place.bytes as usize];
         self.file(place.pack)?.read_at(&mut bytes, place.offset).map_err(|e| unreadable(place.pack, e))?;
-        decode(id, place, &bytes)
+        Frame::decode(place, &bytes)?.take(id, place)
     }
 
     /// A block, if the cache has it.
@@ -213,6 +305,12 @@ impl Blocks {
         Ok((contents, sections[..from].as_chunks::<32>().0.to_vec()))
     }
 
+    /// Decoded groups in the cache.
+    #[cfg(test)]
+    pub fn cached_groups(&self) -> usize {
+        self.groups.len()
+    }
+
     /// Drops a group from the cache.
     pub fn forget_group(&self, id: GroupId) {
         self.groups.remove(&id);
@@ -258,21 +356,53 @@ fn unreadable(pack: PackId, e: std::io::Error) -> Error {
     Error::io(format!("cannot read {pack}"), e)
 }
 
-/// Verifies a frame and takes one group out of it.
-fn decode(id: GroupId, place: &GroupPlace, bytes: &[u8]) -> Result<Group> {
-    let damaged = |what: &str| Error::damaged(format!("{} is damaged at byte {}: {what}", place.pack, place.offset));
-    let (header, mut raw) = decode_frame(bytes).map_err(damaged)?;
-    let at = header.groups.iter().position(|g| g.group == id).ok_or_else(|| damaged("the frame has other groups"))?;
-    let entry = header.groups[at];
-    if entry.slots != place.slots || entry.kind != place.kind {
-        return Err(damaged("the frame and the catalogue tell of different blocks"));
+/// A frame that was decoded, to take groups out of.
+struct Frame {
+    header: FrameHeader,
+    raw: Vec<u8>,
+}
+
+impl Frame {
+    fn decode(place: &GroupPlace, bytes: &[u8]) -> Result<Self> {
+        let (header, raw) = decode_frame(bytes).map_err(|what| damaged_frame(place, what))?;
+        Ok(Self { header, raw })
     }
-    if header.groups.len() > 1 {
-        let before: u32 = header.groups[..at].iter().map(GroupEntry::blocks).sum();
-        let from = before as usize * BLOCK_SIZE;
-        raw = raw[from..from + entry.blocks() as usize * BLOCK_SIZE].to_vec();
+
+    /// Takes out one group, which `place` tells of.
+    fn take(&mut self, id: GroupId, place: &GroupPlace) -> Result<Group> {
+        let groups = &self.header.groups;
+        let at = groups.iter().position(|g| g.group == id);
+        let at = at.ok_or_else(|| damaged_frame(place, "the frame has other groups"))?;
+        let entry = groups[at];
+        if entry.slots != place.slots || entry.kind != place.kind {
+            return Err(damaged_frame(place, "the frame and the catalogue tell of different blocks"));
+        }
+        let bytes = if groups.len() == 1 {
+            std::mem::take(&mut self.raw)
+        } else {
+            let before: u32 = groups[..at].iter().map(GroupEntry::blocks).sum();
+            let from = before as usize * BLOCK_SIZE;
+            self.raw[from..from + entry.blocks() as usize * BLOCK_SIZE].to_vec()
+        };
+        Ok(Group { kind: entry.kind, slots: entry.slots, bytes })
     }
-    Ok(Group { kind: entry.kind, slots: entry.slots, bytes: raw })
+}
+
+fn damaged_frame(place: &GroupPlace, what: &str) -> Error {
+    Error::damaged(format!("{} is damaged at byte {}: {what}", place.pack, place.offset))
+}
+
+thread_local! {
+    /// Making a decoder costs as much as decoding a few blocks.
+    static DECODER: RefCell<Option<zstd::bulk::Decompressor<'static>>> = const { RefCell::new(None) };
+}
+
+/// Decompresses to at most `capacity` bytes.
+fn decompress(payload: &[u8], capacity: usize) -> std::io::Result<Vec<u8>> {
+    DECODER.with_borrow_mut(|decoder| match decoder {
+        Some(decoder) => decoder.decompress(payload, capacity),
+        none => none.insert(zstd::bulk::Decompressor::new()?).decompress(payload, capacity),
+    })
 }
 
 /// Verifies and decodes a whole frame: its header and its groups' blocks. The error says what is wrong.
@@ -281,7 +411,7 @@ pub(crate) fn decode_frame(bytes: &[u8]) -> std::result::Result<(FrameHeader, Ve
     let raw_bytes = header.raw_bytes();
     let raw = match header.codec {
         Codec::Raw => payload.to_vec(),
-        Codec::Zstd => zstd::bulk::decompress(payload, raw_bytes).map_err(|_| "the frame does not decompress")?,
+        Codec::Zstd => decompress(payload, raw_bytes).map_err(|_| "the frame does not decompress")?,
     };
     if raw.len() == raw_bytes { Ok((header, raw)) } else { Err("the frame decodes to another length") }
 }

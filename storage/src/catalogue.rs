@@ -71,6 +71,10 @@ pub type RowVisitor<'a> = dyn FnMut(&[u8], &[u8]) -> Result<()> + 'a;
 pub trait Catalogue: Send + Sync {
     /// The value of a key.
     fn get(&self, table: Table, key: &[u8]) -> Result<Option<Vec<u8>>>;
+    /// The values of some keys, in their order.
+    fn get_many(&self, table: Table, keys: &[[u8; 8]]) -> Result<Vec<Option<Vec<u8>>>> {
+        keys.iter().map(|key| self.get(table, key)).collect()
+    }
     /// Calls `f` with every key and value of a table, in order of the keys.
     fn scan(&self, table: Table, f: &mut RowVisitor<'_>) -> Result<()>;
     /// Applies a batch: durable and whole when this returns `Ok`, whole or not at all after a crash.
@@ -134,6 +138,12 @@ impl RocksCatalogue {
 impl Catalogue for RocksCatalogue {
     fn get(&self, table: Table, key: &[u8]) -> Result<Option<Vec<u8>>> {
         self.db.get_cf(self.family(table)?, key).map_err(|e| rocks_error("read", e))
+    }
+
+    fn get_many(&self, table: Table, keys: &[[u8; 8]]) -> Result<Vec<Option<Vec<u8>>>> {
+        let rows = self.db.batched_multi_get_cf(self.family(table)?, keys, keys.is_sorted());
+        let copy = |row: Option<rocksdb::DBPinnableSlice<'_>>| row.map(|row| row.to_vec());
+        rows.into_iter().map(|row| row.map(copy).map_err(|e| rocks_error("read", e))).collect()
     }
 
     fn scan(&self, table: Table, f: &mut RowVisitor<'_>) -> Result<()> {

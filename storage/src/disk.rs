@@ -7,8 +7,10 @@ use crate::inner::Inner;
 use crate::log::Record;
 use crate::map;
 use crate::overlay::{Content, Extent};
+use crate::readahead::Streams;
 use crate::state::State;
 use parking_lot::{Mutex, MutexGuard, RwLock};
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -25,6 +27,7 @@ pub(crate) struct Device {
     /// Held from the append of a record to its entry in the overlay: both have one order.
     writer: Mutex<()>,
     state: RwLock<State>,
+    streams: Streams,
     deleted: AtomicBool,
 }
 
@@ -45,6 +48,7 @@ impl Device {
             created_unix_ms: made,
             writer: Mutex::new(()),
             state: RwLock::new(state),
+            streams: Streams::default(),
             deleted: AtomicBool::new(false),
         }
     }
@@ -246,6 +250,7 @@ impl Disk {
 
     fn read_blocks(&self, first: u64, buf: &mut [u8]) -> Result<()> {
         let mut state = self.device.state();
+        self.read_ahead(&state, first, (buf.len() / BLOCK_SIZE) as u64);
         loop {
             match read_state(&self.store, &state, self.device.level(), first, buf) {
                 Ok(()) => return Ok(()),
@@ -269,6 +274,20 @@ impl Disk {
                     state = now;
                 }
             }
+        }
+    }
+
+    /// Has what follows a sequential read loaded before it is asked for.
+    fn read_ahead(&self, state: &State, first: u64, len: u64) {
+        let options = &self.store.options;
+        let window = options.read_ahead_bytes.min(options.cache_bytes / 16) / BLOCK_BYTES;
+        for part in self.device.streams.note(first, len, self.device.size_blocks, window) {
+            let (store, state, level) = (self.store.clone(), state.clone(), self.device.level());
+            self.store.workers.offer(move || {
+                if !part.is_stale() {
+                    read_ahead(&store, &state, level, part.blocks);
+                }
+            });
         }
     }
 
@@ -361,12 +380,34 @@ fn read_state(store: &Inner, state: &State, level: u32, first: u64, buf: &mut [u
     })?;
     if stored.len() > 1 || stored.first().is_some_and(|(_, len, _)| *len > 1) {
         let runs: Vec<_> = stored.iter().map(|(_, len, block)| (*block, *len)).collect();
-        store.blocks.prefetch(&runs);
+        store.blocks.prefetch(&store.workers, &runs);
     }
     for (start, len, block) in stored {
         store.blocks.read(block, &mut buf[place(start, len)])?;
     }
     Ok(())
+}
+
+/// Loads what the map has of these blocks into the cache, and tells the medium of what is in the log. Failures show when
+/// the blocks are read.
+fn read_ahead(store: &Inner, state: &State, level: u32, blocks: Range<u64>) {
+    let mut stored: Vec<(BlockId, u64)> = Vec::new();
+    let found = state.overlay.pieces(blocks.start, blocks.end - blocks.start, |start, len, extent| {
+        match extent.map(|e| e.content) {
+            None => map::pieces(&*store.blocks, state.root, level, start, len, &mut |_, len, block| {
+                if !block.is_none() {
+                    stored.push((block, len));
+                }
+                Ok::<_, Error>(())
+            })?,
+            Some(Content::Data { payload, .. }) => store.log.will_read(payload, len * BLOCK_BYTES),
+            Some(Content::Zero) => {}
+        }
+        Ok::<_, Error>(())
+    });
+    if found.is_ok() {
+        store.blocks.read_ahead(&stored);
+    }
 }
 
 /// Reads and verifies blocks in the log.

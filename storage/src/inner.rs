@@ -11,6 +11,7 @@ use crate::medium::{Medium, Mode};
 use crate::pack::Counters;
 use crate::registry::Registry;
 use crate::seal::Sealer;
+use crate::workers::Workers;
 use parking_lot::Mutex;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -29,6 +30,8 @@ pub struct Options {
     pub cache_bytes: u64,
     /// Bytes of decoded map nodes kept in memory.
     pub node_cache_bytes: u64,
+    /// Bytes read ahead of each stream of sequential reads, at most, and at most a sixteenth of `cache_bytes`; 0: none.
+    pub read_ahead_bytes: u64,
     /// Digests kept in memory for deduplication, at some 70 bytes each.
     pub index_digests: usize,
     /// Bytes of log at which sealing starts.
@@ -54,6 +57,7 @@ impl Default for Options {
             backend: Backend::Auto,
             cache_bytes: 256 << 20,
             node_cache_bytes: 64 << 20,
+            read_ahead_bytes: 4 << 20,
             index_digests: 1 << 20,
             log_bytes: 512 << 20,
             log_bytes_max: 2 << 30,
@@ -73,6 +77,7 @@ pub(crate) struct Inner {
     pub catalogue: Arc<dyn Catalogue>,
     pub blocks: Arc<Blocks>,
     pub index: Index,
+    pub workers: Workers,
     pub log: Log,
     pub registry: Mutex<Registry>,
     pub counters: Arc<Counters>,

@@ -4,7 +4,7 @@
 //! Snapshots and forks are O(1): a [`Transaction`] clones a map root and a persistent overlay and writes one record.
 //!
 //! Layers, none of which knows one above it: `store` → `recover`, `repair`, `check`, `gc`, `usage`, `diff` → `seal` →
-//! `disk`, `registry` → `inner` (what is open) → `index`, `live`, `blocks`, `state`, `overlay`, `map`, `pack`, `log`, `rows`,
+//! `disk`, `registry` → `inner` (what is open) → `index`, `live`, `blocks`, `workers`, `readahead`, `state`, `overlay`, `map`, `pack`, `log`, `rows`,
 //! `catalogue` → `format`, `block` → `medium`. `docs/ARCHITECTURE.md` follows a write and a fork through them;
 //! `docs/format.md` has every byte on disk.
 
@@ -25,6 +25,7 @@ mod map;
 pub mod medium;
 mod overlay;
 mod pack;
+mod readahead;
 mod recover;
 mod registry;
 mod repair;
@@ -33,6 +34,7 @@ mod seal;
 mod state;
 mod store;
 mod usage;
+mod workers;
 
 pub use block::{BLOCK_SIZE, DiskId, SnapshotId, Source};
 pub use check::CheckReport;

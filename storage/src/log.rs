@@ -211,6 +211,13 @@ impl Log {
         }
     }
 
+    /// Tells the medium that `len` bytes from `pos` on, all of them within one record, will be read soon.
+    pub fn will_read(&self, pos: LogPos, len: u64) {
+        if let Some((_, segment)) = self.segments.read().range(..=pos).next_back() {
+            segment.file.will_read(pos.0 - segment.base.0, len);
+        }
+    }
+
     /// Ends the current segment: records from now on go to a new one. Returns where that begins.
     pub fn rotate(&self) -> LogPos {
         let mut state = self.state.lock();

@@ -24,6 +24,9 @@ pub trait File: Send + Sync {
         reads.iter_mut().try_for_each(|(buf, offset)| self.read_at(buf, *offset))
     }
 
+    /// Tells that these bytes will be read soon, where the medium can make use of that.
+    fn will_read(&self, _offset: u64, _len: u64) {}
+
     /// Writes all of `data` at `offset`. Not durable before [`File::sync`].
     fn write_at(&self, data: &[u8], offset: u64) -> io::Result<()>;
 

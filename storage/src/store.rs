@@ -13,6 +13,7 @@ use crate::medium::Medium;
 use crate::medium::file::FileMedium;
 use crate::registry::Op;
 use crate::seal::{SealReport, Sealer};
+use crate::workers::Workers;
 use bytes::Bytes;
 use parking_lot::Mutex;
 use serde::Serialize;
@@ -59,7 +60,7 @@ pub struct Store {
     handle: Arc<Handle>,
 }
 
-/// Stops the background thread when the last clone goes.
+/// Stops the threads when the last clone goes.
 struct Handle {
     inner: Arc<Inner>,
 }
@@ -67,6 +68,7 @@ struct Handle {
 impl Drop for Handle {
     fn drop(&mut self) {
         self.inner.sealer.stop();
+        self.inner.workers.stop();
     }
 }
 
@@ -117,6 +119,7 @@ impl Store {
             catalogue,
             blocks,
             index,
+            workers: Workers::default(),
             log: recovered.log,
             registry: Mutex::new(recovered.registry),
             counters: Arc::new(recovered.counters),

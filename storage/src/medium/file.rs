@@ -196,6 +196,12 @@ impl File for HostFile {
         Ok(())
     }
 
+    fn will_read(&self, offset: u64, len: u64) {
+        let advice = nix::fcntl::PosixFadviseAdvice::POSIX_FADV_WILLNEED;
+        // It is advice: without it the read itself waits for the disk.
+        let _ = nix::fcntl::posix_fadvise(&self.file, offset as i64, len as i64, advice);
+    }
+
     fn write_at(&self, data: &[u8], offset: u64) -> io::Result<()> {
         self.file.write_all_at(data, offset)
     }

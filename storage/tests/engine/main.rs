@@ -12,3 +12,4 @@ mod golden;
 mod kill;
 mod model;
 mod ops;
+mod sequential;
