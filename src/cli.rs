@@ -13,6 +13,7 @@ mod output;
 mod sandbox;
 mod store;
 mod template;
+mod tree;
 
 use std::process::ExitCode;
 

@@ -10,6 +10,7 @@
 //!
 //! Every operation that changes something runs in a task of its own: a caller that goes away does not leave it half done.
 
+mod activity;
 pub mod attach;
 mod checkpoint;
 pub mod error;
@@ -20,6 +21,7 @@ mod recover;
 mod registry;
 mod sandbox;
 mod session;
+mod snapshots;
 mod template;
 
 use std::collections::BTreeMap;
@@ -37,13 +39,14 @@ use vmm::Vmm;
 use attach::DiskFrontend;
 use error::{Error, Kind, Result};
 use lifecycle::State;
-use records::{Record, SandboxRecord, SnapshotRecord, TemplateRecord};
+use records::{Record, SandboxRecord, TemplateRecord};
 use registry::Registry;
 use sandbox::Sandbox;
 
-pub use checkpoint::ForkRequest;
+pub use checkpoint::{ForkRequest, SnapshotRequest};
 pub(crate) use guest::check_env;
 pub use guest::{ExecSpec, GuestReader, GuestWriter, RunningExec};
+pub use snapshots::{Deleted, LineageNode, NodeKind};
 pub use template::{BASE, BootFiles, BuildRequest, ImageSource, Progress, TemplateBuilder};
 pub use vmm::agent::ExecEvent;
 
@@ -169,10 +172,12 @@ pub struct CreateRequest {
     pub cpus: u32,
     /// Memory.
     pub memory_mib: u64,
-    /// The disk must be at least this large.
+    /// The disk is at least this large; one that is larger than what it starts as gives the file system more room.
     pub disk_mib: Option<u64>,
     /// How long a session may last.
     pub timeout: Option<Duration>,
+    /// How long a session may go unused.
+    pub idle_timeout: Option<Duration>,
     /// Keep the file system when a session ends.
     pub persistent: bool,
     /// Environment of every exec.
@@ -190,7 +195,7 @@ pub struct CreateRequest {
 /// The engine. Share it in an `Arc`.
 pub struct Engine {
     shared: Arc<Shared>,
-    sealer: tokio::task::JoinHandle<()>,
+    background: [tokio::task::JoinHandle<()>; 2],
 }
 
 impl Engine {
@@ -210,8 +215,9 @@ impl Engine {
             seal_wanted: Notify::new(),
         });
         recover::run(&shared).await?;
-        let sealer = tokio::spawn(seal_when_wanted(shared.clone()));
-        Ok(Arc::new(Engine { shared, sealer }))
+        let background =
+            [tokio::spawn(seal_when_wanted(shared.clone())), tokio::spawn(snapshots::delete_expired(shared.clone()))];
+        Ok(Arc::new(Engine { shared, background }))
     }
 
     /// Runs `work` to its end even if the caller goes away.
@@ -230,16 +236,8 @@ impl Engine {
         let shared = self.shared.clone();
         self.detached(async move {
             let (source, base) = resolve_origin(&shared, &request.origin)?;
-            if let Some(wanted) = request.disk_mib
-                && wanted << 20 > base.disk_size_bytes
-            {
-                return Err(Error::invalid(format!(
-                    "a disk of {wanted} MiB was asked for, but {} has {} MiB",
-                    base.what,
-                    base.disk_size_bytes >> 20
-                ))
-                .hint("build a template with a larger disk: miosa template build NAME --disk SIZE"));
-            }
+            let disk_size_bytes =
+                request.disk_mib.map_or(0, |mib| mib.saturating_mul(1 << 20)).max(base.disk_size_bytes);
             let id = records::new_id("sb");
             let name = request.name.clone().unwrap_or_else(|| id.clone());
             let reservation = shared.registry.reserve_names(std::slice::from_ref(&name))?;
@@ -248,13 +246,14 @@ impl Engine {
                 name,
                 state: if request.start { State::Creating } else { State::Paused },
                 disk: storage::DiskId(0),
-                disk_size_bytes: base.disk_size_bytes,
+                disk_size_bytes,
                 template: base.template,
                 from_snapshot: base.snapshot_id,
                 forked_from: None,
                 cpus: request.cpus,
                 memory_mib: request.memory_mib,
                 timeout_ms: request.timeout.map(|t| t.as_millis() as u64),
+                idle_timeout_ms: request.idle_timeout.map(|t| t.as_millis() as u64),
                 persistent: request.persistent,
                 env: request.env,
                 metadata: request.metadata,
@@ -274,7 +273,10 @@ impl Engine {
                 .with_store(move |store| {
                     let mut record = record;
                     let mut tx = store.begin();
-                    record.disk = tx.fork(source, &record.id);
+                    record.disk = match disk_size_bytes > base.disk_size_bytes {
+                        true => tx.fork_larger(source, &record.id, disk_size_bytes),
+                        false => tx.fork(source, &record.id),
+                    };
                     tx.put_record(SandboxRecord::KIND, &record.id, record.encode()?);
                     tx.commit_durable()?;
                     Ok(record)
@@ -347,57 +349,10 @@ impl Engine {
         self.detached(async move { sandbox.destroy().await }).await
     }
 
-    /// Takes a named state.
-    pub async fn snapshot(&self, key: &str, comment: Option<String>) -> Result<SnapshotRecord> {
-        let sandbox = self.find(key)?;
-        check_comment(comment.as_deref())?;
-        self.detached(async move { sandbox.snapshot(comment).await }).await
-    }
-
     /// Makes sandboxes on the present state of another.
     pub async fn fork(&self, key: &str, request: ForkRequest) -> Result<Vec<SandboxView>> {
         let sandbox = self.find(key)?;
         self.detached(async move { sandbox.fork(request).await }).await
-    }
-
-    /// Snapshots, oldest first: of one sandbox (which may be gone), or all.
-    pub fn snapshots(&self, sandbox: Option<&str>) -> Result<Vec<SnapshotRecord>> {
-        let id = sandbox.map(|key| self.find(key).map(|s| s.id().to_owned())).transpose()?;
-        let mut all = self.shared.registry.snapshots();
-        all.retain(|s| id.as_ref().is_none_or(|id| *id == s.sandbox_id));
-        all.sort_by(|a, b| (a.created_at, &a.id).cmp(&(b.created_at, &b.id)));
-        Ok(all)
-    }
-
-    /// A snapshot by id or by unique name; `sandbox` narrows the choice.
-    pub fn find_snapshot(&self, key: &str, sandbox: Option<&str>) -> Result<SnapshotRecord> {
-        let id = sandbox.map(|key| self.find(key).map(|s| s.id().to_owned())).transpose()?;
-        self.shared.registry.snapshot(key, id.as_deref())
-    }
-
-    /// Deletes a snapshot. Sandboxes made from it do not need it.
-    pub async fn delete_snapshot(&self, key: &str, sandbox: Option<&str>) -> Result<SnapshotRecord> {
-        let record = self.find_snapshot(key, sandbox)?;
-        let shared = self.shared.clone();
-        self.detached(async move {
-            // Out of the registry first, so that of two callers one deletes and the other finds nothing.
-            let record = shared.registry.take_snapshot(&record.id)?;
-            let (state, key) = (record.snapshot, record.id.clone());
-            let deleted = shared
-                .with_store(move |store| {
-                    let mut tx = store.begin();
-                    tx.delete_snapshot(state);
-                    tx.delete_record(SnapshotRecord::KIND, &key);
-                    Ok(tx.commit_durable()?)
-                })
-                .await;
-            if let Err(error) = deleted {
-                shared.registry.insert_snapshot(record);
-                return Err(error);
-            }
-            Ok(record)
-        })
-        .await
     }
 
     /// Templates, by name.
@@ -442,14 +397,14 @@ impl Engine {
                 sandbox.kill_machine().await;
             }
         }
-        self.sealer.abort();
+        self.background.iter().for_each(|task| task.abort());
         self.shared.with_store(|store| Ok(store.close()?)).await
     }
 }
 
 impl Drop for Engine {
     fn drop(&mut self) {
-        self.sealer.abort();
+        self.background.iter().for_each(|task| task.abort());
         // Sandboxes and what they share hold each other.
         self.shared.registry.clear();
     }
@@ -467,7 +422,6 @@ async fn seal_when_wanted(shared: Arc<Shared>) {
 
 /// What a sandbox inherits from where it starts.
 struct Base {
-    what: String,
     disk_size_bytes: u64,
     template: Option<String>,
     snapshot_id: Option<String>,
@@ -479,7 +433,6 @@ fn resolve_origin(shared: &Shared, origin: &Origin) -> Result<(Source, Base)> {
         Origin::Template(name) => {
             let template = shared.registry.template(name)?;
             let base = Base {
-                what: format!("template {name}"),
                 disk_size_bytes: template.disk_size_bytes,
                 template: Some(template.name),
                 snapshot_id: None,
@@ -490,7 +443,6 @@ fn resolve_origin(shared: &Shared, origin: &Origin) -> Result<(Source, Base)> {
         Origin::Snapshot(key) => {
             let snapshot = shared.registry.snapshot(key, None)?;
             let base = Base {
-                what: format!("snapshot {}", snapshot.id),
                 disk_size_bytes: snapshot.disk_size_bytes,
                 template: snapshot.template,
                 snapshot_id: Some(snapshot.id),
@@ -500,13 +452,4 @@ fn resolve_origin(shared: &Shared, origin: &Origin) -> Result<(Source, Base)> {
         }
     };
     Ok((Source::Snapshot(state), base))
-}
-
-fn check_comment(comment: Option<&str>) -> Result<()> {
-    match comment {
-        Some(c) if c.is_empty() || c.len() > 256 || c.chars().any(char::is_control) => {
-            Err(Error::invalid("a snapshot's name must have 1 to 256 bytes and no control characters"))
-        }
-        _ => Ok(()),
-    }
 }

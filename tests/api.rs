@@ -155,13 +155,10 @@ fn what_is_not_done_is_refused_and_not_ignored() {
         assert_eq!((answer.status, answer.code().as_str()), (422, "unsupported_option"), "{body}");
         assert!(answer.json()["error"]["message"].as_str().unwrap().contains(name), "{body}");
     };
-    refused("/sandboxes", json!({ "idle_timeout_sec": 60 }), "idle_timeout_sec");
-    refused("/sandboxes", json!({ "always_on": true }), "always_on");
     refused("/sandboxes", json!({ "services": [{ "name": "db" }], "keep_last_snapshots": 3 }), "services");
     refused(&format!("/sandboxes/{id}/exec"), json!({ "command": "true", "detached": true }), "detached");
     refused(&format!("/sandboxes/{id}/exec/stream"), json!({ "command": "true", "tty": true }), "tty");
     refused(&format!("/sandboxes/{id}/fork"), json!({ "count": 2, "size": "xl" }), "size");
-    refused(&format!("/sandboxes/{id}/snapshots"), json!({ "stop": true }), "stop");
     assert_eq!(get(&d, "/sandboxes").data().as_array().unwrap().len(), 1);
     // What asks for nothing, or makes no difference here, is no reason to refuse.
     let fine = json!({

@@ -9,6 +9,8 @@ mod concurrency;
 mod recovery;
 #[path = "lifecycle/sessions.rs"]
 mod sessions;
+#[path = "lifecycle/snapshots.rs"]
+mod snapshots;
 #[path = "lifecycle/states.rs"]
 mod states;
 #[path = "lifecycle/support.rs"]

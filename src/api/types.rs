@@ -7,9 +7,9 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 use utoipa::ToSchema;
 
-use crate::engine::SandboxView;
 use crate::engine::lifecycle::State;
 use crate::engine::records::{Consistency, SnapshotRecord, TemplateRecord, slug};
+use crate::engine::{Deleted, SandboxView};
 
 /// Every successful answer.
 #[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
@@ -183,8 +183,8 @@ impl From<SandboxView> for SandboxBody {
             disk_size_mb: r.disk_size_bytes >> 20,
             timeout_sec: r.timeout_ms.map(|ms| ms.div_ceil(1_000)),
             timeout_remaining_ms: timeout_remaining.map(|t| t.as_millis() as u64),
-            idle_timeout_sec: None,
-            always_on: false,
+            idle_timeout_sec: r.idle_timeout_ms.map(|ms| ms.div_ceil(1_000)),
+            always_on: r.timeout_ms.is_none() && r.idle_timeout_ms.is_none(),
             persistent: r.persistent,
             boot_path: r.boot_ms.map(|_| "cold".to_owned()),
             boot_ms: r.boot_ms,
@@ -220,6 +220,11 @@ pub struct SnapshotBody {
     pub created_at: Timestamp,
     #[schema(value_type = String, format = DateTime)]
     pub updated_at: Timestamp,
+    #[schema(value_type = Option<String>, format = DateTime)]
+    pub expires_at: Option<Timestamp>,
+    /// What deleting it gave back, about; only in the answer to that, and when asked for.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub freed_bytes: Option<u64>,
     /// Of the disk, as the guest sees it.
     pub size_bytes: u64,
 }
@@ -236,8 +241,16 @@ impl From<SnapshotRecord> for SnapshotBody {
             template_id: r.template,
             created_at: r.created_at,
             updated_at: r.created_at,
+            expires_at: r.expires_at,
+            freed_bytes: None,
             size_bytes: r.disk_size_bytes,
         }
+    }
+}
+
+impl From<Deleted> for SnapshotBody {
+    fn from(deleted: Deleted) -> Self {
+        Self { freed_bytes: deleted.freed_bytes, status: "deleted".to_owned(), ..deleted.record.into() }
     }
 }
 
@@ -293,6 +306,14 @@ pub struct CreateBody {
     /// As `timeout_sec`, finer.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub timeout_ms: Option<u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub idle_timeout_sec: Option<u64>,
+    /// As `idle_timeout_sec`, finer.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub idle_timeout_ms: Option<u64>,
+    /// No timeout of either kind.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub always_on: Option<bool>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub persistent: Option<bool>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -363,6 +384,15 @@ pub struct ForkBody {
 pub struct SnapshotRequestBody {
     #[serde(skip_serializing_if = "Option::is_none", alias = "name")]
     pub comment: Option<String>,
+    /// End the session afterwards.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub stop: Option<bool>,
+    /// Delete the snapshot by itself after this long.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub expiration_sec: Option<u64>,
+    /// Delete the oldest snapshots of the sandbox, so that so many are left.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub keep_last_snapshots: Option<u32>,
     /// Whatever else the request has; see [`unsupported`].
     #[serde(flatten)]
     #[schema(ignore)]

@@ -45,6 +45,14 @@ pub(super) async fn run(client: &Client, out: Out, command: SandboxCommand) -> R
         }
         SandboxCommand::Snapshot(args) => snapshot(client, out, args).await?,
         SandboxCommand::Snapshots(command) => snapshots(client, out, command).await?,
+        SandboxCommand::Restore { target, snapshot } => {
+            out.progress("putting the file system back …");
+            let route = path(&target.sandbox, &format!("/restore/{}", escape(&snapshot)));
+            let sandbox: SandboxBody = client.post(&route, &json!({})).await?;
+            out.answer(&sandbox, &sandbox.id, |out| {
+                changed(out, &sandbox, &format!("miosa sandbox exec {} -- COMMAND", sandbox.id))
+            })?;
+        }
         SandboxCommand::Fork(args) => fork(client, out, args).await?,
         SandboxCommand::Destroy(target) => {
             let sandbox: SandboxBody = client.delete(&path(&target.sandbox, "")).await?;
@@ -87,6 +95,9 @@ async fn create(client: &Client, out: Out, args: CreateArgs) -> Result<()> {
         disk_size_mb: args.disk,
         timeout_sec: None,
         timeout_ms: args.timeout.map(millis),
+        idle_timeout_sec: None,
+        idle_timeout_ms: args.idle_timeout.map(millis),
+        always_on: None,
         persistent: Some(!args.non_persistent),
         env: Some(args.env.into_iter().collect()).filter(|e: &std::collections::BTreeMap<_, _>| !e.is_empty()),
         metadata: None,
@@ -132,7 +143,7 @@ async fn list(client: &Client, out: Out, state: Option<String>) -> Result<()> {
     })
 }
 
-fn age(since: jiff::Timestamp) -> String {
+pub(super) fn age(since: jiff::Timestamp) -> String {
     let seconds = jiff::Timestamp::now().as_second().saturating_sub(since.as_second()).max(0);
     show_duration(Duration::from_secs(seconds as u64).max(Duration::from_secs(1)))
 }
@@ -146,6 +157,7 @@ fn show(out: &Out, s: &SandboxBody) -> String {
         ("size", format!("{} cpu, {} MiB memory, {} disk", s.cpu_count, s.memory_mb, show_bytes(s.disk_size_mb << 20))),
         ("persistent", if s.persistent { "yes" } else { "no" }.to_owned()),
         ("timeout", s.timeout_sec.map_or("no limit".to_owned(), |t| show_duration(Duration::from_secs(t)))),
+        ("idle timeout", s.idle_timeout_sec.map_or("no limit".to_owned(), |t| show_duration(Duration::from_secs(t)))),
         ("created", s.created_at.to_string()),
     ];
     let mut optional = |key, value: Option<String>| fields.extend(value.map(|v| (key, v)));
@@ -172,7 +184,17 @@ fn changed(out: &Out, s: &SandboxBody, next: &str) -> String {
 }
 
 async fn snapshot(client: &Client, out: Out, args: SnapshotArgs) -> Result<()> {
-    let body = SnapshotRequestBody { comment: args.name, ..SnapshotRequestBody::default() };
+    let body = SnapshotRequestBody {
+        comment: args.name,
+        stop: args.stop.then_some(true),
+        // Whole seconds, and never none of them: zero would mean for ever.
+        expiration_sec: args.expiration.map(|t| t.as_millis().div_ceil(1_000) as u64),
+        keep_last_snapshots: args.keep_last_snapshots,
+        other: serde_json::Map::new(),
+    };
+    if args.stop {
+        out.progress("saving, then stopping …");
+    }
     let snapshot: SnapshotBody = client.post(&path(&args.target.sandbox, "/snapshots"), &body).await?;
     out.answer(&snapshot, &snapshot.id, |out| {
         let mut text = format!("{} {}", snapshot.id, out.strong(snapshot.comment.as_deref().unwrap_or("(unnamed)")));
@@ -219,6 +241,7 @@ async fn snapshots(client: &Client, out: Out, command: SnapshotsCommand) -> Resu
                 out.table(&["ID", "NAME", "SANDBOX", "STATUS", "CONSISTENCY", "AGE"], &rows)
             })
         }
+        SnapshotsCommand::Tree { sandbox } => super::tree::run(client, out, sandbox).await,
         SnapshotsCommand::Get(target) => {
             let snapshot: Value = client.get(&route(&target)).await?;
             let id = snapshot["id"].as_str().unwrap_or_default().to_owned();
@@ -229,17 +252,19 @@ async fn snapshots(client: &Client, out: Out, command: SnapshotsCommand) -> Resu
                     other => other.to_string(),
                 };
                 out.fields(
-                    &["id", "comment", "sandbox_id", "status", "consistency", "created_at", "size_bytes"]
+                    &["id", "comment", "sandbox_id", "status", "consistency", "created_at", "expires_at", "size_bytes"]
                         .map(|k| (k, field(k))),
                 )
             })
         }
         SnapshotsCommand::Delete(target) => {
-            let snapshot: SnapshotBody = client.delete(&route(&target)).await?;
+            let snapshot: SnapshotBody = client.delete(&format!("{}?measure=true", route(&target))).await?;
             out.answer(&snapshot, &snapshot.id, |out| {
+                let freed = snapshot.freed_bytes.map(|b| format!(" and gives back {}", show_bytes(b)));
                 format!(
-                    "{} is deleted\n{}",
+                    "{} is deleted{}\n{}",
                     snapshot.id,
+                    freed.unwrap_or_default(),
                     out.next_step(&format!("miosa sandbox snapshots list {}", snapshot.sandbox_id))
                 )
             })

@@ -14,11 +14,24 @@ use super::error::{Error, Result};
 use super::lifecycle::{Request, State};
 use super::records::{Consistency, Record, SandboxRecord, SnapshotRecord, new_id, new_machine_id};
 use super::sandbox::{OwnerGuard, Sandbox};
-use super::session::{Session, within};
+use super::session::{Ending, Session, within};
 use super::{SandboxView, Shared};
 
 /// Most children of one call.
 const MAX_FORKS: u32 = 1_000;
+
+/// A named state to be taken.
+#[derive(Debug, Clone, Default)]
+pub struct SnapshotRequest {
+    /// What the user calls it; need not be unique.
+    pub comment: Option<String>,
+    /// End the session afterwards, as a stop does.
+    pub stop: bool,
+    /// Delete it by itself after this long.
+    pub expires_in: Option<std::time::Duration>,
+    /// Then delete the oldest snapshots of the sandbox, so that so many are left.
+    pub keep_last: Option<u32>,
+}
 
 /// New sandboxes on the state of another.
 #[derive(Debug, Clone)]
@@ -81,9 +94,12 @@ impl Sandbox {
         }
     }
 
-    pub(super) async fn snapshot(self: &Arc<Self>, comment: Option<String>) -> Result<SnapshotRecord> {
+    pub(super) async fn snapshot(self: &Arc<Self>, request: SnapshotRequest) -> Result<SnapshotRecord> {
         let mut owner = self.own().await;
         let of = self.record();
+        let SnapshotRequest { comment, stop, expires_in, keep_last: _ } = request;
+        let created_at = Timestamp::now();
+        let expires_at = expires_in.and_then(|after| created_at.checked_add(after).ok());
         let take = move |store: &Store, consistency| {
             let mut tx = store.begin();
             let id = new_id("snap");
@@ -95,7 +111,8 @@ impl Sandbox {
                 disk_size_bytes: of.disk_size_bytes,
                 consistency,
                 template: of.template,
-                created_at: Timestamp::now(),
+                created_at,
+                expires_at,
             };
             tx.put_record(SnapshotRecord::KIND, &record.id, record.encode()?);
             tx.commit_durable()?;
@@ -110,7 +127,53 @@ impl Sandbox {
         let (mut record, consistency) = self.at_one_point(&mut owner, Request::Snapshot, take, upgrade).await?;
         record.consistency = consistency;
         self.shared.registry.insert_snapshot(record.clone());
+        if stop && let Some(next) = self.decide(Request::Stop)? {
+            self.rest(&mut owner, next, Ending::Orderly, None).await?;
+        }
         Ok(record)
+    }
+
+    /// Puts the file system back to a snapshot of it. A running session ends, and a new one begins on the restored state.
+    /// The commit point is one transaction: a crash leaves the old disk or the restored one.
+    pub(super) async fn restore(self: &Arc<Self>, snapshot: SnapshotRecord) -> Result<SandboxView> {
+        let mut owner = self.own().await;
+        let was_running = owner.session.is_some();
+        self.decide(Request::Restore)?;
+        // What it wrote since is given up: nothing of it has to be durable.
+        if let Err(error) = self.end_session(&mut owner, Ending::Kill).await {
+            tracing::warn!(sandbox = %self.id(), %error, "the session that a restore ended");
+        }
+        let mut record = SandboxRecord {
+            state: State::Paused,
+            disk_size_bytes: snapshot.disk_size_bytes,
+            unclean: snapshot.consistency == Consistency::Crash,
+            last_error: None,
+            ..self.record()
+        };
+        let restored = self.shared.with_store(move |store| {
+            let mut tx = store.begin();
+            tx.delete_disk(record.disk);
+            record.disk = tx.fork(Source::Snapshot(snapshot.snapshot), &record.id);
+            tx.put_record(SandboxRecord::KIND, &record.id, record.encode()?);
+            tx.commit_durable()?;
+            Ok(record)
+        });
+        match restored.await {
+            Ok(record) => self.publish(|r| *r = record),
+            Err(error) => {
+                self.publish(|r| {
+                    r.state = State::Paused;
+                    r.unclean |= was_running;
+                    r.last_error = Some(format!("could not be restored: {error}"));
+                });
+                return Err(error);
+            }
+        }
+        self.shared.want_seal();
+        if was_running {
+            self.ensure_session(&mut owner, Request::Resume).await?;
+        }
+        Ok(self.view())
     }
 
     pub(super) async fn fork(self: &Arc<Self>, request: ForkRequest) -> Result<Vec<SandboxView>> {

@@ -13,6 +13,7 @@ use vmm::agent::{ExecEvent, ExecStream, FileReader, FileWriter, Stdin};
 use vmm::{Agent, ExecRequest};
 
 use super::Engine;
+use super::activity::InUse;
 use super::error::{Error, Kind, Result};
 use super::lifecycle::Request;
 use super::sandbox::Sandbox;
@@ -56,9 +57,15 @@ impl Engine {
             };
             let began = Instant::now();
             let stream = use_guest(&sandbox, |agent| async move { Ok(agent.exec(request).await?) }).await?;
-            Ok(RunningExec { stream, began })
+            Ok(RunningExec { stream, began, _in_use: sandbox.begin_use() })
         })
         .await
+    }
+
+    /// Resets a sandbox's idle clock: somebody uses it in a way that the engine does not see.
+    pub fn touch(&self, key: &str) -> Result<()> {
+        self.find(key)?.touch();
+        Ok(())
     }
 
     /// Opens a guest's file to be read. An absent file is an error here and not in the middle of the data.
@@ -67,7 +74,7 @@ impl Engine {
         self.detached(async move {
             let mut reader = use_guest(&sandbox, |agent| async move { Ok(agent.read_file(path).await?) }).await?;
             let first = reader.next().await?;
-            Ok(GuestReader { over: first.is_none(), first, reader })
+            Ok(GuestReader { over: first.is_none(), first, reader, _in_use: sandbox.begin_use() })
         })
         .await
     }
@@ -83,7 +90,7 @@ impl Engine {
         }
         self.detached(async move {
             let writer = use_guest(&sandbox, |agent| async move { Ok(agent.write_file(path, mode).await?) }).await?;
-            Ok(GuestWriter { writer })
+            Ok(GuestWriter { writer, _in_use: sandbox.begin_use() })
         })
         .await
     }
@@ -96,6 +103,7 @@ async fn use_guest<T, F: Future<Output = Result<T>>>(
 ) -> Result<T> {
     let mut owner = sandbox.own().await;
     sandbox.ensure_session(&mut owner, Request::Use).await?;
+    sandbox.touch();
     let Some(session) = &owner.session else {
         return Err(Error::internal(format!("sandbox {} is running without a session", sandbox.name())));
     };
@@ -120,6 +128,7 @@ pub(super) async fn put_small_file(agent: &Agent, path: &str, content: String) -
 pub struct RunningExec {
     stream: ExecStream,
     began: Instant,
+    _in_use: InUse,
 }
 
 impl RunningExec {
@@ -145,6 +154,7 @@ pub struct GuestReader {
     first: Option<Bytes>,
     reader: FileReader,
     over: bool,
+    _in_use: InUse,
 }
 
 impl GuestReader {
@@ -164,6 +174,7 @@ impl GuestReader {
 #[derive(Debug)]
 pub struct GuestWriter {
     writer: FileWriter,
+    _in_use: InUse,
 }
 
 impl GuestWriter {

@@ -75,6 +75,8 @@ pub enum Request {
     Snapshot,
     /// Make new sandboxes on the present state.
     Fork,
+    /// Put the file system back to a snapshot of it.
+    Restore,
     /// Move the session's timeout.
     Extend,
     /// Delete for good.
@@ -95,12 +97,13 @@ pub enum Request {
 
 impl Request {
     /// Every request and event, for tables and tests.
-    pub const ALL: [Request; 13] = [
+    pub const ALL: [Request; 14] = [
         Request::Resume,
         Request::Use,
         Request::Stop,
         Request::Snapshot,
         Request::Fork,
+        Request::Restore,
         Request::Extend,
         Request::Destroy,
         Request::Started,
@@ -157,6 +160,10 @@ pub fn decide(state: State, request: Request, persistent: bool) -> Decision {
         (Request::Snapshot | Request::Fork, Running) => Next(Snapshotting),
         (Request::Snapshot | Request::Fork, Paused | Error) => Stay,
 
+        // The session ends with what it had written; a new one is a request of its own.
+        (Request::Restore, Running | Error) => Next(Paused),
+        (Request::Restore, Paused) => Stay,
+
         (Request::Extend, Running) => Stay,
         (Request::Extend, Paused | Error) => Refuse(Refusal::NotRunning),
 
@@ -168,6 +175,7 @@ pub fn decide(state: State, request: Request, persistent: bool) -> Decision {
             | Request::Stop
             | Request::Snapshot
             | Request::Fork
+            | Request::Restore
             | Request::Extend
             | Request::Destroy,
             Creating | Snapshotting,
@@ -198,12 +206,13 @@ mod tests {
 
     /// One row a request; columns creating, running, snapshotting, paused, error, destroyed.
     /// `rest` stands for paused, or destroyed when the sandbox is not persistent.
-    const TABLE: [(Request, [&str; 6]); 13] = [
+    const TABLE: [(Request, [&str; 6]); 14] = [
         (Request::Resume, ["wait", "stay", "wait", "creating", "creating", "gone"]),
         (Request::Use, ["wait", "stay", "wait", "creating", "creating", "gone"]),
         (Request::Stop, ["wait", "rest", "wait", "stay", "rest", "gone"]),
         (Request::Snapshot, ["wait", "snapshotting", "wait", "stay", "stay", "gone"]),
         (Request::Fork, ["wait", "snapshotting", "wait", "stay", "stay", "gone"]),
+        (Request::Restore, ["wait", "paused", "wait", "stay", "paused", "gone"]),
         (Request::Extend, ["wait", "stay", "wait", "not-running", "not-running", "gone"]),
         (Request::Destroy, ["wait", "destroyed", "wait", "destroyed", "destroyed", "stay"]),
         (Request::Started, ["running", "stale", "stale", "stale", "stale", "stale"]),

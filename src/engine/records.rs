@@ -40,6 +40,9 @@ pub struct SandboxRecord {
     pub memory_mib: u64,
     /// How long a session may last; none: until it is stopped.
     pub timeout_ms: Option<u64>,
+    /// How long a session may go unused; none: for ever.
+    #[serde(default)]
+    pub idle_timeout_ms: Option<u64>,
     /// Whether the file system is kept when a session ends.
     pub persistent: bool,
     /// Environment of every exec.
@@ -107,6 +110,9 @@ pub struct SnapshotRecord {
     pub template: Option<String>,
     /// When it was taken.
     pub created_at: Timestamp,
+    /// When it is deleted by itself.
+    #[serde(default)]
+    pub expires_at: Option<Timestamp>,
 }
 
 /// A template.

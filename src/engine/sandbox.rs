@@ -18,6 +18,7 @@ use parking_lot::RwLock;
 use tokio::sync::{Mutex, OwnedMutexGuard};
 use tokio::time::Instant;
 
+use super::activity::{Activity, InUse};
 use super::error::{Error, Kind, Result};
 use super::lifecycle::{Decision, Refusal, Request, State, decide};
 use super::records::{Record, SandboxRecord};
@@ -33,6 +34,7 @@ pub(crate) struct Sandbox {
     pub(super) shared: Arc<Shared>,
     face: RwLock<Face>,
     owner: Arc<Mutex<Owner>>,
+    activity: Arc<Activity>,
 }
 
 /// What readers see.
@@ -59,6 +61,7 @@ impl Sandbox {
             shared,
             face: RwLock::new(Face { record, deadline: None, session_began: None }),
             owner: Arc::default(),
+            activity: Arc::default(),
         })
     }
 
@@ -82,6 +85,27 @@ impl Sandbox {
             timeout_remaining: face.deadline.map(|d| d.saturating_duration_since(now)),
             session_age: face.session_began.map(|b| now.saturating_duration_since(b)),
         }
+    }
+
+    /// It is used now.
+    pub(super) fn touch(&self) {
+        self.activity.touch();
+    }
+
+    /// It is used until the answer is dropped.
+    pub(super) fn begin_use(&self) -> InUse {
+        self.activity.begin()
+    }
+
+    /// Waits for the end of a use.
+    pub(super) async fn use_ended(&self) {
+        self.activity.use_ended().await;
+    }
+
+    /// When it will have been idle for too long; never while it is in use, or without such a limit.
+    pub(super) fn idle_at(&self) -> Option<Instant> {
+        let limit = self.face.read().record.idle_timeout_ms?;
+        self.activity.idle_at(Duration::from_millis(limit))
     }
 
     /// Waits for its turn.
@@ -153,6 +177,7 @@ impl Sandbox {
     pub(super) async fn resume(self: &Arc<Self>) -> Result<SandboxView> {
         let mut owner = self.own().await;
         self.ensure_session(&mut owner, Request::Resume).await?;
+        self.touch();
         Ok(self.view())
     }
 
@@ -193,6 +218,7 @@ impl Sandbox {
                     face.session_began = Some(session.began);
                     face.deadline = session.deadline();
                 }
+                self.touch();
                 session.supervise(self.clone());
                 owner.session = Some(session);
                 self.save_or_warn().await;
@@ -218,11 +244,12 @@ impl Sandbox {
         Ok(self.view())
     }
 
-    /// The session's time is up, unless it was extended while this waited for its turn.
+    /// The session's time is up, or nobody uses it; unless it was extended or used while this waited for its turn.
     pub(super) async fn expired(self: &Arc<Self>, session: u64) {
         let mut owner = self.own().await;
+        let past = |at: Option<Instant>| at.is_some_and(|at| at <= Instant::now());
         match &owner.session {
-            Some(s) if s.number == session && s.deadline().is_some_and(|d| d <= Instant::now()) => {}
+            Some(s) if s.number == session && (past(s.deadline()) || past(self.idle_at())) => {}
             _ => return,
         }
         let ended = match self.decide(Request::Expired) {
@@ -256,7 +283,7 @@ impl Sandbox {
     }
 
     /// Ends the session, if there is one, and brings the sandbox to rest in `next`.
-    async fn rest(
+    pub(super) async fn rest(
         self: &Arc<Self>,
         owner: &mut OwnerGuard,
         next: State,
@@ -286,7 +313,7 @@ impl Sandbox {
 
     /// Ends the session. What went wrong in the guest is told as `Ok(Some)`: the file system is then as after a power
     /// cut. An error means that what was written may not be durable.
-    async fn end_session(&self, owner: &mut OwnerGuard, how: Ending) -> Result<Option<String>> {
+    pub(super) async fn end_session(&self, owner: &mut OwnerGuard, how: Ending) -> Result<Option<String>> {
         let Some(session) = owner.session.take() else { return Ok(None) };
         let age = session.began.elapsed();
         let ended = session.end(&self.shared, how).await;
@@ -355,6 +382,7 @@ impl Sandbox {
             session.set_deadline(deadline);
             self.publish_deadline(Some(deadline));
         }
+        self.touch();
         self.publish(|r| r.timeout_ms = Some(timeout.as_millis() as u64));
         self.save().await?;
         Ok(self.view())

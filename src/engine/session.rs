@@ -15,6 +15,9 @@ use super::error::{Error, Kind, Result};
 use super::records::{SandboxRecord, slug};
 use super::sandbox::Sandbox;
 
+/// Between two attempts to end a session whose time is up.
+const EXPIRY_PAUSE: Duration = Duration::from_millis(100);
+
 /// How a session is to end.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Ending {
@@ -130,13 +133,14 @@ impl Session {
         self.machine.agent()
     }
 
-    /// Watches over the session until it ends: its timeout, and a machine that ends by itself.
+    /// Watches over the session until it ends: its timeouts, and a machine that ends by itself.
     pub(super) fn supervise(&self, sandbox: Arc<Sandbox>) {
         let (number, machine, mut deadline) = (self.number, self.machine.clone(), self.deadline.subscribe());
         tokio::spawn(async move {
             // `wait` alone keeps the machine's handle; it resolves however the machine ends, so this task ends too.
             loop {
-                let due = *deadline.borrow_and_update();
+                let limits = [*deadline.borrow_and_update(), sandbox.idle_at()];
+                let due = limits.into_iter().flatten().min();
                 tokio::select! {
                     how = machine.wait() => {
                         sandbox.machine_lost(number, how).await;
@@ -144,11 +148,14 @@ impl Session {
                     }
                     () = sleep_until(due) => {
                         sandbox.expired(number).await;
-                        // Extended meanwhile, or ended (then the sender is gone).
-                        if deadline.changed().await.is_err() {
+                        // It has ended, then the sender is gone; or was extended or used meanwhile. Should ending it have
+                        // failed, it is tried again.
+                        if deadline.has_changed().is_err() {
                             return;
                         }
+                        tokio::time::sleep(EXPIRY_PAUSE).await;
                     }
+                    () = sandbox.use_ended() => {}
                     changed = deadline.changed() => {
                         if changed.is_err() {
                             return;

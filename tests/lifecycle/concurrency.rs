@@ -1,10 +1,12 @@
 //! Many callers at once.
 
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use miosa::engine::CreateRequest;
 use miosa::engine::error::Kind;
 use miosa::engine::lifecycle::State;
+use miosa::engine::{CreateRequest, SnapshotRequest};
+use storage::medium::sim::Random;
 use vmm::fake::Script;
 
 use crate::support::{World, forks, wanted};
@@ -116,4 +118,123 @@ async fn forks_of_one_parent_by_many_callers_are_all_there() {
     }
     assert_eq!(w.engine.list(Some(State::Paused)).len(), 100);
     assert_eq!(w.store.disks().len(), 101);
+}
+
+/// What one of many random callers does; errors are those that a caller can make sense of.
+async fn anything(w: &World, random: &mut Random, snapshots: &Mutex<Vec<String>>) {
+    let name = ["a", "b", "c"][random.below(3) as usize];
+    let outcome = match random.below(12) {
+        0 | 1 => {
+            let request =
+                CreateRequest { wait: random.below(2) == 0, persistent: random.below(4) != 0, ..wanted(name) };
+            w.engine.create(request).await.map(drop)
+        }
+        2 => w.engine.stop(name).await.map(drop),
+        3 => w.engine.resume(name).await.map(drop),
+        4 => w.sh(name, "echo x > f; cat f").await.map(drop),
+        5 => match w.engine.write_file(name, "/workspace/file", None).await {
+            Ok(mut writer) => match writer.write(&[7; 100_000]).await {
+                Ok(()) => writer.finish().await,
+                Err(error) => Err(error),
+            },
+            Err(error) => Err(error),
+        },
+        6 => {
+            let request = SnapshotRequest { stop: random.below(2) == 0, ..SnapshotRequest::default() };
+            w.engine.snapshot(name, request).await.map(|s| snapshots.lock().unwrap().push(s.id))
+        }
+        7 => {
+            let child = ["a", "b", "c", "d"][random.below(4) as usize];
+            let request = miosa::engine::ForkRequest { wait: random.below(2) == 0, ..forks(child, 1) };
+            w.engine.fork(name, request).await.map(drop)
+        }
+        8 => w.engine.extend(name, Some(Duration::from_secs(1_000))).await.map(drop),
+        9 => {
+            let some = snapshots.lock().unwrap().last().cloned().unwrap_or_default();
+            w.engine.restore(name, &some).await.map(drop)
+        }
+        10 => {
+            let some = snapshots.lock().unwrap().pop().unwrap_or_default();
+            w.engine.delete_snapshot(&some, None, random.below(2) == 0).await.map(drop)
+        }
+        _ => w.engine.destroy(name).await.map(drop),
+    };
+    if let Err(error) = outcome {
+        let sensible = [
+            Kind::SandboxNotFound,
+            Kind::SandboxDestroyed,
+            Kind::NameTaken,
+            Kind::NotRunning,
+            Kind::SessionEnded,
+            Kind::SnapshotNotFound,
+            // The store's word for a snapshot that was deleted between its look-up and its use.
+            Kind::DiskNotFound,
+        ];
+        assert!(sensible.contains(&error.kind()), "{:?}: {error}", error.kind());
+    }
+}
+
+/// What must be true whenever nobody is doing anything.
+fn check_invariants(w: &World) {
+    let (mut live, mut names) = (0, std::collections::BTreeSet::new());
+    for state in State::ALL {
+        for view in w.engine.list(Some(state)) {
+            let r = view.record;
+            let durable: serde_json::Value =
+                serde_json::from_slice(&w.store.record("sandbox", &r.id).unwrap()).unwrap();
+            assert_eq!(durable["state"], state.name(), "{}: what is durable is what is told", r.name);
+            assert_eq!(w.vmm.machine(&r.id).is_some(), state == State::Running, "{} is {state:?}", r.name);
+            match state {
+                State::Creating | State::Snapshotting => panic!("{} is {state:?} for nobody", r.name),
+                State::Destroyed => assert!(w.store.disk(r.disk).is_err(), "{} has its disk", r.name),
+                _ => {
+                    assert!(w.store.disk(r.disk).is_ok(), "{} has no disk", r.name);
+                    assert!(names.insert(r.name.clone()), "two live sandboxes are named {}", r.name);
+                    live += 1;
+                }
+            }
+        }
+    }
+    assert_eq!(w.store.disks().len(), live, "no disk is left over");
+    assert_eq!(w.store.snapshots().len(), 1 + w.engine.snapshots(None).unwrap().len());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn any_calls_at_once_have_sensible_answers_and_leave_nothing_amiss() {
+    for seed in 0..4 {
+        let w = Arc::new(World::new().await);
+        let snapshots = Arc::new(Mutex::new(Vec::new()));
+        let callers = (0..8).map(|caller| {
+            let (w, snapshots) = (w.clone(), snapshots.clone());
+            tokio::spawn(async move {
+                let mut random = Random(seed * 100 + caller + 1);
+                for _ in 0..25 {
+                    if random.below(10) == 0 {
+                        let die_after = Some(Duration::from_millis(random.below(30)));
+                        w.vmm.script(Script { die_after, ..Script::default() });
+                    }
+                    anything(&w, &mut random, &snapshots).await;
+                }
+            })
+        });
+        for caller in callers.collect::<Vec<_>>() {
+            caller.await.unwrap();
+        }
+        // Creates that nobody waited for, and machines that are scripted to die.
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        w.until_true(|| w.engine.list(Some(State::Creating)).is_empty()).await;
+        let settled = || w.engine.list(Some(State::Running)).iter().all(|v| w.vmm.machine(&v.record.id).is_some());
+        w.until_true(settled).await;
+        check_invariants(&w);
+        for view in w.engine.list(None) {
+            let out = loop {
+                match w.sh(&view.record.id, "echo up").await {
+                    Ok((out, _)) => break out,
+                    // A script that nobody had used yet.
+                    Err(error) => assert_eq!(error.kind(), Kind::SessionEnded, "{error}"),
+                }
+            };
+            assert!(out == "up\n" || out.is_empty(), "seed {seed}: {} says {out:?}", view.record.name);
+        }
+    }
 }

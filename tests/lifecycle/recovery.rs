@@ -7,7 +7,7 @@ use miosa::engine::error::Kind;
 use miosa::engine::lifecycle::State;
 use vmm::fake::Script;
 
-use crate::support::{World, forks, refused, wanted};
+use crate::support::{World, forks, named, refused, wanted};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn after_a_crash_every_sandbox_is_at_rest() {
@@ -19,7 +19,7 @@ async fn after_a_crash_every_sandbox_is_at_rest() {
         w.engine.create(CreateRequest { persistent: false, wait: true, ..wanted("fleeting") }).await.unwrap().record;
     w.create("stopped").await;
     w.engine.stop("stopped").await.unwrap();
-    let snapshot = w.engine.snapshot("stopped", Some("kept".into())).await.unwrap();
+    let snapshot = w.engine.snapshot("stopped", named("kept")).await.unwrap();
     w.engine.fork("running", forks("child", 1)).await.unwrap();
     w.engine.destroy(&w.create("gone").await.record.id).await.unwrap();
 

@@ -3,9 +3,9 @@
 use miosa::engine::error::Kind;
 use miosa::engine::lifecycle::State;
 use miosa::engine::records::Consistency;
-use miosa::engine::{BuildRequest, CreateRequest, ForkRequest, ImageSource, Origin};
+use miosa::engine::{BuildRequest, CreateRequest, ForkRequest, ImageSource, Origin, SnapshotRequest};
 
-use crate::support::{DISK_BYTES, MARK, World, forks, refused, wanted};
+use crate::support::{DISK_BYTES, MARK, World, forks, named, refused, wanted};
 
 #[tokio::test]
 async fn create_makes_a_running_sandbox_on_the_templates_content() {
@@ -49,7 +49,7 @@ async fn bad_requests_leave_nothing_behind() {
     let from = |origin| CreateRequest { origin, ..wanted("x") };
     assert_eq!(create(from(Origin::Template("nextjs".into()))).await, Kind::TemplateNotFound);
     assert_eq!(create(from(Origin::Snapshot("snap-none".into()))).await, Kind::SnapshotNotFound);
-    assert_eq!(create(CreateRequest { disk_mib: Some(1 << 20), ..wanted("x") }).await, Kind::InvalidInput);
+    assert_eq!(create(CreateRequest { disk_mib: Some(1 << 40), ..wanted("x") }).await, Kind::InvalidInput);
     assert_eq!(create(wanted("no/slash")).await, Kind::InvalidInput);
     assert_eq!(refused(w.engine.stop("nobody").await), Kind::SandboxNotFound);
     assert_eq!(refused(w.sh("nobody", "true").await), Kind::SandboxNotFound);
@@ -85,7 +85,7 @@ async fn a_destroyed_sandbox_is_gone_and_says_so() {
     assert!(w.vmm.machine(&id).is_none());
     assert_eq!(refused(w.sh(&id, "true").await), Kind::SandboxDestroyed);
     assert_eq!(refused(w.engine.resume(&id).await), Kind::SandboxDestroyed);
-    assert_eq!(refused(w.engine.snapshot(&id, None).await), Kind::SandboxDestroyed);
+    assert_eq!(refused(w.engine.snapshot(&id, SnapshotRequest::default()).await), Kind::SandboxDestroyed);
     assert_eq!(refused(w.engine.fork(&id, forks("f", 1)).await), Kind::SandboxDestroyed);
     // A client that repeats itself is not scolded, the name is free, and lists are of the living.
     assert_eq!(w.engine.destroy(&id).await.unwrap().record.state, State::Destroyed);
@@ -101,7 +101,7 @@ async fn a_running_sandbox_is_frozen_for_a_snapshot_and_goes_on() {
     let sandbox = w.create("one").await.record;
     let disk = w.disk(sandbox.disk);
     disk.write(8_192, b"before").unwrap();
-    let snapshot = w.engine.snapshot("one", Some("after dependencies installed".into())).await.unwrap();
+    let snapshot = w.engine.snapshot("one", named("after dependencies installed")).await.unwrap();
     disk.write(8_192, b"BROKEN").unwrap();
     assert_eq!(snapshot.consistency, Consistency::Filesystem);
     assert_eq!(w.state("one"), State::Running);
@@ -123,7 +123,7 @@ async fn a_guest_that_does_not_freeze_is_snapshot_as_it_is() {
     let w = World::new().await;
     w.vmm.script(vmm::fake::Script { fail_freeze: Some("busy".into()), ..Default::default() });
     w.create("one").await;
-    let snapshot = w.engine.snapshot("one", None).await.unwrap();
+    let snapshot = w.engine.snapshot("one", SnapshotRequest::default()).await.unwrap();
     assert_eq!(snapshot.consistency, Consistency::Crash);
     let child = w.engine.fork("one", forks("child", 1)).await.unwrap().remove(0).record;
     assert!(child.unclean);
@@ -151,7 +151,7 @@ async fn a_label_is_as_strong_as_what_is_certain() {
             }
             false
         });
-        let snapshot = w.engine.snapshot("one", None).await.unwrap();
+        let snapshot = w.engine.snapshot("one", SnapshotRequest::default()).await.unwrap();
         assert_eq!(snapshot.consistency, Consistency::Filesystem);
         over.store(true, std::sync::atomic::Ordering::Relaxed);
         weaker_seen = looker.join().unwrap();
@@ -182,10 +182,10 @@ async fn a_child_that_does_not_start_is_told_with_the_others() {
 async fn snapshots_are_found_by_id_and_by_unique_name_and_outlive_their_sandbox() {
     let w = World::new().await;
     w.create("one").await;
-    let first = w.engine.snapshot("one", Some("same".into())).await.unwrap();
+    let first = w.engine.snapshot("one", named("same")).await.unwrap();
     w.engine.stop("one").await.unwrap();
-    let second = w.engine.snapshot("one", Some("same".into())).await.unwrap();
-    let third = w.engine.snapshot("one", Some("other".into())).await.unwrap();
+    let second = w.engine.snapshot("one", named("same")).await.unwrap();
+    let third = w.engine.snapshot("one", named("other")).await.unwrap();
     assert_eq!(second.consistency, Consistency::Filesystem);
     let ids: Vec<_> = w.engine.snapshots(Some("one")).unwrap().into_iter().map(|s| s.id).collect();
     assert_eq!(ids, [first.id.clone(), second.id.clone(), third.id.clone()]);
@@ -195,9 +195,9 @@ async fn snapshots_are_found_by_id_and_by_unique_name_and_outlive_their_sandbox(
     w.engine.destroy("one").await.unwrap();
     w.engine.create(CreateRequest { origin: Origin::Snapshot(first.id.clone()), ..wanted("two") }).await.unwrap();
     for id in [&first.id, &second.id, &third.id] {
-        w.engine.delete_snapshot(id, None).await.unwrap();
+        w.engine.delete_snapshot(id, None, false).await.unwrap();
     }
-    assert_eq!(refused(w.engine.delete_snapshot(&first.id, None).await), Kind::SnapshotNotFound);
+    assert_eq!(refused(w.engine.delete_snapshot(&first.id, None, false).await), Kind::SnapshotNotFound);
     // The template's alone is left, and the sandbox that was made from one that is gone.
     assert_eq!(w.store.snapshots().len(), 1);
     assert_eq!(w.sh("two", "echo still here").await.unwrap().0, "still here\n");

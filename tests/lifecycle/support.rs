@@ -11,7 +11,7 @@ use miosa::engine::error::{Error, Kind, Result};
 use miosa::engine::lifecycle::State;
 use miosa::engine::{
     BootFiles, BuildRequest, CreateRequest, Engine, ExecEvent, ExecSpec, ForkRequest, ImageSource, Origin, Parts,
-    Progress, SandboxView, Settings, TemplateBuilder,
+    Progress, SandboxView, Settings, SnapshotRequest, TemplateBuilder,
 };
 use storage::{Disk, DiskId, Options, Store};
 use tempfile::TempDir;
@@ -136,6 +136,7 @@ pub fn wanted(name: &str) -> CreateRequest {
         memory_mib: 256,
         disk_mib: None,
         timeout: None,
+        idle_timeout: None,
         persistent: true,
         env: BTreeMap::new(),
         metadata: serde_json::Map::new(),
@@ -143,6 +144,11 @@ pub fn wanted(name: &str) -> CreateRequest {
         start: true,
         wait: false,
     }
+}
+
+/// A snapshot of this name.
+pub fn named(name: &str) -> SnapshotRequest {
+    SnapshotRequest { comment: Some(name.to_owned()), ..SnapshotRequest::default() }
 }
 
 pub fn forks(name: &str, count: u32) -> ForkRequest {

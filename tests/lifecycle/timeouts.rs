@@ -6,7 +6,7 @@ use miosa::engine::CreateRequest;
 use miosa::engine::error::Kind;
 use miosa::engine::lifecycle::State;
 
-use crate::support::{World, refused, wanted};
+use crate::support::{World, refused, sh, wanted};
 
 const HOUR: Duration = Duration::from_secs(3_600);
 
@@ -135,4 +135,62 @@ async fn without_a_timeout_there_is_none() {
     clock.through(w.sh("one", "true")).await.unwrap();
     assert_eq!(w.state("one"), State::Running);
     assert_eq!(refused(clock.through(w.engine.extend("one", None)).await), Kind::InvalidInput);
+}
+
+fn idling(name: &str) -> CreateRequest {
+    CreateRequest { idle_timeout: Some(HOUR), wait: true, ..wanted(name) }
+}
+
+#[tokio::test]
+async fn a_sandbox_that_nobody_uses_is_paused_and_use_resets_its_clock() {
+    let w = World::new().await;
+    let clock = StoppedClock::new();
+    clock.through(w.engine.create(idling("one"))).await.unwrap();
+    for round in 0..4 {
+        clock.advance(HOUR - SLACK).await;
+        match round {
+            0 => drop(clock.through(w.sh("one", "true")).await.unwrap()),
+            1 => {
+                let writer = clock.through(w.engine.write_file("one", "/f", None)).await.unwrap();
+                clock.through(writer.finish()).await.unwrap();
+            }
+            2 => drop(clock.through(w.engine.read_file("one", "/f")).await.unwrap()),
+            _ => w.engine.touch("one").unwrap(),
+        }
+    }
+    // To look at it is no use of it.
+    clock.advance(HOUR / 2).await;
+    assert_eq!(w.state("one"), State::Running);
+    clock.advance(HOUR / 2).await;
+    clock.until(&w, "one", State::Paused).await;
+    assert_eq!(w.engine.show("one").unwrap().record.last_error, None);
+}
+
+#[tokio::test]
+async fn a_running_program_is_use_for_as_long_as_it_runs() {
+    let w = World::new().await;
+    let clock = StoppedClock::new();
+    clock.through(w.engine.create(idling("one"))).await.unwrap();
+    let mut program = clock.through(w.engine.exec("one", sh("echo up; exec sleep 100000"))).await.unwrap();
+    clock.through(program.next_event()).await.unwrap();
+    clock.advance(10 * HOUR).await;
+    clock.through(async { tokio::time::sleep(std::time::Duration::from_millis(20)).await }).await;
+    assert_eq!(w.state("one"), State::Running);
+    drop(program);
+    clock.advance(HOUR / 2).await;
+    clock.through(async { tokio::time::sleep(std::time::Duration::from_millis(20)).await }).await;
+    assert_eq!(w.state("one"), State::Running);
+    clock.advance(HOUR / 2).await;
+    clock.until(&w, "one", State::Paused).await;
+}
+
+#[tokio::test]
+async fn an_idle_sandbox_that_is_not_persistent_is_destroyed_and_its_bytes_come_back() {
+    let w = World::new().await;
+    let clock = StoppedClock::new();
+    let request = CreateRequest { persistent: false, ..idling("one") };
+    let id = clock.through(w.engine.create(request)).await.unwrap().record.id;
+    clock.advance(HOUR).await;
+    clock.until(&w, &id, State::Destroyed).await;
+    assert!(w.store.disks().is_empty());
 }

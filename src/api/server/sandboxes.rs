@@ -17,9 +17,17 @@ use crate::engine::error::{Error, Kind};
 use crate::engine::lifecycle::State;
 use crate::engine::{CreateRequest, ForkRequest, Origin};
 
-/// Processors and memory of a named size.
-const SIZES: [(&str, u32, u64); 5] =
-    [("xs", 1, 2_048), ("small", 2, 4_096), ("medium", 4, 8_192), ("large", 8, 16_384), ("xl", 16, 32_768)];
+/// Processors, memory and disk (both in MiB) of a named size.
+const SIZES: [(&str, u32, u64, u64); 5] = [
+    ("xs", 1, 2 << 10, 10 << 10),
+    ("small", 2, 4 << 10, 10 << 10),
+    ("medium", 4, 8 << 10, 20 << 10),
+    ("large", 8, 16 << 10, 40 << 10),
+    ("xl", 16, 32 << 10, 80 << 10),
+];
+
+/// Largest disk of a sandbox: what ext4 and the store can both do, with room to spare.
+const MAX_DISK_MIB: u64 = 16 << 20;
 
 pub(super) fn routes() -> OpenApiRouter<Api> {
     OpenApiRouter::new()
@@ -69,16 +77,24 @@ fn create_request(body: CreateBody, defaults: Defaults) -> Result<CreateRequest,
         (None, Some(snapshot)) => Origin::Snapshot(snapshot),
         (None, None) => Origin::Template(crate::engine::BASE.to_owned()),
     };
-    let (mut cpus, mut memory_mib) = (defaults.cpus, defaults.memory_mib);
+    let (mut cpus, mut memory_mib, mut disk_mib) = (defaults.cpus, defaults.memory_mib, None);
     if let Some(size) = &body.size {
-        let Some((_, c, m)) = SIZES.iter().find(|(name, ..)| name == size) else {
+        let Some((_, c, m, d)) = SIZES.iter().find(|(name, ..)| name == size) else {
             return Err(invalid(format!("there is no size {size:?}"), "xs, small, medium, large, xl"));
         };
-        // A disk is as large as its template's.
-        (cpus, memory_mib) = (*c, *m);
+        (cpus, memory_mib, disk_mib) = (*c, *m, Some(*d));
     }
     cpus = body.cpu_count.unwrap_or(cpus);
     memory_mib = body.memory_mb.unwrap_or(memory_mib);
+    disk_mib = body.disk_size_mb.or(disk_mib);
+    if disk_mib.is_some_and(|mib| !(1..=MAX_DISK_MIB).contains(&mib)) {
+        return Err(invalid(
+            format!("a disk of {} MiB was asked for", disk_mib.unwrap_or_default()),
+            "1 MiB to 16 TiB, such as 20gb; it is at least as large as its template's",
+        ));
+    }
+    let always_on = body.always_on.unwrap_or(false);
+    let timeout_of = |sec, ms| if always_on { Ok(None) } else { timeout(sec, ms) };
     if !(1..=64).contains(&cpus) {
         return Err(invalid(format!("{cpus} processors were asked for"), "1 to 64"));
     }
@@ -92,8 +108,9 @@ fn create_request(body: CreateBody, defaults: Defaults) -> Result<CreateRequest,
         name: body.name,
         cpus,
         memory_mib,
-        disk_mib: body.disk_size_mb,
-        timeout: timeout(body.timeout_sec, body.timeout_ms)?,
+        disk_mib,
+        timeout: timeout_of(body.timeout_sec, body.timeout_ms)?,
+        idle_timeout: timeout_of(body.idle_timeout_sec, body.idle_timeout_ms)?,
         persistent: body.persistent.unwrap_or(true),
         env,
         metadata: body.metadata.unwrap_or_default(),

@@ -39,6 +39,14 @@ pub enum SandboxCommand {
     /// List, show and delete snapshots
     #[command(subcommand)]
     Snapshots(SnapshotsCommand),
+    /// Put the file system back to a snapshot of it
+    Restore {
+        /// The sandbox
+        #[command(flatten)]
+        target: Target,
+        /// Id or name of the snapshot
+        snapshot: String,
+    },
     /// Create sandboxes on the present state of another
     Fork(ForkArgs),
     /// Delete a sandbox for good
@@ -75,7 +83,7 @@ pub struct CreateArgs {
     /// Name of the sandbox [default: its id]
     #[arg(long)]
     pub name: Option<String>,
-    /// Processors and memory: xs, small, medium, large, xl
+    /// Processors, memory and disk: xs, small, medium, large, xl
     #[arg(long)]
     pub size: Option<String>,
     /// Processors
@@ -84,12 +92,15 @@ pub struct CreateArgs {
     /// Memory, such as 4gb
     #[arg(long, value_parser = parse_size_mib, value_name = "SIZE")]
     pub memory: Option<u64>,
-    /// The disk must be at least this large; it is as large as the template's
+    /// Size of the disk; never smaller than the template's
     #[arg(long, value_parser = parse_size_mib, value_name = "SIZE")]
     pub disk: Option<u64>,
     /// How long a session may last; then it is stopped (non-persistent: destroyed) [default: no limit]
     #[arg(long, value_parser = parse_duration, value_name = "DURATION")]
     pub timeout: Option<Duration>,
+    /// How long a session may go unused; then the same [default: no limit]
+    #[arg(long, value_parser = parse_duration, value_name = "DURATION")]
+    pub idle_timeout: Option<Duration>,
     /// Environment of every command
     #[arg(long, value_parser = parse_env, value_name = "NAME=VALUE")]
     pub env: Vec<(String, String)>,
@@ -167,6 +178,15 @@ pub struct SnapshotArgs {
     /// Name of the snapshot
     #[arg(long, visible_alias = "comment")]
     pub name: Option<String>,
+    /// End the session afterwards
+    #[arg(long)]
+    pub stop: bool,
+    /// Delete the snapshot by itself after this long, such as 14d
+    #[arg(long, value_parser = parse_duration, value_name = "DURATION")]
+    pub expiration: Option<Duration>,
+    /// Then delete the oldest snapshots of the sandbox, so that so many are left
+    #[arg(long, value_name = "N")]
+    pub keep_last_snapshots: Option<u32>,
 }
 
 /// `miosa sandbox snapshots`
@@ -176,6 +196,11 @@ pub enum SnapshotsCommand {
     #[command(visible_alias = "ls")]
     List {
         /// Id or name of the sandbox
+        sandbox: Option<String>,
+    },
+    /// Draw what came from what, with sizes and ages
+    Tree {
+        /// Id or name of a sandbox: what it came from, and what came from it [default: everything]
         sandbox: Option<String>,
     },
     /// Show a snapshot
