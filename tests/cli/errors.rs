@@ -38,7 +38,7 @@ fn bad_requests_have_codes_hints_and_exit_codes() {
         (&["sandbox", "create", "--name", &long], 1, "invalid_input"),
         (&["sandbox", "create", "--size", "huge"], 1, "invalid_input"),
         (&["sandbox", "create", "--memory", "1mb"], 1, "invalid_input"),
-        (&["sandbox", "create", "--disk", "100gb"], 1, "invalid_input"),
+        (&["sandbox", "create", "--disk", "20000gb"], 1, "invalid_input"),
         (&["sandbox", "list", "--state", "sleeping"], 1, "invalid_input"),
         (&["sandbox", "show", "nobody"], 1, "sandbox_not_found"),
         (&["sandbox", "show", "../../etc"], 1, "sandbox_not_found"),

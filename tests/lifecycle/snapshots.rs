@@ -11,7 +11,7 @@ use crate::support::{DISK_BYTES, World, forks, named, refused, wanted};
 #[tokio::test]
 async fn a_disk_can_be_larger_than_its_templates() {
     let w = World::new().await;
-    let twice = Some(2 * DISK_BYTES >> 20);
+    let twice = Some((2 * DISK_BYTES) >> 20);
     let one = w.engine.create(CreateRequest { disk_mib: twice, wait: true, ..wanted("one") }).await.unwrap().record;
     assert_eq!(one.disk_size_bytes, 2 * DISK_BYTES);
     assert_eq!(w.disk(one.disk).size_bytes(), 2 * DISK_BYTES);
