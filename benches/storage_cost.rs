@@ -2,7 +2,8 @@
 //!
 //! `cargo bench --bench storage_cost [-- --json FILE]`, as root (the corpus is made through loop mounts, once, see
 //! `harness/corpus.rs`). Every system is given the same images; those that are live disks are given only the blocks that
-//! differ from the parent's. Bytes are what the system's files occupy, metadata and index included.
+//! differ from the parent's. Bytes are what the system's files occupy, metadata and index included. *packed again* is what
+//! an idle store comes to; `--only packings` compares levels and frame sizes for that, on the first two steps.
 
 mod harness;
 
@@ -14,6 +15,8 @@ use std::fmt::Write;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
+use std::time::Instant;
+use storage::medium::sim::Random;
 use storage::{DiskId, Options, Source, Store};
 
 const MB: f64 = 1e6;
@@ -21,6 +24,11 @@ const MB: f64 = 1e6;
 /// A system that stores disks: bytes in use after it took in a step.
 trait System {
     fn add(&mut self, step: &Step, parent: Option<&Step>) -> Result<u64, String>;
+
+    /// Lets it do what it does in idle time; bytes in use after that.
+    fn idle(&mut self) -> Option<u64> {
+        None
+    }
 
     /// What its bytes are made of.
     fn parts(&self) -> Vec<(&'static str, u64)> {
@@ -61,6 +69,11 @@ impl System for Miosa {
         self.store.seal().map_err(|e| e.to_string())?;
         self.disks.insert(step.name, id);
         Ok(allocated(self.dir.path()))
+    }
+
+    fn idle(&mut self) -> Option<u64> {
+        self.store.repack().expect("packing again");
+        Some(allocated(self.dir.path()))
     }
 
     fn parts(&self) -> Vec<(&'static str, u64)> {
@@ -223,6 +236,56 @@ impl System for Borg {
     }
 }
 
+/// Levels and frame sizes for packing again: what they save, what that takes, and what random reads cost then.
+const PACKINGS: [(i32, u32); 6] = [(3, 128), (9, 64), (9, 128), (9, 256), (12, 128), (12, 256)];
+const READ_ROUNDS: usize = 5;
+
+fn packings(report: &mut Report, scratch: &Path, steps: &[&Step]) {
+    let mut sealed = Miosa::new(scratch, Options::default().level);
+    let mut blocks = Vec::new();
+    for step in steps {
+        sealed.add(step, None).expect("a step");
+        blocks.clear();
+        corpus::changes(&step.image, None, |at, bytes| blocks.extend((at..at + bytes.len() as u64).step_by(4096)));
+    }
+    let last = steps[steps.len() - 1].name;
+    let read = |store: &Store, round: usize| {
+        let disk = store.disk(store.disk_by_name(last).expect("it was added").id).expect("it is there");
+        let mut random = Random(round as u64 + 1);
+        let mut block = [0; 4096];
+        store.drop_caches();
+        let start = Instant::now();
+        for _ in 0..3000 {
+            disk.read(blocks[random.below(blocks.len() as u64) as usize], &mut block).expect("a read");
+        }
+        let miss = start.elapsed().as_secs_f64() / 3000.0;
+        store.drop_caches();
+        let (start, mut chunk) = (Instant::now(), vec![0; 1 << 20]);
+        (0..SIZE / 4 >> 20).for_each(|i| disk.read(i << 20, &mut chunk).expect("a read"));
+        [miss * 1e6, start.elapsed().as_secs_f64()]
+    };
+    for (level, kib) in PACKINGS {
+        let copy = tempfile::tempdir_in(scratch).expect("a directory");
+        sealed.store.flush().expect("a flush");
+        run("cp", &[&"-a", &sealed.dir.path().join("."), &copy.path()]).expect("a copy");
+        let options =
+            Options { background: false, repack_level: level, repack_frame_bytes: kib << 10, ..Options::default() };
+        let store = Store::open(copy.path(), options).expect("a store");
+        let cpu = harness::cpu_seconds();
+        let done = store.repack().expect("packing again");
+        let rate = done.before_bytes as f64 / MB / (harness::cpu_seconds() - cpu);
+        let rounds: Vec<_> = (0..READ_ROUNDS).map(|round| (read(&sealed.store, round), read(&store, round))).collect();
+        let ratio = |i: usize| harness::median(rounds.iter().map(|(old, new)| new[i] / old[i]).collect());
+        let case = format!("zstd {level}, {kib} KiB");
+        report.row("miosa", &case, "packs", done.after_bytes as f64 / MB, "MB");
+        report.row("miosa", &case, "to sealed", done.after_bytes as f64 / done.before_bytes as f64, "x");
+        report.row("miosa", &case, "of sealed bytes, a core", rate, "MB/s");
+        report.row("miosa", &case, "4 KiB miss", harness::median(rounds.iter().map(|r| r.1[0]).collect()), "us");
+        report.row("miosa", &case, "4 KiB miss, to sealed", ratio(0), "x");
+        report.row("miosa", &case, "sequential time, to sealed", ratio(1), "x");
+    }
+}
+
 fn main() {
     tools::own_mounts();
     let mut report = Report::new("storage_cost");
@@ -244,6 +307,9 @@ fn main() {
         report.row("changed", &format!("{} {}", step.name, step.what), "raw bytes", changed as f64 / MB, "MB");
     }
     let scratch = cache_dir();
+    if report.wants("packings") {
+        packings(&mut report, &scratch, &steps.iter().take(2).collect::<Vec<_>>());
+    }
     let systems: [(&str, Made); 7] = [
         ("miosa", Ok(Box::new(Miosa::new(&scratch, Options::default().level)))),
         ("miosa zstd3", Ok(Box::new(Miosa::new(&scratch, 3)))),
@@ -281,6 +347,9 @@ fn main() {
         }
         if figures.len() == steps.len() {
             figures.push(("total".to_owned(), before as f64 / MB));
+            if let Some(after) = system.idle() {
+                figures.push(("total, packed again".to_owned(), after as f64 / MB));
+            }
         }
         for (part, bytes) in system.parts() {
             report.row(name, "total", part, bytes as f64 / MB, "MB");

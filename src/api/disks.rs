@@ -76,6 +76,7 @@ pub fn routes<S: Clone + Send + Sync + 'static>(disks: Arc<Disks>) -> OpenApiRou
         .routes(routes!(usage))
         .routes(routes!(seal))
         .routes(routes!(gc))
+        .routes(routes!(repack))
         .routes(routes!(check))
         .routes(routes!(scrub))
         .with_state(disks)
@@ -324,6 +325,12 @@ async fn seal(AppState(disks): Shared) -> Answer<storage::SealReport> {
 async fn gc(AppState(disks): Shared, Params(params): Params) -> Answer<storage::GcReport> {
     let dry_run = flag(&params, "dry_run");
     data(blocking(move || Ok(disks.store().gc(dry_run)?)).await?)
+}
+
+/// Compresses everything again that is sealed, harder, and returns when it is done.
+#[utoipa::path(post, path = "/store/repack", tag = "store", responses((status = 200, body = Envelope<Figures>)))]
+async fn repack(AppState(disks): Shared) -> Answer<storage::RepackReport> {
+    data(blocking(move || Ok(disks.store().repack()?)).await?)
 }
 
 /// Reads everything that is stored and compares it with its checksums.

@@ -38,6 +38,11 @@ async fn on_store(client: &Client, out: Out, command: StoreCommand) -> Result<()
                 format!("{}\n{}", numbers(out, &report), out.next_step(next))
             })
         }
+        StoreCommand::Repack => {
+            out.progress("packing again …");
+            let report: Value = client.post("/store/repack", &json!({})).await?;
+            out.answer(&report, "", |out| format!("{}\n{}", numbers(out, &report), out.next_step("miosa store stats")))
+        }
         StoreCommand::Check => {
             out.progress("reading everything …");
             let report: Value = client.post("/store/check", &json!({})).await?;

@@ -16,7 +16,7 @@ use quick_cache::{DefaultHashBuilder, Weighter};
 use std::cell::RefCell;
 use std::ops::Range;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::time::Duration;
 
 /// Groups of a large read that one thread loads at a time.
@@ -77,6 +77,7 @@ pub(crate) struct Blocks {
     groups: Cache<GroupId, Arc<Group>, Weigh>,
     nodes: Cache<BlockId, Arc<Node>, Weigh>,
     files: Cache<PackId, Arc<dyn File>>,
+    loads: AtomicU64,
 }
 
 impl Blocks {
@@ -88,7 +89,13 @@ impl Blocks {
             groups: Cache::with_weighter((group_bytes >> 16) as usize, group_bytes, Weigh),
             nodes: Cache::with_weighter((node_bytes >> 10) as usize, node_bytes, Weigh),
             files: Cache::new(512),
+            loads: AtomicU64::new(0),
         }
+    }
+
+    /// How often something was loaded into the cache.
+    pub fn loads(&self) -> u64 {
+        self.loads.load(Ordering::Relaxed)
     }
 
     /// Fills `out` (whole blocks) from the stored blocks that follow `first`.
@@ -164,6 +171,7 @@ impl Blocks {
     }
 
     fn try_load_many(&self, claimed: Vec<(GroupId, Guard<'_>)>) -> Result<()> {
+        self.loads.fetch_add(1, Ordering::Relaxed);
         let keys: Vec<_> = claimed.iter().map(|(group, _)| group.0.to_be_bytes()).collect();
         let rows = self.catalogue.get_many(Table::Groups, &keys)?;
         let mut loads = Vec::with_capacity(claimed.len());
@@ -215,6 +223,7 @@ impl Blocks {
 
     fn group(&self, id: GroupId) -> Result<Arc<Group>> {
         self.groups.get_or_insert_with(&id, || {
+            self.loads.fetch_add(1, Ordering::Relaxed);
             let place = self.place(id)?;
             let loaded = self.load(id, &place).or_else(|e| {
                 // Garbage collection may have moved it since we asked where it is.
@@ -261,7 +270,7 @@ impl Blocks {
     pub fn packs(&self) -> Result<Vec<(PackId, PackFacts)>> {
         let mut packs = Vec::new();
         self.catalogue.scan(Table::Packs, &mut |key, row| {
-            packs.push((PackId(rows::parse_id(key)?), rows::decode("a pack", row)?));
+            packs.push((PackId(rows::parse_id(key)?), PackFacts::from_row(row)?));
             Ok(())
         })?;
         Ok(packs)
@@ -271,7 +280,7 @@ impl Blocks {
     pub fn facts(&self, pack: PackId) -> Result<PackFacts> {
         let value = self.catalogue.get(Table::Packs, &pack.0.to_be_bytes())?;
         let value = value.ok_or_else(|| Error::damaged(format!("{pack} is referred to but not in the catalogue")))?;
-        postcard::from_bytes(&value).map_err(|e| Error::damaged(format!("the catalogue's row of {pack}: {e}")))
+        PackFacts::from_row(&value)
     }
 
     /// A pack's table of contents, and the digests of all its blocks in that order; verifies header, footer and all
@@ -282,7 +291,7 @@ impl Blocks {
         let read = |at: u64, buf: &mut [u8]| file.read_at(buf, at).map_err(|e| unreadable(pack, e));
         let mut head = [0; PackHeader::BYTES as usize];
         read(0, &mut head)?;
-        if PackHeader::decode(&head)? != Some(PackHeader { store, pack }) {
+        if PackHeader::decode(&head)?.is_none_or(|head| (head.store, head.pack) != (store, pack)) {
             return Err(damaged("the header is damaged or another pack's"));
         }
         let mut foot = [0; PackFooter::BYTES as usize];

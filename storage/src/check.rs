@@ -8,7 +8,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::format::GroupEntry;
 use crate::inner::Inner;
 use crate::map;
-use crate::pack::{self, Digest, GroupPlace, PackFacts, PackWriter};
+use crate::pack::{self, Digest, GroupPlace, PackFacts};
 use crate::rows::parse_id;
 use crate::seal;
 use serde::Serialize;
@@ -135,7 +135,7 @@ fn check_group(inner: &Inner, group: GroupId, place: &GroupPlace, digests: Optio
 fn heal_all(inner: &Inner, found: &mut Found, report: &mut CheckReport) -> Result<()> {
     let copies = find_copies(inner, found)?;
     let _no_sealing = inner.sealer.running.lock();
-    let mut writer = PackWriter::new(inner.medium.clone(), inner.uuid, inner.counters.clone(), inner.options.level);
+    let mut writer = inner.pack_writer(inner.options.level);
     let mut batch = Batch::default();
     let mut healed = Vec::new();
     for (group, bad) in &found.groups {

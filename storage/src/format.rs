@@ -243,19 +243,32 @@ pub const MAX_DISK_BLOCKS: u64 = 64 << 28;
 pub struct PackHeader {
     pub store: StoreUuid,
     pub pack: PackId,
+    pub origin: Origin,
+}
+
+/// How and when a pack was written; all zero in packs from before this was noted.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Origin {
+    /// zstd's level.
+    pub level: i8,
+    /// Milliseconds since 1970.
+    pub made_unix_ms: u64,
 }
 
 impl PackHeader {
     pub const BYTES: u64 = 64;
 
     pub fn encode(&self) -> [u8; 64] {
-        sealed_64(PACK_MAGIC, &[&VERSION.to_le_bytes(), &self.store, &self.pack.0.to_le_bytes()])
+        let Origin { level, made_unix_ms } = self.origin;
+        let [level, made] = [u64::from(level as u8), made_unix_ms].map(u64::to_le_bytes);
+        sealed_64(PACK_MAGIC, &[&VERSION.to_le_bytes(), &self.store, &self.pack.0.to_le_bytes(), &level, &made])
     }
 
     pub fn decode(bytes: &[u8; 64]) -> Result<Option<Self>> {
         let Some(bytes) = open_64(PACK_MAGIC, bytes) else { return Ok(None) };
         refuse_other_version("a pack", u32_at(bytes, 8))?;
-        Ok(Some(Self { store: std::array::from_fn(|i| bytes[12 + i]), pack: PackId(u64_at(bytes, 28)) }))
+        let origin = Origin { level: bytes[36] as i8, made_unix_ms: u64_at(bytes, 44) };
+        Ok(Some(Self { store: std::array::from_fn(|i| bytes[12 + i]), pack: PackId(u64_at(bytes, 28)), origin }))
     }
 }
 

@@ -191,13 +191,19 @@ fn apply(inner: &Inner, live: &Live, candidates: &[Candidate], report: &mut GcRe
 /// Step 3 for some packs.
 fn move_packs(inner: &Inner, live: &Live, packs: &[Candidate], report: &mut GcReport) -> Result<()> {
     let _no_sealing = inner.sealer.running.lock();
-    let mut writer = PackWriter::new(inner.medium.clone(), inner.uuid, inner.counters.clone(), inner.options.level);
+    // What was packed again keeps its level.
+    let mut writers: BTreeMap<i8, PackWriter> = BTreeMap::new();
     let mut batch = Batch::default();
     for candidate in packs {
-        move_pack(inner, live, candidate, &mut writer, &mut batch)?;
+        let level = candidate.facts.origin.level;
+        let writer = writers.entry(level).or_insert_with(|| inner.pack_writer(level.into()));
+        move_pack(inner, live, candidate, writer, &mut batch)?;
         batch.delete(Table::Packs, candidate.pack.0.to_be_bytes());
     }
-    let new = writer.finish(&[])?;
+    let mut new = Vec::new();
+    for writer in writers.into_values() {
+        new.extend(writer.finish(&[])?);
+    }
     new.iter().try_for_each(|finished| finished.add_to(&mut batch))?;
     inner.catalogue.commit(batch)?;
     let freed: u64 = packs.iter().map(|p| p.facts.bytes).sum();
@@ -244,7 +250,7 @@ fn move_pack(
 }
 
 /// Reads a group, verified against its digests, and keeps some of its slots.
-fn pick(
+pub(crate) fn pick(
     blocks: &Blocks,
     group: GroupId,
     place: &GroupPlace,

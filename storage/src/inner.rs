@@ -1,5 +1,6 @@
 //! What is open: options, and everything that handles and background threads share.
 
+use crate::block::BLOCK_BYTES;
 use crate::blocks::Blocks;
 use crate::catalogue::Catalogue;
 use crate::error::{Error, ErrorKind, Result};
@@ -8,7 +9,7 @@ use crate::index::Index;
 use crate::log::Log;
 use crate::medium::file::Backend;
 use crate::medium::{Medium, Mode};
-use crate::pack::Counters;
+use crate::pack::{Counters, PackWriter};
 use crate::registry::Registry;
 use crate::seal::Sealer;
 use crate::workers::Workers;
@@ -42,6 +43,12 @@ pub struct Options {
     pub idle: Duration,
     /// zstd level of what is sealed.
     pub level: i32,
+    /// zstd level at which cold data is packed again, when the store is idle. 0, or no more than `level`: never.
+    pub repack_level: i32,
+    /// Bytes of data in a frame of what is packed again: 64 KiB to 1 MiB.
+    pub repack_frame_bytes: u32,
+    /// How old a pack has to be for its data to be taken for cold.
+    pub repack_after: Duration,
     /// Bytes kept back on the file system, so that deleting and collecting still work when it is full.
     pub reserve_bytes: u64,
     /// Where the log is damaged, go on without what is behind the damage, and say so, rather than refuse to open.
@@ -63,6 +70,9 @@ impl Default for Options {
             log_bytes_max: 2 << 30,
             idle: Duration::from_secs(5),
             level: 1,
+            repack_level: 9,
+            repack_frame_bytes: 128 << 10,
+            repack_after: Duration::from_secs(600),
             reserve_bytes: 8 << 20,
             salvage_log: false,
             background: true,
@@ -105,6 +115,17 @@ impl Inner {
             }
             done => done,
         }
+    }
+
+    /// Writes packs at a level, or at that of sealing if that is higher. What is packed harder than by sealing has larger
+    /// frames.
+    pub fn pack_writer(&self, level: i32) -> PackWriter {
+        let Options { level: sealing, repack_frame_bytes, .. } = self.options;
+        let new = |level| PackWriter::new(self.medium.clone(), self.uuid, self.counters.clone(), level);
+        if level <= sealing {
+            return new(sealing);
+        }
+        new(level).with_frames_of(u64::from(repack_frame_bytes) / BLOCK_BYTES)
     }
 
     /// Collects garbage, if need be out of the reserve.

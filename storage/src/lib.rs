@@ -3,7 +3,7 @@
 //! A [`Store`] is a directory. It holds disks and snapshots; a [`Disk`] handle reads, writes, flushes and discards.
 //! Snapshots and forks are O(1): a [`Transaction`] clones a map root and a persistent overlay and writes one record.
 //!
-//! Layers, none of which knows one above it: `store` → `recover`, `repair`, `check`, `gc`, `usage`, `diff` → `seal` →
+//! Layers, none of which knows one above it: `store` → `recover`, `repair`, `check`, `gc`, `repack`, `usage`, `diff` → `seal` →
 //! `disk`, `registry` → `inner` (what is open) → `index`, `live`, `blocks`, `workers`, `readahead`, `state`, `overlay`, `map`, `pack`, `log`, `rows`,
 //! `catalogue` → `format`, `block` → `medium`. `docs/ARCHITECTURE.md` follows a write and a fork through them;
 //! `docs/format.md` has every byte on disk.
@@ -28,6 +28,7 @@ mod pack;
 mod readahead;
 mod recover;
 mod registry;
+mod repack;
 mod repair;
 mod rows;
 mod seal;
@@ -44,6 +45,7 @@ pub use error::{Error, ErrorKind, Result};
 pub use gc::GcReport;
 pub use inner::Options;
 pub use medium::file::Backend;
+pub use repack::RepackReport;
 pub use repair::RepairReport;
 pub use seal::SealReport;
 pub use store::{Commit, DiskInfo, SnapshotInfo, Store, Transaction};

@@ -7,18 +7,21 @@ use crate::block::{BLOCK_SIZE, BlockId, GROUP_BLOCKS, GroupId, PackId};
 use crate::catalogue::{Batch, Table};
 use crate::error::{Error, Result};
 use crate::format::{
-    Codec, FrameEntry, FrameHeader, GroupEntry, GroupKind, PackContents, PackFooter, PackHeader, StoreUuid,
+    Codec, FrameEntry, FrameHeader, GroupEntry, GroupKind, Origin, PackContents, PackFooter, PackHeader, StoreUuid,
 };
 use crate::medium::{File, Medium, Mode};
 use crate::rows::encode;
 use serde::{Deserialize, Serialize};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{SystemTime, UNIX_EPOCH};
 
 /// The packs' directory on the medium.
 pub(crate) const DIR: &str = "packs";
 /// A pack that has grown to this many bytes is finished and the next one begun.
 const PACK_BYTES: u64 = 64 << 20;
+/// Blocks of the largest frame, which has at most 256 groups: they may have a block each.
+const FRAME_BLOCKS_MAX: u64 = 256;
 /// Bytes handed to the file at a time.
 const WRITE_BYTES: usize = 1 << 20;
 
@@ -51,11 +54,29 @@ pub(crate) struct PackFacts {
     pub node_blocks: u64,
     /// Bytes of the frames with map nodes.
     pub node_bytes: u64,
+    /// Behind the others in the row: rows from before it was noted end without it.
+    #[serde(skip)]
+    pub origin: Origin,
 }
 
 impl PackFacts {
     pub fn has_manifest(&self) -> bool {
         self.manifest_at + PackFooter::BYTES < self.bytes
+    }
+
+    /// The value of the table of packs.
+    pub fn to_row(self) -> Result<Vec<u8>> {
+        Ok([encode(&self)?, encode(&self.origin)?].concat())
+    }
+
+    /// See [`PackFacts::to_row`].
+    pub fn from_row(row: &[u8]) -> Result<Self> {
+        let damaged = |e| Error::damaged(format!("a pack in the catalogue cannot be read: {e}"));
+        let (mut facts, rest) = postcard::take_from_bytes::<Self>(row).map_err(damaged)?;
+        if !rest.is_empty() {
+            facts.origin = postcard::from_bytes(rest).map_err(damaged)?;
+        }
+        Ok(facts)
     }
 }
 
@@ -71,7 +92,7 @@ pub(crate) struct Finished {
 impl Finished {
     /// Adds the rows of the pack and its groups to a batch.
     pub fn add_to(&self, batch: &mut Batch) -> Result<()> {
-        batch.put(Table::Packs, self.pack.0.to_be_bytes(), encode(&self.facts)?);
+        batch.put(Table::Packs, self.pack.0.to_be_bytes(), self.facts.to_row()?);
         for (group, place) in &self.groups {
             batch.put(Table::Groups, group.0.to_be_bytes(), encode(place)?);
         }
@@ -112,6 +133,8 @@ pub(crate) struct PackWriter {
     store: StoreUuid,
     counters: Arc<Counters>,
     level: i32,
+    /// Blocks of data at which a frame is full.
+    frame_blocks: u64,
     filling: [Filling; 2],
     current: Option<Writing>,
     done: Vec<Finished>,
@@ -127,11 +150,18 @@ impl PackWriter {
             store,
             counters,
             level,
+            frame_blocks: GROUP_BLOCKS,
             filling: Default::default(),
             current: None,
             done: Vec::new(),
             made: Vec::new(),
         }
+    }
+
+    /// Makes frames of data larger: to be used with [`PackWriter::put_group`].
+    pub fn with_frames_of(mut self, blocks: u64) -> Self {
+        self.frame_blocks = blocks.clamp(GROUP_BLOCKS, FRAME_BLOCKS_MAX);
+        self
     }
 
     /// Takes a new block and gives it its address.
@@ -147,7 +177,7 @@ impl PackWriter {
         let id = BlockId::new(entry.group, u64::from(slot));
         filling.bytes.extend_from_slice(block);
         filling.digests.push(digest);
-        self.close_if_full(kind)?;
+        self.close_if_full(kind, GROUP_BLOCKS)?;
         Ok(id)
     }
 
@@ -158,11 +188,13 @@ impl PackWriter {
         filling.groups.push(entry);
         filling.bytes.extend_from_slice(blocks);
         filling.digests.extend_from_slice(digests);
-        self.close_if_full(entry.kind)
+        // Map nodes are read one at a time: larger frames would gain little and cost each of those reads.
+        let full = if entry.kind == GroupKind::Data { self.frame_blocks } else { GROUP_BLOCKS };
+        self.close_if_full(entry.kind, full)
     }
 
-    fn close_if_full(&mut self, kind: GroupKind) -> Result<()> {
-        if self.filling[kind as usize].digests.len() as u64 >= GROUP_BLOCKS {
+    fn close_if_full(&mut self, kind: GroupKind, full: u64) -> Result<()> {
+        if self.filling[kind as usize].digests.len() as u64 >= full {
             self.close_frame(kind)?;
         }
         Ok(())
@@ -223,8 +255,9 @@ impl PackWriter {
                 let pack = PackId(self.counters.pack.fetch_add(1, Ordering::Relaxed));
                 let file = self.medium.open(&file_name(pack), Mode::Create).map_err(|e| cannot_write(pack, e))?;
                 self.made.push(pack);
-                let header = PackHeader { store: self.store, pack }.encode();
-                let facts = PackFacts::default();
+                let origin = Origin { level: self.level as i8, made_unix_ms: unix_ms() };
+                let header = PackHeader { store: self.store, pack, origin }.encode();
+                let facts = PackFacts { origin, ..PackFacts::default() };
                 Ok(empty.insert(Writing {
                     pack,
                     file,
@@ -316,6 +349,11 @@ pub(crate) fn remove(medium: &dyn Medium, pack: PackId) -> Result<()> {
         Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(Error::io(format!("cannot remove {pack}"), e)),
         _ => Ok(()),
     }
+}
+
+/// Milliseconds since 1970.
+pub(crate) fn unix_ms() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_millis() as u64)
 }
 
 fn cannot_write(pack: PackId, e: std::io::Error) -> Error {

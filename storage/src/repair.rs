@@ -137,9 +137,8 @@ impl Repair {
         let unfinished = || Error::damaged("the footer is missing or damaged");
         let head = read(&*file, 0, PackHeader::BYTES.min(bytes))?;
         let head = head.as_array().map(PackHeader::decode).transpose()?.flatten();
-        if head != Some(PackHeader { store: self.uuid, pack }) {
-            return Err(Error::damaged("the header is damaged, or another store's"));
-        }
+        let head = head.filter(|head| (head.store, head.pack) == (self.uuid, pack));
+        let origin = head.ok_or_else(|| Error::damaged("the header is damaged, or another store's"))?.origin;
         let foot_at = bytes.checked_sub(PackFooter::BYTES).ok_or_else(unfinished)?;
         let foot = read(&*file, foot_at, PackFooter::BYTES)?;
         let foot = foot.as_array().and_then(|foot| PackFooter::decode(foot, bytes));
@@ -161,7 +160,15 @@ impl Repair {
             true => Some(postcard::from_bytes(&unpack(part(footer.manifest_at, foot_at))?).map_err(unreadable)?),
             false => None,
         };
-        self.take_contents(pack, bytes, &footer, &contents, digests)?;
+        let facts = PackFacts {
+            bytes,
+            digests_at: footer.digests_at,
+            contents_at: footer.contents_at,
+            manifest_at: footer.manifest_at,
+            origin,
+            ..PackFacts::default()
+        };
+        self.take_contents(pack, facts, &contents, digests)?;
         if let Some(manifest) = manifest {
             self.take_manifest(manifest)?;
         }
@@ -172,19 +179,11 @@ impl Repair {
     fn take_contents(
         &mut self,
         pack: PackId,
-        bytes: u64,
-        footer: &PackFooter,
+        mut facts: PackFacts,
         contents: &PackContents,
         digests: &[Digest],
     ) -> Result<()> {
         let mut batch = Batch::default();
-        let mut facts = PackFacts {
-            bytes,
-            digests_at: footer.digests_at,
-            contents_at: footer.contents_at,
-            manifest_at: footer.manifest_at,
-            ..PackFacts::default()
-        };
         let mut digest = 0;
         for frame in &contents.frames {
             let all: u32 = frame.groups.iter().map(GroupEntry::blocks).sum();
@@ -211,7 +210,7 @@ impl Repair {
                 facts.node_bytes += u64::from(frame.bytes);
             }
         }
-        batch.put(Table::Packs, pack.0.to_be_bytes(), encode(&facts)?);
+        batch.put(Table::Packs, pack.0.to_be_bytes(), facts.to_row()?);
         self.catalogue.commit(batch)
     }
 

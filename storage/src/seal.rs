@@ -22,6 +22,7 @@ use crate::map::{self, Change, NodeSink, NodeSource, push_change};
 use crate::overlay::{Content, Extent};
 use crate::pack::{Digest, PackWriter, digest};
 use crate::registry::Registry;
+use crate::repack::{self, RepackReport};
 use crate::rows::{Checkpoint, DeviceRow, Manifest, RecordKey, encode};
 use crate::state::Layer;
 use bytes::Bytes;
@@ -368,6 +369,9 @@ struct SealerState {
 const SEALS_BEFORE_GC: u64 = 32;
 /// How long a store that is never quiet goes without the collection it needs.
 const COLLECT_AT_LATEST: Duration = Duration::from_secs(60);
+/// How often an idle store looks for packs that have become cold, and how often when some could not be packed again.
+const LOOK_FOR_COLD: Duration = Duration::from_secs(60);
+const LOOK_FOR_COLD_AFTER_DAMAGE: Duration = Duration::from_secs(3600);
 /// How long the background work rests after a failure.
 const RETRY: Duration = Duration::from_secs(2);
 /// How often the background thread looks whether the store is idle.
@@ -381,6 +385,15 @@ impl Sealer {
             state.requested = true;
             self.changed.notify_all();
         }
+    }
+
+    /// For the background thread: rests this long, or until it is asked for something. Returns whether it is.
+    pub fn rest(&self, pause: Duration) -> bool {
+        let mut state = self.state.lock();
+        if !state.requested && !state.stopping {
+            self.changed.wait_for(&mut state, pause);
+        }
+        state.requested || state.stopping
     }
 
     /// Waits for the next checkpoint that is tried; fails as it failed.
@@ -432,6 +445,7 @@ fn run(weak: &Weak<Inner>) {
     let mut collected_at = Instant::now();
     // Sealings since garbage was last collected: each makes a pack, and collection merges small ones.
     let mut sealed = 0;
+    let mut cold_look = Instant::now();
     // After a failure the next try waits, so that a full disk is not hammered.
     let mut not_before = Instant::now();
     while let Some(inner) = weak.upgrade() {
@@ -477,6 +491,24 @@ fn run(weak: &Weak<Inner>) {
                 not_before = Instant::now() + RETRY;
             }
             sealed += 1;
+        } else if quiet && !wanted && live == 0 && Instant::now() >= cold_look {
+            let mut pause = inner.options.repack_after.clamp(LOOK, LOOK_FOR_COLD);
+            match repack::repack_cold(&inner) {
+                Ok(report) if report == RepackReport::default() => {}
+                Ok(report) => {
+                    tracing::info!(?report, "cold data packed again");
+                    if report.packs_damaged > 0 {
+                        pause = LOOK_FOR_COLD_AFTER_DAMAGE;
+                    }
+                    // It may have left a small pack with a manifest.
+                    sealed += 1;
+                }
+                Err(e) => {
+                    tracing::error!("packing cold data again failed; it will be tried again: {e}");
+                    not_before = Instant::now() + RETRY;
+                }
+            }
+            cold_look = Instant::now() + pause;
         }
     }
 }

@@ -218,6 +218,12 @@ impl Store {
         if dry_run { crate::gc::collect(self.inner(), true) } else { self.inner().collect() }
     }
 
+    /// Packs everything again at `repack_level` that is not packed so yet, whatever its age. Disks are in use meanwhile.
+    /// Needs free space for 64 MiB at a time.
+    pub fn repack(&self) -> Result<crate::RepackReport> {
+        crate::repack::repack(self.inner(), None, &mut |_| true)
+    }
+
     /// The store's figures. Walks the rows of all packs and the overlays of all disks.
     pub fn stats(&self) -> Result<crate::Stats> {
         crate::usage::stats(self.inner())

@@ -132,6 +132,21 @@ fn deleting_and_collecting_gives_the_bytes_back() {
 }
 
 #[test]
+fn packing_again_saves_space_once_and_changes_nothing() {
+    for place in Place::both() {
+        let text: Vec<u8> = (0..1u32 << 19).flat_map(|i| format!("{:16}", i.wrapping_mul(i)).into_bytes()).collect();
+        place.import("disk", &text);
+        place.ok(&["store", "seal"]);
+        let report = place.ok(&["store", "repack"]);
+        let [before, after] = ["before_bytes", "after_bytes"].map(|field| report[field].as_u64().unwrap());
+        assert!(after > 0 && after < before, "{report}");
+        assert_eq!(place.ok(&["store", "repack"])["packs_rewritten"], 0);
+        assert!(place.export("disk") == text);
+        place.ok(&["store", "check"]);
+    }
+}
+
+#[test]
 fn damage_is_found_and_told_with_the_exit_code() {
     let place = Place::Alone(tempfile::tempdir().unwrap());
     place.import("disk", &noise(40, 8 << 20));
@@ -174,9 +189,14 @@ fn a_catalogue_is_made_again() {
 #[test]
 fn a_store_that_is_not_there_is_not_made_by_looking() {
     let place = Place::Alone(tempfile::tempdir().unwrap());
-    for args in
-        [&["disk", "list"][..], &["store", "stats"], &["store", "gc"], &["disk", "show", "x"], &["store", "repair"]]
-    {
+    for args in [
+        &["disk", "list"][..],
+        &["store", "stats"],
+        &["store", "gc"],
+        &["store", "repack"],
+        &["disk", "show", "x"],
+        &["store", "repair"],
+    ] {
         place.refused(args, 1, "no_store");
     }
     assert_eq!(std::fs::read_dir(place.dir()).unwrap().count(), 0);

@@ -19,6 +19,8 @@ pub enum StoreCommand {
         #[arg(long)]
         dry_run: bool,
     },
+    /// Compress everything again that is sealed, harder; an idle store does that by itself with what has become cold
+    Repack,
     /// Read everything that is stored and compare it with its checksums; fails when anything is damaged
     Check,
     /// Check everything, and with --heal write anew what is damaged and has an undamaged copy

@@ -90,6 +90,7 @@ fn workers_sealing_and_collection_do_not_disturb_each_other() {
             while !done.load(Ordering::Relaxed) {
                 store.seal().expect("sealing");
                 collected += store.gc(false).expect("a collection").bytes_freed;
+                store.repack().expect("packing again");
                 store.drop_caches();
                 store.usage().expect("usage");
             }

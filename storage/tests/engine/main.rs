@@ -12,4 +12,5 @@ mod golden;
 mod kill;
 mod model;
 mod ops;
+mod repack;
 mod sequential;

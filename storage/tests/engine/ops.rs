@@ -153,7 +153,8 @@ impl Run {
                 drop(tx.commit()?);
             }
             84..88 => return self.delete(),
-            88..93 => drop(self.store.gc(false)?),
+            88..92 => drop(self.store.gc(false)?),
+            92..95 => drop(self.store.repack()?),
             _ => {
                 self.store.seal()?;
                 self.durable = self.history.len() - 1;

@@ -62,6 +62,7 @@ fn interleaved_sequential_reads_agree_with_what_was_written() {
                 while !done.load(Ordering::Relaxed) {
                     store.seal().unwrap();
                     store.gc(false).unwrap();
+                    store.repack().unwrap();
                     store.drop_caches();
                 }
             });
