@@ -1,8 +1,9 @@
-//! Memory: an idle fork with an open handle, and what grows with the data stored.
+//! Memory: an idle fork with an open handle, a paused one without, and what grows with the data stored.
 //!
 //! `cargo bench --bench memory [-- --json FILE]`. Each figure is of a process of its own, which this program starts;
-//! memory is what the process has for itself (`RssAnon`). The figure a TiB is a straight line through two sizes that
-//! fit this machine: an extrapolation.
+//! memory is what the process has for itself (`RssAnon`). The figure a TiB is a straight line through two sizes: an
+//! extrapolation. All their blocks are different but compress to little, so that sizes far apart fit this machine: what
+//! the store keeps in memory depends on the number of blocks, and of what it keeps decoded, on `cache_bytes`.
 
 mod harness;
 
@@ -13,6 +14,8 @@ use storage::medium::sim::Random;
 use storage::{DiskId, Options, Source, Store};
 
 const FORKS: u64 = 10_000;
+/// Unique data, in GiB.
+const UNIQUE: [u64; 2] = [2, 32];
 
 fn resident() -> f64 {
     let status = std::fs::read_to_string("/proc/self/status").expect("the process has a status");
@@ -90,15 +93,32 @@ fn idle_forks(case: &Case, dir: &str) -> f64 {
 fn prepare_unique(gib: u64) -> tempfile::TempDir {
     let (store, dir) = quiet_store();
     let (_, disk) = new_disk(&store, "disk", 64 * GIB);
-    let mut random = Random(1);
     let mut chunk = vec![0; MIB as usize];
     for i in 0..gib * GIB / MIB {
-        chunk.chunks_mut(8).for_each(|c| c.copy_from_slice(&random.bits().to_le_bytes()));
+        for (j, block) in chunk.chunks_mut(4096).enumerate() {
+            block[..8].copy_from_slice(&(i * 256 + j as u64 + 1).to_le_bytes());
+        }
         disk.write(i * MIB, &chunk).expect("a write");
         if i % 512 == 511 {
             store.seal().expect("sealing");
         }
     }
+    dir
+}
+
+/// A store with this many forks that wrote something and were sealed.
+fn prepare_paused(count: u64) -> tempfile::TempDir {
+    let (store, dir) = quiet_store();
+    let (id, disk) = new_disk(&store, "base", 10 * GIB);
+    (0..64).for_each(|i| disk.write(i * MIB, &[i as u8 + 1; 65536]).expect("a write"));
+    for i in 0..count {
+        let mut tx = store.begin();
+        let fork = tx.fork(Source::Disk(id), &format!("fork-{i}"));
+        drop(tx.commit().expect("a fork"));
+        let disk = store.disk(fork).expect("it is there");
+        (0..16u64).for_each(|block| disk.write(block * MIB, &[i as u8 ^ block as u8; 4096]).expect("a write"));
+    }
+    store.seal().expect("sealing");
     dir
 }
 
@@ -124,6 +144,10 @@ fn main() {
         let (what, dir) = (&args[at + 1], &args[at + 2]);
         let figure = match CASES.iter().find(|case| case.name == what) {
             Some(case) => idle_forks(case, dir),
+            None if what == "paused" => {
+                let _open = open(dir);
+                resident()
+            }
             None => read_unique(what.parse().expect("a number of GiB"), dir),
         };
         println!("{figure}");
@@ -133,9 +157,12 @@ fn main() {
     for case in &CASES {
         report.row("miosa", case.name, "an open fork", child(case.name, &prepare_forks(case)) / 1024.0, "KiB");
     }
-    let [small, large] = [1, 4].map(|gib| child(&gib.to_string(), &prepare_unique(gib)));
-    report.row("miosa", "1 GiB unique, all read", "process", small / 1e6, "MB");
-    report.row("miosa", "4 GiB unique, all read", "process", large / 1e6, "MB");
-    let slope = (large - small) / 3.0;
-    report.row("miosa", "unique data", "a TiB, extrapolated", (small + slope * 1023.0) / 1e6, "MB");
+    let [few, many] = [1, FORKS].map(|count| child("paused", &prepare_paused(count)));
+    report.row("miosa", "paused forks that wrote 16 blocks", "each", (many - few) / (FORKS - 1) as f64 / 1024.0, "KiB");
+    let [small, large] = UNIQUE.map(|gib| child(&gib.to_string(), &prepare_unique(gib)));
+    for (gib, bytes) in UNIQUE.into_iter().zip([small, large]) {
+        report.row("miosa", &format!("{gib} GiB unique, all read"), "process", bytes / 1e6, "MB");
+    }
+    let slope = (large - small) / (UNIQUE[1] - UNIQUE[0]) as f64;
+    report.row("miosa", "unique data", "a TiB, extrapolated", (small + slope * (1024 - UNIQUE[0]) as f64) / 1e6, "MB");
 }

@@ -261,7 +261,7 @@ fn packings(report: &mut Report, scratch: &Path, steps: &[&Step]) {
         let miss = start.elapsed().as_secs_f64() / 3000.0;
         store.drop_caches();
         let (start, mut chunk) = (Instant::now(), vec![0; 1 << 20]);
-        (0..SIZE / 4 >> 20).for_each(|i| disk.read(i << 20, &mut chunk).expect("a read"));
+        (0..SIZE / (4 << 20)).for_each(|i| disk.read(i << 20, &mut chunk).expect("a read"));
         [miss * 1e6, start.elapsed().as_secs_f64()]
     };
     for (level, kib) in PACKINGS {

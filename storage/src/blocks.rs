@@ -212,7 +212,9 @@ impl Blocks {
                 other => {
                     let from = (place.offset - spans[span].start) as usize;
                     let bytes = &buffers[span][from..from + place.bytes as usize];
-                    &mut other.insert((place.offset, Frame::decode(&place, bytes)?)).1
+                    let frame = Frame::decode(&place, bytes)?;
+                    self.keep_others(&frame, &place);
+                    &mut other.insert((place.offset, frame)).1
                 }
             };
             // Refused only if it is larger than a part of the cache: then it is loaded again by who reads it.
@@ -225,19 +227,45 @@ impl Blocks {
         self.groups.get_or_insert_with(&id, || {
             self.loads.fetch_add(1, Ordering::Relaxed);
             let place = self.place(id)?;
-            let loaded = self.load(id, &place).or_else(|e| {
+            let load = |place: &GroupPlace| {
+                let mut frame = self.load_frame(place)?;
+                self.keep_others(&frame, place);
+                frame.take(id, place)
+            };
+            let loaded = load(&place).or_else(|e| {
                 // Garbage collection may have moved it since we asked where it is.
                 let now = self.place(id)?;
-                if now == place { Err(e) } else { self.load(id, &now) }
+                if now == place { Err(e) } else { load(&now) }
             });
             Ok(Arc::new(loaded?))
         })
     }
 
-    fn load(&self, id: GroupId, place: &GroupPlace) -> Result<Group> {
+    /// Puts the groups of a frame that nobody has or is loading into the cache: decoding is what they cost.
+    fn keep_others(&self, frame: &Frame, place: &GroupPlace) {
+        let groups = &frame.header.groups;
+        if groups.len() == 1 {
+            return;
+        }
+        let others: Vec<_> = groups.iter().map(|g| g.group).filter(|group| !self.groups.contains_key(group)).collect();
+        let keys: Vec<_> = others.iter().map(|group| group.0.to_be_bytes()).collect();
+        let rows = self.catalogue.get_many(Table::Groups, &keys).unwrap_or_default();
+        for (id, row) in others.into_iter().zip(rows) {
+            // A frame may hold a group that has been moved or healed since: only what is still here counts.
+            let now = row.and_then(|row| self.parse_place(id, &row).ok());
+            let Some(now) = now.filter(|now| (now.pack, now.offset) == (place.pack, place.offset)) else { continue };
+            if let GuardResult::Guard(guard) = self.groups.get_value_or_guard(&id, Some(Duration::ZERO))
+                && let Ok(group) = frame.part(id, &now)
+            {
+                drop(guard.insert(Arc::new(group)));
+            }
+        }
+    }
+
+    fn load_frame(&self, place: &GroupPlace) -> Result<Frame> {
         let mut bytes = vec![0; place.bytes as usize];
         self.file(place.pack)?.read_at(&mut bytes, place.offset).map_err(|e| unreadable(place.pack, e))?;
-        Frame::decode(place, &bytes)?.take(id, place)
+        Frame::decode(place, &bytes)
     }
 
     /// A block, if the cache has it.
@@ -247,7 +275,7 @@ impl Blocks {
 
     /// A group's blocks from the medium, whatever the cache has.
     pub fn read_group_uncached(&self, id: GroupId, place: &GroupPlace) -> Result<Vec<u8>> {
-        Ok(self.load(id, place)?.bytes)
+        Ok(self.load_frame(place)?.take(id, place)?.bytes)
     }
 
     /// Where a group is, if anywhere.
@@ -377,8 +405,23 @@ impl Frame {
         Ok(Self { header, raw })
     }
 
-    /// Takes out one group, which `place` tells of.
+    /// A copy of one group, which `place` tells of.
+    fn part(&self, id: GroupId, place: &GroupPlace) -> Result<Group> {
+        let (entry, bytes) = self.find(id, place)?;
+        Ok(Group { kind: entry.kind, slots: entry.slots, bytes: self.raw[bytes].to_vec() })
+    }
+
+    /// The same, without a copy where the frame has only this group.
     fn take(&mut self, id: GroupId, place: &GroupPlace) -> Result<Group> {
+        if self.header.groups.len() > 1 {
+            return self.part(id, place);
+        }
+        let (entry, _) = self.find(id, place)?;
+        Ok(Group { kind: entry.kind, slots: entry.slots, bytes: std::mem::take(&mut self.raw) })
+    }
+
+    /// A group's entry, and where its blocks are in the decoded frame.
+    fn find(&self, id: GroupId, place: &GroupPlace) -> Result<(GroupEntry, Range<usize>)> {
         let groups = &self.header.groups;
         let at = groups.iter().position(|g| g.group == id);
         let at = at.ok_or_else(|| damaged_frame(place, "the frame has other groups"))?;
@@ -386,14 +429,9 @@ impl Frame {
         if entry.slots != place.slots || entry.kind != place.kind {
             return Err(damaged_frame(place, "the frame and the catalogue tell of different blocks"));
         }
-        let bytes = if groups.len() == 1 {
-            std::mem::take(&mut self.raw)
-        } else {
-            let before: u32 = groups[..at].iter().map(GroupEntry::blocks).sum();
-            let from = before as usize * BLOCK_SIZE;
-            self.raw[from..from + entry.blocks() as usize * BLOCK_SIZE].to_vec()
-        };
-        Ok(Group { kind: entry.kind, slots: entry.slots, bytes })
+        let before: u32 = groups[..at].iter().map(GroupEntry::blocks).sum();
+        let from = before as usize * BLOCK_SIZE;
+        Ok((entry, from..from + entry.blocks() as usize * BLOCK_SIZE))
     }
 }
 

@@ -71,7 +71,7 @@ impl Default for Options {
             idle: Duration::from_secs(5),
             level: 1,
             repack_level: 9,
-            repack_frame_bytes: 128 << 10,
+            repack_frame_bytes: 64 << 10,
             repack_after: Duration::from_secs(600),
             reserve_bytes: 8 << 20,
             salvage_log: false,

@@ -44,8 +44,9 @@ fn tag(block: &[u8]) -> u16 {
 }
 
 pub fn options() -> Options {
-    // Small caches, so that reads reach the packs.
+    // Small caches, so that reads reach the packs, and frames of several groups.
     Options {
+        repack_frame_bytes: 128 << 10,
         background: false,
         reserve_bytes: 0,
         cache_bytes: 1 << 20,
