@@ -5,7 +5,10 @@
 
 mod args;
 mod backend;
+mod daemon;
 mod disk;
+mod doctor;
+mod examples;
 mod exec;
 mod files;
 mod images;
@@ -17,33 +20,32 @@ mod tree;
 
 use std::process::ExitCode;
 
-use clap::Parser;
+use clap::FromArgMatches;
 use clap::error::ErrorKind;
 use tracing_subscriber::EnvFilter;
 
-use crate::api::client::Client;
-use crate::config::{self, StateDir};
+use crate::config::{Config, ConfigError, Flags, LogFormat};
 use crate::serve;
 use args::{Cli, Command};
 use output::{Failure, Out, fail};
 
-pub use args::{AccelArg, DaemonArgs, DiskFrontendArg, NetworkArg, VmmArg};
-
 /// Runs the command of this process's arguments.
 pub fn main() -> ExitCode {
-    let cli = match Cli::try_parse() {
+    let matches = examples::grammar().try_get_matches();
+    let cli = match matches.and_then(|matches| Cli::from_arg_matches(&matches)) {
         Ok(cli) => cli,
         Err(error) => return misused(&error),
     };
-    let default = match (&cli.command, cli.global.debug) {
-        (_, true) => "miosa=debug,storage=debug,vmm=debug",
-        (Command::Daemon(_), false) => "info",
-        (_, false) => "off",
-    };
-    let filter = EnvFilter::try_from_env("MIOSA_LOG").unwrap_or_else(|_| EnvFilter::new(default));
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(false).init();
-
     let json = cli.global.json;
+    let (config, broken) = match (configuration(&cli), &cli.command) {
+        (Ok(config), _) => (config, None),
+        // These need none, or say so among the rest.
+        (Err(error), Command::Doctor | Command::Completion { .. } | Command::Man { .. }) => {
+            (Config::default(), Some(error))
+        }
+        (Err(error), _) => return fail(json, &Failure::from(error)),
+    };
+    tell(&cli, &config);
     let runtime = match tokio::runtime::Runtime::new() {
         Ok(runtime) => runtime,
         Err(error) => {
@@ -51,7 +53,7 @@ pub fn main() -> ExitCode {
         }
     };
     let may_open_store = matches!(cli.command, Command::Daemon(_) | Command::Disk(_) | Command::Store(_));
-    let done = runtime.block_on(run(cli));
+    let done = runtime.block_on(run(cli, config, broken));
     if may_open_store {
         // What still works on the store may end; it is closed, so nothing new begins.
         runtime.shutdown_timeout(std::time::Duration::from_secs(10));
@@ -80,22 +82,51 @@ fn end_at_once(code: u8) -> ! {
     unsafe { nix::libc::_exit(i32::from(code)) }
 }
 
-async fn run(cli: Cli) -> output::Result<ExitCode> {
+/// Of defaults, file, environment and flags. Commands need it, too: it says where the daemon is.
+fn configuration(cli: &Cli) -> Result<Config, ConfigError> {
+    // The one setting of the daemon that its callers need, too.
+    let none = Flags { socket: std::env::var_os("MIOSA_SOCKET").map(Into::into), ..Flags::default() };
+    let flags = if let Command::Daemon(args) = &cli.command { &args.flags } else { &none };
+    Config::load(cli.global.config.as_deref(), cli.global.state_dir.clone(), flags)
+}
+
+/// Sets up what is told on stderr while things are done: the daemon's log, or what `--debug` asks for.
+fn tell(cli: &Cli, config: &Config) {
+    let level = match (&cli.command, cli.global.debug) {
+        (_, true) => "miosa=debug,storage=debug,vmm=debug",
+        (Command::Daemon(_), false) => &config.log_level,
+        (_, false) => "off",
+    };
+    let builder =
+        tracing_subscriber::fmt().with_env_filter(EnvFilter::new(level)).with_writer(std::io::stderr).with_ansi(false);
+    match (&cli.command, config.log_format) {
+        (Command::Daemon(_), LogFormat::Json) => builder.json().flatten_event(true).init(),
+        _ => builder.init(),
+    }
+}
+
+async fn run(cli: Cli, config: Config, broken: Option<ConfigError>) -> output::Result<ExitCode> {
     let out = Out::new(&cli.global);
-    let state = StateDir::new(absolute(cli.global.state_dir.clone().unwrap_or_else(config::default_state_dir))?);
-    let client = Client::new(&state.socket());
+    let place = backend::Place::new(cli.global.endpoint.as_deref(), config.state())?;
     match cli.command {
-        Command::Daemon(args) => serve::run(state, args).await.map(|()| ExitCode::SUCCESS).map_err(|error| {
+        Command::Daemon(args) if args.print_config => daemon::print_config(&config).map(|()| ExitCode::SUCCESS),
+        Command::Daemon(args) if args.print_systemd_unit => {
+            daemon::print_systemd_unit(&config, cli.global.config.as_deref()).map(|()| ExitCode::SUCCESS)
+        }
+        Command::Daemon(_) => serve::run(config).await.map(|()| ExitCode::SUCCESS).map_err(|error| {
             let failure = Failure::new(error.exit, error.code, error.message);
             match error.hint {
                 Some(hint) => failure.hint(hint),
                 None => failure,
             }
         }),
-        Command::Sandbox(command) => sandbox::run(&client, out, command).await,
-        Command::Template(command) => template::run(&client, out, command).await.map(|()| ExitCode::SUCCESS),
-        Command::Disk(command) => disk::run(&state, out, command).await.map(|()| ExitCode::SUCCESS),
-        Command::Store(command) => store::run(&state, out, command).await.map(|()| ExitCode::SUCCESS),
+        Command::Sandbox(command) => sandbox::run(&place.client, out, command).await,
+        Command::Template(command) => template::run(&place.client, out, command).await.map(|()| ExitCode::SUCCESS),
+        Command::Disk(command) => disk::run(&place, out, command).await.map(|()| ExitCode::SUCCESS),
+        Command::Completion { shell } => examples::completion(shell).map(|()| ExitCode::SUCCESS),
+        Command::Man { dir } => examples::man(&dir).map(|()| ExitCode::SUCCESS),
+        Command::Doctor => doctor::run(&place, out, &config, broken.as_ref()).await.map(|()| ExitCode::SUCCESS),
+        Command::Store(command) => store::run(&place, out, command).await.map(|()| ExitCode::SUCCESS),
     }
 }
 

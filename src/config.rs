@@ -1,6 +1,10 @@
-//! Where things are: the state directory and what is in it, the cache, the agent.
+//! Where things are (the state directory and what is in it, the cache, the agent), and the daemon's settings.
+
+mod settings;
 
 use std::path::{Path, PathBuf};
+
+pub use settings::{AccelArg, Config, ConfigError, DiskFrontendArg, Flags, LogFormat, Mib, NetworkArg, Span, VmmArg};
 
 /// The state directory, unless told otherwise: the system's for root, the user's own for everybody else.
 pub fn default_state_dir() -> PathBuf {
@@ -26,12 +30,19 @@ fn user_dir(variable: &str, under_home: &str) -> PathBuf {
 #[derive(Debug, Clone)]
 pub struct StateDir {
     root: PathBuf,
+    socket: PathBuf,
 }
 
 impl StateDir {
     /// The layout under `root`.
     pub fn new(root: impl Into<PathBuf>) -> Self {
-        Self { root: root.into() }
+        let root = root.into();
+        Self { socket: root.join("miosa.sock"), root }
+    }
+
+    /// The same with the socket elsewhere.
+    pub fn with_socket(self, socket: impl Into<PathBuf>) -> Self {
+        Self { socket: socket.into(), ..self }
     }
 
     /// The directory itself; nobody but its owner looks into it.
@@ -41,7 +52,12 @@ impl StateDir {
 
     /// The daemon's socket.
     pub fn socket(&self) -> PathBuf {
-        self.root.join("miosa.sock")
+        self.socket.clone()
+    }
+
+    /// The keys that the TCP address takes, unless told otherwise.
+    pub fn api_key(&self) -> PathBuf {
+        self.root.join("api-key")
     }
 
     /// The store.

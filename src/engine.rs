@@ -16,6 +16,7 @@ mod checkpoint;
 pub mod error;
 mod guest;
 pub mod lifecycle;
+mod metrics;
 pub mod records;
 mod recover;
 mod registry;
@@ -39,6 +40,7 @@ use vmm::Vmm;
 use attach::DiskFrontend;
 use error::{Error, Kind, Result};
 use lifecycle::State;
+pub use metrics::Metrics;
 use records::{Record, SandboxRecord, TemplateRecord};
 use registry::Registry;
 use sandbox::Sandbox;
@@ -112,6 +114,7 @@ pub(crate) struct Shared {
     pub(crate) settings: Settings,
     pub(crate) registry: Registry,
     pub(crate) boots: Semaphore,
+    pub(crate) metrics: Metrics,
     closing: AtomicBool,
     seal_wanted: Notify,
 }
@@ -199,6 +202,11 @@ pub struct Engine {
 }
 
 impl Engine {
+    /// What is counted.
+    pub fn metrics(&self) -> &Metrics {
+        &self.shared.metrics
+    }
+
     /// Opens the engine on an open store: ends what a previous daemon left, then serves.
     pub async fn open(parts: Parts) -> Result<Arc<Engine>> {
         let Parts { store, vmm, disks, templates, settings } = parts;
@@ -211,6 +219,7 @@ impl Engine {
             settings,
             registry: Registry::default(),
             boots,
+            metrics: Metrics::default(),
             closing: AtomicBool::new(false),
             seal_wanted: Notify::new(),
         });

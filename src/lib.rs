@@ -7,6 +7,7 @@
 //! | [`serve`] | the daemon: puts store, front ends, machines, engine and API together |
 //! | [`engine`] | the life of sandboxes |
 //! | [`disks`] | the store's disks without sandboxes: by name, in and out, attached |
+//! | [`doctor`] | what this machine has of what the daemon needs |
 //! | [`frontend`] | disks of the store as devices |
 //! | [`config`] | where things are |
 //! | [`sparse`] | holes and zeroes |
@@ -20,6 +21,7 @@ pub mod api;
 pub mod cli;
 pub mod config;
 pub mod disks;
+pub mod doctor;
 pub mod engine;
 pub mod frontend;
 pub mod serve;

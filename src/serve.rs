@@ -6,26 +6,31 @@
 
 mod disks;
 mod images;
+mod listen;
 
 use std::fs::File;
-use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
+use std::os::unix::fs::DirBuilderExt;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
 use nix::fcntl::{Flock, FlockArg};
 use nix::sys::stat::{Mode, umask};
-use tokio::net::UnixListener;
 use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::watch;
+use tokio::task::JoinSet;
 
-use crate::api::server::{self, Defaults};
-use crate::cli::{AccelArg, DaemonArgs, NetworkArg, VmmArg};
-use crate::config::{self, StateDir};
+use crate::api::server::{self, Defaults, Keys};
+use crate::config::{self, AccelArg, Config, NetworkArg, StateDir, VmmArg};
 use crate::disks::Disks;
 use crate::engine::{self, Engine, Parts, Settings, TemplateBuilder};
+use listen::{Callers, Door};
 
 /// Beyond what guests may take to shut down: for flushing and closing.
 const CLOSING: Duration = Duration::from_secs(15);
+
+/// How long connections may take to end once everything is closed.
+const DRAIN: Duration = Duration::from_secs(5);
 
 /// How long a store that another process has open is waited for.
 const STORE_WAIT: Duration = Duration::from_secs(5);
@@ -69,16 +74,18 @@ impl From<engine::error::Error> for Error {
 }
 
 /// Runs the daemon until it is told to end.
-pub async fn run(state: StateDir, args: DaemonArgs) -> Result<(), Error> {
+pub async fn run(config: Config) -> Result<(), Error> {
     // Disks, sockets and logs are nobody else's business.
     umask(Mode::from_bits_truncate(0o077));
+    let state = config.state();
     let _lock = claim(&state)?;
-    let (store_dir, opening) = (state.store(), state.store());
-    let store = tokio::task::spawn_blocking(move || open_store(&opening))
+    let opening = (state.store(), store_options(&config));
+    let store = tokio::task::spawn_blocking(move || open_store(&opening.0, &opening.1))
         .await
         .map_err(|e| Error::new(4, "internal_error", format!("opening the store did not end: {e}")))?
         .map_err(|e| {
-            let failed = Error::new(4, "store_open", format!("could not open the store {}: {e}", store_dir.display()));
+            let message = format!("could not open the store {}: {e}", state.store().display());
+            let failed = Error::new(4, "store_open", message);
             match e.kind() {
                 storage::ErrorKind::UnsupportedVersion => failed.hint("use the version of miosa that wrote it"),
                 storage::ErrorKind::InUse => failed.hint("wait for the command that has it open, or end it"),
@@ -87,7 +94,7 @@ pub async fn run(state: StateDir, args: DaemonArgs) -> Result<(), Error> {
             }
         })?;
     let closing = store.clone();
-    let served = serve(&state, args, store).await;
+    let served = serve(&config, &state, store).await;
     if served.is_err() {
         // Not handed to an engine that would have closed it.
         let _ = tokio::task::spawn_blocking(move || closing.close()).await;
@@ -95,11 +102,20 @@ pub async fn run(state: StateDir, args: DaemonArgs) -> Result<(), Error> {
     served
 }
 
+fn store_options(config: &Config) -> storage::Options {
+    storage::Options {
+        cache_bytes: config.cache_memory.bytes(),
+        log_bytes: config.log_budget.bytes(),
+        log_bytes_max: config.log_limit.bytes(),
+        ..storage::Options::default()
+    }
+}
+
 /// Commands that work on the store without a daemon have it for a moment.
-fn open_store(dir: &Path) -> storage::Result<storage::Store> {
+fn open_store(dir: &Path, options: &storage::Options) -> storage::Result<storage::Store> {
     let began = std::time::Instant::now();
     loop {
-        match storage::Store::open(dir, storage::Options::default()) {
+        match storage::Store::open(dir, options.clone()) {
             Err(e) if e.kind() == storage::ErrorKind::InUse && began.elapsed() < STORE_WAIT => {
                 std::thread::sleep(Duration::from_millis(50));
             }
@@ -108,83 +124,116 @@ fn open_store(dir: &Path) -> storage::Result<storage::Store> {
     }
 }
 
-async fn serve(state: &StateDir, args: DaemonArgs, store: storage::Store) -> Result<(), Error> {
-    let cache = args.cache_dir.clone().unwrap_or_else(config::default_cache_dir);
-    let (vmm, templates): (Arc<dyn vmm::Vmm>, Arc<dyn TemplateBuilder>) = match args.vmm {
+async fn serve(config: &Config, state: &StateDir, store: storage::Store) -> Result<(), Error> {
+    let (vmm, templates): (Arc<dyn vmm::Vmm>, Arc<dyn TemplateBuilder>) = match config.vmm {
         VmmArg::Qemu => {
-            let agent = config::find_agent(args.agent.as_deref());
-            (Arc::new(vmm::QemuVmm::new()), Arc::new(images::Images::new(cache, state.boot(), agent)))
+            let agent = config::find_agent(config.agent.as_deref());
+            let images = images::Images::new(config.cache_dir.clone(), state.boot(), agent);
+            (Arc::new(vmm::QemuVmm::new()), Arc::new(images))
         }
         VmmArg::Fake => {
             let guests = state.root().join("fake-guests");
             (Arc::new(vmm::FakeVmm::new(guests)), Arc::new(images::FakeImages))
         }
     };
-    let disks = disks::open(args.disk_frontend, args.vmm, &state.fuse())?;
+    let disks = disks::open(config.disk_frontend, config.vmm, &state.fuse())?;
     let settings = Settings {
         run_root: state.run(),
-        accel: match args.accel {
+        accel: match config.accel {
             AccelArg::Tcg => vmm::Accel::Tcg,
             AccelArg::Kvm => vmm::Accel::Kvm,
         },
-        network: match args.network {
+        network: match config.network {
             NetworkArg::User => vmm::Network::User,
             NetworkArg::None => vmm::Network::None,
         },
-        kernel_args: args.kernel_arg.clone(),
-        boot_deadline: args.boot_timeout,
-        stop_deadline: args.stop_timeout,
+        kernel_args: config.kernel_args.clone(),
+        boot_deadline: config.boot_timeout.0,
+        stop_deadline: config.stop_timeout.0,
         ..Settings::default()
     };
-    let stop_deadline = settings.stop_deadline;
     let users_disks = Disks::open(store.clone(), state.attached(), true)?;
     let engine = Engine::open(Parts { store, vmm, disks, templates, settings }).await?;
 
-    let socket = state.socket();
-    let served = listen(&socket, engine.clone(), users_disks, &args, stop_deadline).await;
+    let served = listen(config, state, engine, users_disks).await;
     // Only ours: the lock says that no other daemon has put one there.
-    let _ = std::fs::remove_file(&socket);
+    let _ = std::fs::remove_file(state.socket());
     served
 }
 
-async fn listen(
-    socket: &Path,
-    engine: Arc<Engine>,
-    users_disks: Arc<Disks>,
-    args: &DaemonArgs,
-    stop_deadline: Duration,
-) -> Result<(), Error> {
-    let failed = |e: std::io::Error| Error::file("listen on", socket, &e);
+async fn listen(config: &Config, state: &StateDir, engine: Arc<Engine>, users_disks: Arc<Disks>) -> Result<(), Error> {
+    let socket = state.socket();
+    let failed = |e: std::io::Error| Error::file("listen on", &socket, &e);
     let mut terminate = signal(SignalKind::terminate()).map_err(failed)?;
     let mut interrupt = signal(SignalKind::interrupt()).map_err(failed)?;
-    // Left by a daemon that was killed; the lock says that it is nobody's.
-    match std::fs::remove_file(socket) {
-        Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(failed(e)),
-        _ => {}
-    }
-    let listener = UnixListener::bind(socket).map_err(failed)?;
-    std::fs::set_permissions(socket, std::fs::Permissions::from_mode(0o600)).map_err(failed)?;
-    let defaults = Defaults { cpus: args.default_cpus, memory_mib: args.default_memory };
-    let router = server::router(engine.clone(), users_disks.clone(), defaults);
-    let mut server = tokio::spawn(async move { axum::serve(listener, router).await });
-    tracing::info!(socket = %socket.display(), "ready");
-
-    let ended = tokio::select! {
-        _ = terminate.recv() => Ok(()),
-        _ = interrupt.recv() => Ok(()),
-        done = &mut server => Err(Error::new(4, "internal_error", format!("the API's server ended: {done:?}"))),
+    let defaults = Defaults {
+        cpus: config.default_cpus,
+        memory_mib: config.default_memory.0,
+        timeout: config.default_timeout.map(|t| t.0),
+        env: config.guest_env.clone(),
     };
+    let routes = server::router(engine.clone(), users_disks.clone(), defaults);
+    let (end, ending) = watch::channel(false);
+    let callers = Callers { users: config.socket_users.clone(), groups: config.socket_groups.clone() };
+    let listener = listen::bind_unix(&socket, &callers).map_err(failed)?;
+    let local = Arc::new(Door::new(server::open(routes.clone()), config.max_connections, ending.clone()));
+    let mut doors = vec![local.clone()];
+    let mut serving = JoinSet::new();
+    serving.spawn(async move { local.serve_unix(listener, callers).await });
+    if let Some(address) = config.listen {
+        let keys = keys(config, state)?;
+        let listener = listen::bind_tcp(address).await.map_err(|e| {
+            Error::new(4, "listen", format!("could not listen on {address}: {e}"))
+                .hint("name another: --listen ADDRESS:PORT")
+        })?;
+        // Told as it is: port 0 asks for any.
+        let address = listener.local_addr().unwrap_or(address);
+        let remote = Arc::new(Door::new(server::locked(routes, keys), config.max_connections, ending));
+        doors.push(remote.clone());
+        serving.spawn(async move { remote.serve_tcp(listener).await });
+        tracing::info!(%address, "listening");
+    }
+    tracing::info!(socket = %socket.display(), version = env!("CARGO_PKG_VERSION"), "ready");
+    // Nobody listens for this unless systemd started us.
+    let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
+
+    tokio::select! {
+        _ = terminate.recv() => {}
+        _ = interrupt.recv() => {}
+    }
+    let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
     tracing::info!("stopping: running sandboxes are paused");
+    // Connections end after what they are at; what comes from now on is refused by the engine.
+    let _ = end.send(true);
     // Before the store is closed: what their users were told is written is made durable.
     let _ = tokio::task::spawn_blocking(move || users_disks.detach_all()).await;
     let closed = tokio::select! {
-        closed = engine.shutdown(stop_deadline + CLOSING) => closed.map_err(Error::from),
+        closed = engine.shutdown(config.stop_timeout.0 + CLOSING) => closed.map_err(Error::from),
         _ = terminate.recv() => Err(Error::new(4, "killed", "ended before everything was stopped".to_owned())),
         _ = interrupt.recv() => Err(Error::new(4, "killed", "ended before everything was stopped".to_owned())),
     };
-    server.abort();
+    // Those who waited for something come to read how it ended.
+    for door in doors {
+        if !door.empty(DRAIN).await {
+            tracing::warn!("some connections did not end by themselves");
+        }
+    }
+    serving.abort_all();
     tracing::info!("stopped");
-    ended.and(closed)
+    closed
+}
+
+/// The keys told, or one made for this state directory.
+fn keys(config: &Config, state: &StateDir) -> Result<Arc<Keys>, Error> {
+    let path = config.api_key_file.clone().unwrap_or_else(|| state.api_key());
+    let keys = if config.api_key_file.is_some() { Keys::read(&path) } else { Keys::read_or_make(&path) };
+    if keys.is_ok() {
+        tracing::info!(file = %path.display(), "callers of the TCP address need a key of this file");
+    }
+    keys.map(Arc::new).map_err(|e| {
+        Error::new(1, "api_key_file", format!("the key file {} cannot be used: {e}", path.display()))
+            .hint("one key a line, at least 16 characters each, and mode 600")
+    })
 }
 
 /// Makes the state directory ours alone.

@@ -230,7 +230,8 @@ fn what_is_wrong_with_a_request_is_said() {
         (call(&d, "PATCH", "/sandboxes", "application/json", b"{}"), 405, "method_not_allowed"),
         (call(&d, "POST", "/sandboxes", "application/json", b"{"), 400, "invalid_json"),
         (call(&d, "POST", "/sandboxes", "application/json", b"[]"), 400, "invalid_json"),
-        (post(&d, "/sandboxes", &json!({ "template_id": 5 })), 400, "invalid_json"),
+        (post(&d, "/sandboxes", &json!({ "template_id": 5 })), 422, "invalid_input"),
+        (call(&d, "POST", "/sandboxes", "text/plain", b"{}"), 415, "unsupported_media_type"),
         (post(&d, "/sandboxes", &json!({ "template_id": "base", "snapshot_id": "s" })), 422, "invalid_input"),
         (post(&d, "/sandboxes", &json!({ "cpu_count": 0 })), 422, "invalid_input"),
         (post(&d, "/sandboxes", &json!({ "timeout_sec": u64::MAX })), 422, "invalid_input"),
@@ -289,7 +290,7 @@ fn the_document_describes_what_is_served() {
     let paths = document["paths"].as_object().unwrap();
     assert!(paths.len() > 30, "{}", paths.len());
     for (path, item) in paths {
-        let route = path.strip_prefix("/api/v1").unwrap();
+        let Some(route) = path.strip_prefix("/api/v1") else { continue };
         // One that nobody has, so that nothing is done.
         let asked = route.split('/').map(|p| if p.starts_with('{') { "none" } else { p }).collect::<Vec<_>>().join("/");
         for (method, operation) in item.as_object().unwrap() {
@@ -323,4 +324,127 @@ fn the_document_describes_what_is_served() {
         }
     }
     assert!(looked > 8);
+}
+
+/// With a key.
+fn keyed(d: &Daemon, key: &str, path: &str, body: &Value) -> Answer {
+    let kind = format!("application/json\r\nidempotency-key: {key}");
+    call(d, "POST", path, &kind, body.to_string().as_bytes())
+}
+
+#[test]
+fn a_request_with_the_key_of_an_earlier_one_is_not_carried_out_again() {
+    let mut d = Daemon::start();
+    let body = json!({ "auto_start": false });
+    let first = keyed(&d, "k1", "/sandboxes", &body);
+    let again = keyed(&d, "k1", "/sandboxes", &body);
+    assert_eq!((first.status, again.status), (201, 201));
+    assert_eq!(first.data(), again.data());
+    assert!(!first.head.contains("idempotent-replayed") && again.head.contains("idempotent-replayed: true"));
+    assert_ne!(keyed(&d, "k2", "/sandboxes", &body).data()["id"], first.data()["id"]);
+    // Another request under the same key is told so.
+    for (path, body) in
+        [("/sandboxes", json!({ "auto_start": false, "name": "x" })), ("/sandboxes?wait=1", body.clone())]
+    {
+        let reused = keyed(&d, "k1", path, &body);
+        assert_eq!((reused.status, reused.code().as_str()), (422, "idempotency_key_reused"));
+    }
+    // A refusal leaves the key free.
+    assert_eq!(keyed(&d, "k3", "/sandboxes", &json!({ "template_id": "none" })).code(), "template_not_found");
+    assert_eq!(keyed(&d, "k3", "/sandboxes", &body).status, 201);
+    // The answer outlives the daemon.
+    d.end(nix::sys::signal::Signal::SIGKILL);
+    d.start_again();
+    assert_eq!(keyed(&d, "k1", "/sandboxes", &body).data(), first.data());
+    assert_eq!(get(&d, "/sandboxes").data().as_array().unwrap().len(), 3);
+    for (path, key, code) in [
+        ("/sandboxes", &"x".repeat(256)[..], "invalid_input"),
+        ("/sandboxes/none/exec/stream", "k", "unsupported_option"),
+        ("/sandbox-templates?stream=true", "k", "unsupported_option"),
+    ] {
+        assert_eq!(keyed(&d, key, path, &json!({})).code(), code, "{path}");
+    }
+}
+
+#[test]
+fn many_at_once_with_one_key_are_one() {
+    let d = Daemon::start();
+    let id = sandbox(&d);
+    // Commands of a stand-in run here.
+    let log = d.dir.path().join("commands.log");
+    let log = log.to_str().unwrap();
+    let line = json!({ "command": format!("echo once >> {log}; sleep 0.3; cat {log}") });
+    let answers: Vec<Value> = std::thread::scope(|scope| {
+        let all: Vec<_> =
+            (0..8).map(|_| scope.spawn(|| keyed(&d, "same", &format!("/sandboxes/{id}/exec"), &line).data())).collect();
+        all.into_iter().map(|one| one.join().unwrap()).collect()
+    });
+    assert!(answers.iter().all(|a| *a == answers[0] && a["stdout"] == "once\n"), "{answers:?}");
+    // One whose caller does not wait is carried out, and its answer kept.
+    let body = json!({ "command": format!("sleep 1; echo twice >> {log}") }).to_string();
+    let mut stream = UnixStream::connect(d.dir.path().join("miosa.sock")).unwrap();
+    write!(
+        stream,
+        "POST /api/v1/sandboxes/{id}/exec HTTP/1.1\r\nhost: x\r\nidempotency-key: gone\r\ncontent-type: application/json\r\ncontent-length: {}\r\n\r\n{body}",
+        body.len()
+    )
+    .unwrap();
+    std::thread::sleep(std::time::Duration::from_millis(300));
+    drop(stream);
+    let kept = keyed(&d, "gone", &format!("/sandboxes/{id}/exec"), &serde_json::from_str(&body).unwrap());
+    assert_eq!(kept.data()["exit_code"], 0);
+    assert_eq!(std::fs::read_to_string(log).unwrap(), "once\ntwice\n");
+}
+
+#[test]
+fn an_outcome_that_nobody_knows_is_told_and_not_guessed() {
+    let mut d = Daemon::start();
+    let id = sandbox(&d);
+    let body = json!({ "command": "sleep 600" });
+    let path = format!("/sandboxes/{id}/exec");
+    std::thread::scope(|scope| {
+        // Its answer never comes.
+        scope.spawn(|| {
+            let mut stream = UnixStream::connect(d.dir.path().join("miosa.sock")).unwrap();
+            let body = body.to_string();
+            let head = format!("POST /api/v1{path} HTTP/1.0\r\ncontent-type: application/json\r\nidempotency-key: k\r\ncontent-length: {}\r\n\r\n{body}", body.len());
+            stream.write_all(head.as_bytes()).unwrap();
+            std::thread::sleep(std::time::Duration::from_millis(500));
+        });
+    });
+    // Something durable comes after it, as it would after anything that the request had made.
+    post(&d, "/sandboxes", &json!({ "auto_start": false })).data();
+    d.end(nix::sys::signal::Signal::SIGKILL);
+    d.start_again();
+    let unknown = keyed(&d, "k", &path, &body);
+    assert_eq!((unknown.status, unknown.code().as_str()), (409, "idempotency_outcome_unknown"));
+}
+
+#[test]
+fn figures_are_for_prometheus() {
+    let d = Daemon::start();
+    let id = sandbox(&d);
+    post(&d, &format!("/sandboxes/{id}/exec"), &json!({ "command": "true" })).data();
+    get(&d, "/sandboxes/none");
+    get(&d, "/no/such/route");
+    let mut stream = UnixStream::connect(d.dir.path().join("miosa.sock")).unwrap();
+    stream.write_all(b"GET /metrics HTTP/1.0\r\nhost: x\r\n\r\n").unwrap();
+    let mut text = String::new();
+    stream.read_to_string(&mut text).unwrap();
+    for line in [
+        "content-type: application/openmetrics-text",
+        "miosa_sandboxes{state=\"running\"} 1",
+        "miosa_sandboxes{state=\"paused\"} 0",
+        "miosa_execs_total 1",
+        "miosa_boot_duration_seconds_count 1",
+        "miosa_http_requests_total{method=\"GET\",route=\"/api/v1/sandboxes/{id}\",status=\"404\"} 1",
+        "miosa_http_request_duration_seconds_count{method=\"POST\",route=\"/api/v1/sandboxes\"} 1",
+        "# TYPE miosa_store_stored_bytes gauge",
+        "miosa_process_open_fds ",
+        "# EOF",
+    ] {
+        assert!(text.contains(line), "{line} is missing in {text}");
+    }
+    assert!(!text.contains(&id) && !text.contains("no/such"), "{text}");
+    assert!(get(&d, "/openapi.json").json()["paths"]["/metrics"].is_object());
 }

@@ -5,6 +5,8 @@
 
 #[path = "cli/errors.rs"]
 mod errors;
+#[path = "cli/listen.rs"]
+mod listen;
 #[path = "cli/story.rs"]
 mod story;
 #[path = "cli/support.rs"]

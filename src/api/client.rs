@@ -7,14 +7,14 @@ use bytes::{Bytes, BytesMut};
 use futures_util::{Stream, TryStreamExt};
 use http_body_util::{BodyExt, Full, StreamBody, combinators::UnsyncBoxBody};
 use hyper::body::{Frame, Incoming};
-use hyper::header::{CONTENT_TYPE, HOST};
+use hyper::header::{AUTHORIZATION, CONTENT_TYPE, HOST, HeaderValue};
 use hyper::{Method, Request, Response, StatusCode};
 use hyper_util::rt::TokioIo;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 use tokio::io::{AsyncRead, AsyncWrite, DuplexStream};
-use tokio::net::UnixStream;
+use tokio::net::{TcpStream, UnixStream};
 use tokio::sync::mpsc;
 
 use super::types::{ErrorBody, ErrorEnvelope};
@@ -30,11 +30,11 @@ pub const BYTES: &str = "application/octet-stream";
 /// Why a call failed.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// Nobody answers on the socket.
-    #[error("the daemon cannot be reached on {}: {source}", socket.display())]
+    /// Nobody answers.
+    #[error("the daemon cannot be reached on {place}: {source}")]
     Unreachable {
-        /// Where it was sought.
-        socket: PathBuf,
+        /// Where it was sought: a socket or an address.
+        place: String,
         /// What the system said.
         source: std::io::Error,
     },
@@ -69,6 +69,7 @@ pub struct Client {
 #[derive(Debug, Clone)]
 enum Way {
     Socket(PathBuf),
+    Address { host: String, key: Option<HeaderValue> },
     Within(mpsc::Sender<DuplexStream>),
 }
 
@@ -109,6 +110,35 @@ impl Client {
         Self { way: Way::Socket(socket.to_owned()) }
     }
 
+    /// A client of the daemon at `unix:///PATH` or `http://HOST:PORT`; that one is sent the key.
+    pub fn at(endpoint: &str, key: Option<&str>) -> std::result::Result<Self, String> {
+        if let Some(path) = endpoint.strip_prefix("unix://") {
+            return match path.starts_with('/') {
+                true => Ok(Self::new(Path::new(path))),
+                false => Err(format!("{endpoint:?} names no file: unix:///PATH")),
+            };
+        }
+        let Some(rest) = endpoint.strip_prefix("http://") else {
+            return Err(format!("{endpoint:?} is no endpoint: write http://HOST:PORT or unix:///PATH"));
+        };
+        let host = rest.trim_end_matches('/').trim_end_matches("/api/v1");
+        let has_port = host.rsplit_once(':').is_some_and(|(_, port)| port.parse::<u16>().is_ok());
+        if host.is_empty() || host.contains(['/', '@', '?', '#']) {
+            return Err(format!("{endpoint:?} is no endpoint: write http://HOST:PORT"));
+        }
+        let host = if has_port { host.to_owned() } else { format!("{host}:80") };
+        let key = match key.map(|key| HeaderValue::try_from(format!("Bearer {}", key.trim()))) {
+            None => None,
+            Some(Ok(mut value)) => {
+                // Keeps it out of everything that is printed.
+                value.set_sensitive(true);
+                Some(value)
+            }
+            Some(Err(_)) => return Err("the key has characters that no key has".to_owned()),
+        };
+        Ok(Self { way: Way::Address { host, key } })
+    }
+
     /// Whether somebody listens.
     pub async fn is_answered(&self) -> Result<()> {
         self.connect().await.map(drop)
@@ -118,7 +148,14 @@ impl Client {
         match &self.way {
             Way::Socket(socket) => match UnixStream::connect(socket).await {
                 Ok(stream) => Ok(Box::new(stream)),
-                Err(source) => Err(Error::Unreachable { socket: socket.clone(), source }),
+                Err(source) => Err(Error::Unreachable { place: socket.display().to_string(), source }),
+            },
+            Way::Address { host, .. } => match TcpStream::connect(host).await {
+                Ok(stream) => {
+                    let _ = stream.set_nodelay(true);
+                    Ok(Box::new(stream))
+                }
+                Err(source) => Err(Error::Unreachable { place: format!("http://{host}"), source }),
             },
             Way::Within(server) => {
                 let (here, there) = tokio::io::duplex(1 << 20);
@@ -194,13 +231,15 @@ impl Client {
             // Its errors reach the request or the body, too.
             let _ = connection.await;
         });
-        let request = Request::builder()
-            .method(method)
-            .uri(format!("/api/v1{path}"))
-            .header(HOST, "miosa")
-            .header(CONTENT_TYPE, kind)
-            .body(body)
-            .map_err(|e| Error::Broken(format!("the request could not be made: {e}")))?;
+        let mut request = Request::builder().method(method).uri(format!("/api/v1{path}")).header(CONTENT_TYPE, kind);
+        request = match &self.way {
+            Way::Address { host, key } => {
+                let request = request.header(HOST, host);
+                if let Some(key) = key { request.header(AUTHORIZATION, key) } else { request }
+            }
+            _ => request.header(HOST, "miosa"),
+        };
+        let request = request.body(body).map_err(|e| Error::Broken(format!("the request could not be made: {e}")))?;
         let response = sender.send_request(request).await.map_err(broken)?;
         if response.status().is_success() {
             return Ok(response);
@@ -336,6 +375,26 @@ mod tests {
         assert_eq!(event, ("exit".to_owned(), serde_json::json!({ "exit_code": 3 })));
         assert!(parse_event(b": alive\n\n").unwrap().is_none());
         assert!(parse_event(b"event: x\ndata: {\n\n").is_err());
+    }
+
+    #[test]
+    fn endpoints_are_sockets_or_addresses() {
+        let host = |endpoint: &str| match Client::at(endpoint, Some("k")).unwrap().way {
+            Way::Address { host, key } => (host, key.unwrap()),
+            way => panic!("{way:?}"),
+        };
+        for endpoint in ["http://127.0.0.1:7070", "http://127.0.0.1:7070/", "http://127.0.0.1:7070/api/v1"] {
+            assert_eq!(host(endpoint).0, "127.0.0.1:7070");
+        }
+        assert_eq!(host("http://[::1]").0, "[::1]:80");
+        assert!(!format!("{:?}", Client::at("http://x", Some("secret")).unwrap()).contains("secret"));
+        assert!(
+            matches!(Client::at("unix:///run/m.sock", None).unwrap().way, Way::Socket(p) if p == Path::new("/run/m.sock"))
+        );
+        for wrong in ["", "x", "https://x", "http://", "http://u:p@x", "http://x/y", "unix://x", "ftp://x"] {
+            assert!(Client::at(wrong, None).is_err(), "{wrong}");
+        }
+        assert!(Client::at("http://x", Some("a\nb")).is_err());
     }
 
     #[test]

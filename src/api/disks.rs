@@ -18,7 +18,7 @@ use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
 use super::server::{
-    Answer, ApiError, JsonBody, ListAnswer, Paging, Params, Path, data, flag, list_all, list_of, own_layers,
+    Answer, ApiError, JsonBody, ListAnswer, Paging, Params, Path, data, flag, list_all, list_of, open,
 };
 use super::stream::error_body;
 use super::types::{Envelope, Figures, ListEnvelope, OneOrMany, SizeBody};
@@ -84,7 +84,7 @@ pub fn routes<S: Clone + Send + Sync + 'static>(disks: Arc<Disks>) -> OpenApiRou
 
 /// All routes there are without sandboxes.
 pub fn router(disks: Arc<Disks>) -> Router {
-    own_layers(OpenApiRouter::new().nest("/api/v1", routes(disks)).into())
+    open(OpenApiRouter::new().nest("/api/v1", routes(disks)).into())
 }
 
 /// Runs a call where it may block.

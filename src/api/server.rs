@@ -4,15 +4,20 @@
 //! in the error's body, and logs failures of ours.
 
 mod answer;
+mod auth;
 mod exec;
 mod files;
+mod idempotency;
+mod metrics;
 mod openapi;
 mod request;
 mod sandboxes;
 mod snapshots;
 mod templates;
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::time::Duration;
 
 use axum::Router;
 use utoipa_axum::router::OpenApiRouter;
@@ -24,26 +29,32 @@ use crate::engine::Engine;
 
 pub use answer::ApiError;
 pub(super) use answer::{Answer, ListAnswer, data, list_all, list_of};
+pub use auth::Keys;
 pub(super) use request::{JsonBody, Paging, Params, Path, flag};
 
-/// Processors and memory of a sandbox that does not ask for any.
-#[derive(Debug, Clone, Copy)]
+/// What a sandbox has that does not ask for it.
+#[derive(Debug, Clone)]
 pub struct Defaults {
     /// Virtual processors.
     pub cpus: u32,
     /// Memory.
     pub memory_mib: u64,
+    /// How long a session lasts that does not ask for an end.
+    pub timeout: Option<Duration>,
+    /// Environment of commands, under what the sandbox asks for.
+    pub env: BTreeMap<String, String>,
 }
 
 /// What routes share.
 #[derive(Clone)]
 pub struct Api {
     engine: Arc<Engine>,
-    defaults: Defaults,
+    defaults: Arc<Defaults>,
     stdins: exec::Stdins,
+    metrics: Arc<metrics::Metrics>,
 }
 
-/// All routes.
+/// All routes, to be put behind [`open`] or [`locked`].
 pub fn router(engine: Arc<Engine>, disks: Arc<Disks>, defaults: Defaults) -> Router {
     let v1 = OpenApiRouter::new()
         .routes(routes!(health))
@@ -52,18 +63,36 @@ pub fn router(engine: Arc<Engine>, disks: Arc<Disks>, defaults: Defaults) -> Rou
         .merge(exec::routes())
         .merge(files::routes())
         .merge(templates::routes())
-        .merge(super::disks::routes(disks));
-    let api = Api { engine, defaults, stdins: exec::Stdins::default() };
-    let (router, document) = OpenApiRouter::new().nest("/api/v1", v1).with_state(api).split_for_parts();
-    own_layers(openapi::serve(router, document))
+        .merge(super::disks::routes(disks.clone()));
+    let keeper = Arc::new(idempotency::Keeper::new(disks.store().clone()));
+    let metrics = Arc::new(metrics::Metrics::new(&engine, disks));
+    let api = Api { engine, defaults: Arc::new(defaults), stdins: exec::Stdins::default(), metrics: metrics.clone() };
+    let all = OpenApiRouter::new().nest("/api/v1", v1).routes(routes!(metrics::metrics)).with_state(api);
+    let (router, document) = all.split_for_parts();
+    openapi::serve(router, document)
+        .layer(axum::middleware::from_fn_with_state(keeper, idempotency::once))
+        .layer(axum::middleware::from_fn_with_state(metrics, metrics::count))
 }
 
-/// What every answer has: our own bodies where nothing serves a request, and an id.
-pub(super) fn own_layers(router: Router) -> Router {
-    router
-        .fallback(answer::no_route)
-        .method_not_allowed_fallback(answer::no_method)
+/// The routes for callers who are known: our own bodies where nothing serves a request, and an id for every answer.
+pub fn open(router: Router) -> Router {
+    with_fallbacks(router).layer(axum::middleware::from_fn(answer::request_id))
+}
+
+/// The same for callers who have to show a key first.
+pub fn locked(router: Router, keys: Arc<Keys>) -> Router {
+    with_fallbacks(router)
+        .layer(axum::middleware::from_fn_with_state(keys, auth::require_key))
         .layer(axum::middleware::from_fn(answer::request_id))
+}
+
+fn with_fallbacks(router: Router) -> Router {
+    router.fallback(answer::no_route).method_not_allowed_fallback(answer::no_method)
+}
+
+/// An answer that is the same to every request.
+pub fn refusing(status: u16, code: &str, message: &str) -> ApiError {
+    ApiError::new(status, code, message)
 }
 
 /// Whether the daemon serves requests.

@@ -123,7 +123,7 @@ pub(crate) fn error_body(error: &Error) -> ErrorBody {
         request_id: String::new(),
         hint: error.hint_text().map(str::to_owned),
         retryable: error.kind().retryable(),
-        details: None,
+        details: error.sandbox().map(|id| json!({ "sandbox_id": id })),
     }
 }
 

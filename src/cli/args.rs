@@ -47,6 +47,12 @@ pub struct Global {
     /// Where the daemon keeps its state and its socket [default: /var/lib/miosa for root, else ~/.local/state/miosa]
     #[arg(long, global = true, env = "MIOSA_STATE_DIR", value_name = "DIR", help_heading = "Global options")]
     pub state_dir: Option<PathBuf>,
+    /// Settings of the daemon and where it is [default: ~/.config/miosa/config.toml, else /etc/miosa/config.toml]
+    #[arg(long, global = true, env = "MIOSA_CONFIG", value_name = "FILE", help_heading = "Global options")]
+    pub config: Option<PathBuf>,
+    /// Where the daemon listens: http://HOST:PORT (with MIOSA_API_KEY), or unix:///PATH [default: its socket]
+    #[arg(long, global = true, env = "MIOSA_ENDPOINT", value_name = "URL", help_heading = "Global options")]
+    pub endpoint: Option<String>,
 }
 
 /// The commands.
@@ -63,6 +69,18 @@ pub enum Command {
     /// Use the store's disks without sandboxes, with or without a daemon
     #[command(subcommand, visible_alias = "disks")]
     Disk(DiskCommand),
+    /// See whether this machine has what the daemon needs, and what to do where not
+    Doctor,
+    /// Print a script that completes commands, for a shell to read
+    Completion {
+        /// The shell
+        shell: clap_complete::Shell,
+    },
+    /// Write manual pages to a directory
+    Man {
+        /// The directory
+        dir: PathBuf,
+    },
     /// Look after the block store, with or without a daemon
     #[command(subcommand)]
     Store(StoreCommand),

@@ -16,6 +16,30 @@ use crate::disks::Disks;
 /// How long a store is waited for that another command has open.
 const WAIT: Duration = Duration::from_secs(5);
 
+/// Where commands find their server.
+pub(super) struct Place {
+    /// A client of the daemon.
+    pub(super) client: Client,
+    /// The state directory of this machine.
+    pub(super) state: StateDir,
+    /// The daemon was named by its endpoint, so no store of this machine is meant.
+    pub(super) is_named: bool,
+}
+
+impl Place {
+    /// The endpoint told, or the daemon of the state directory.
+    pub(super) fn new(endpoint: Option<&str>, state: StateDir) -> Result<Self> {
+        let Some(endpoint) = endpoint.filter(|e| !e.is_empty()) else {
+            return Ok(Self { client: Client::new(&state.socket()), state, is_named: false });
+        };
+        let key = std::env::var("MIOSA_API_KEY").ok().filter(|key| !key.is_empty());
+        let client = Client::at(endpoint, key.as_deref()).map_err(|message| {
+            Failure::user("invalid_endpoint", message).hint("encryption is for a proxy or a tunnel: ssh -L")
+        })?;
+        Ok(Self { client, state, is_named: true })
+    }
+}
+
 /// See the module.
 pub(super) struct Backend {
     pub(super) client: Client,
@@ -30,8 +54,11 @@ struct Own {
 
 impl Backend {
     /// Finds the daemon, or opens the store; makes one only if told so.
-    pub(super) async fn open(state: &StateDir, make: bool) -> Result<Self> {
-        let daemon = Client::new(&state.socket());
+    pub(super) async fn open(place: &Place, make: bool) -> Result<Self> {
+        let (daemon, state) = (place.client.clone(), &place.state);
+        if place.is_named {
+            return Ok(Self { client: daemon, own: None });
+        }
         let began = Instant::now();
         loop {
             match daemon.is_answered().await {

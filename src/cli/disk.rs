@@ -4,31 +4,30 @@ use serde_json::json;
 use tokio::signal::unix::{SignalKind, signal};
 
 use super::args::{DiskCommand, DiskFrontendArg};
-use super::backend::Backend;
+use super::backend::{Backend, Place};
 use super::images;
 use super::output::{Failure, Out, Result};
 use crate::api::client::{Client, escape};
 use crate::api::disks::{AttachDiskBody, CreateDiskBody, ForkDiskBody, SnapshotDiskBody};
-use crate::config::StateDir;
 use crate::disks::{Attachment, Difference, DiskKind, DiskView, Frontend};
 use crate::units::show_bytes;
 
 /// Ranges of a difference that people are shown.
 const MAX_RANGES: usize = 50;
 
-pub(super) async fn run(state: &StateDir, out: Out, command: DiskCommand) -> Result<()> {
+pub(super) async fn run(place: &Place, out: Out, command: DiskCommand) -> Result<()> {
     let makes = matches!(command, DiskCommand::Create { .. } | DiskCommand::Import(_));
     let command = match command {
         // Before a store is opened, or made: what is wrong with the file is found without it.
         DiskCommand::Import(args) => {
             let image = images::Image::open(&args, out).await?;
-            let backend = Backend::open(state, makes).await?;
+            let backend = Backend::open(place, makes).await?;
             let done = images::import(&backend.client, out, &args.name, image).await;
             return backend.close(done).await;
         }
         command => command,
     };
-    let backend = Backend::open(state, makes).await?;
+    let backend = Backend::open(place, makes).await?;
     let done = on_disks(&backend, out, command).await;
     backend.close(done).await
 }

@@ -10,6 +10,9 @@ use super::args::Global;
 use crate::api::client;
 use crate::api::types::ErrorBody;
 
+/// Before the last line of a text that says what to do next. No terminal shows it, and no name has it.
+const NEXT: char = '\u{1e}';
+
 /// How to print.
 #[derive(Debug, Clone, Copy)]
 pub struct Out {
@@ -58,6 +61,11 @@ impl Failure {
         Self::new(128 + nix::libc::SIGPIPE as u8, "", "")
     }
 
+    /// All was said already: only the exit code is left.
+    pub fn told(exit: u8) -> Self {
+        Self::new(exit, "", "")
+    }
+
     /// An answer of the daemon.
     pub fn refused(status: u16, body: ErrorBody) -> Self {
         let exit = match (body.code.as_str(), status) {
@@ -78,18 +86,21 @@ impl From<crate::engine::error::Error> for Failure {
     }
 }
 
+impl From<crate::config::ConfigError> for Failure {
+    fn from(error: crate::config::ConfigError) -> Self {
+        let failure = Self::user("invalid_config", error.message);
+        if let Some(hint) = error.hint { failure.hint(hint) } else { failure }
+    }
+}
+
 impl From<client::Error> for Failure {
     fn from(error: client::Error) -> Self {
         let message = error.to_string();
         match error {
             client::Error::Refused { status, body } => Self::refused(status, *body),
-            client::Error::Unreachable { socket, source } if source.kind() == std::io::ErrorKind::PermissionDenied => {
-                Self::new(
-                    3,
-                    "permission_denied",
-                    format!("the daemon's socket {} is not yours to use", socket.display()),
-                )
-                .hint("run this as the user that runs the daemon")
+            client::Error::Unreachable { place, source } if source.kind() == std::io::ErrorKind::PermissionDenied => {
+                Self::new(3, "permission_denied", format!("the daemon's socket {place} is not yours to use"))
+                    .hint("run this as the user that runs the daemon")
             }
             client::Error::Unreachable { .. } => Self::new(2, "daemon_unreachable", message)
                 .hint("start it with: miosa daemon (or name its state directory: --state-dir DIR)")
@@ -134,7 +145,16 @@ impl Out {
             (true, _) => serde_json::to_string(value)
                 .map_err(|e| Failure::new(4, "internal_error", format!("the answer cannot be printed: {e}")))?,
             (false, true) => id.to_owned(),
-            (false, false) => text(self),
+            (false, false) => {
+                let text = text(self);
+                // What to do next is for people, and no part of the answer.
+                let (answer, next) = text.rsplit_once(NEXT).map_or((text.as_str(), None), |(a, n)| (a, Some(n)));
+                self.print(answer)?;
+                if let Some(command) = next {
+                    self.progress(&self.faint(&format!("next: {}", command.trim_end())));
+                }
+                return Ok(());
+            }
         };
         self.print(&line)
     }
@@ -168,9 +188,9 @@ impl Out {
         if self.colour { format!("\x1b[2m{text}\x1b[0m") } else { text.to_owned() }
     }
 
-    /// The line that says what to do next.
+    /// The last line of a text for people, which says what to do next; it goes to stderr.
     pub fn next_step(&self, command: &str) -> String {
-        self.faint(&format!("next: {command}"))
+        format!("{NEXT}{command}")
     }
 
     /// Columns under a bold head.

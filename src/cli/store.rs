@@ -3,19 +3,18 @@
 use serde_json::{Value, json};
 
 use super::args::StoreCommand;
-use super::backend::Backend;
+use super::backend::{Backend, Place};
 use super::disk;
 use super::output::{Failure, Out, Result};
 use crate::api::client::Client;
-use crate::config::StateDir;
 use crate::disks::DiskView;
 use crate::units::show_bytes;
 
-pub(super) async fn run(state: &StateDir, out: Out, command: StoreCommand) -> Result<()> {
+pub(super) async fn run(place: &Place, out: Out, command: StoreCommand) -> Result<()> {
     if matches!(command, StoreCommand::Repair) {
-        return repair(state, out).await;
+        return repair(place, out).await;
     }
-    let backend = Backend::open(state, false).await?;
+    let backend = Backend::open(place, false).await?;
     let done = on_store(&backend.client, out, command).await;
     backend.close(done).await
 }
@@ -93,7 +92,12 @@ fn examined(out: Out, report: &Value, hint: &str) -> Result<()> {
     Err(Failure::new(4, "storage_damaged", message).hint(hint))
 }
 
-async fn repair(state: &StateDir, out: Out) -> Result<()> {
+async fn repair(place: &Place, out: Out) -> Result<()> {
+    let state = &place.state;
+    if place.is_named {
+        return Err(Failure::user("not_here", "a store is repaired where it is, and not over an endpoint")
+            .hint("on that machine, with its daemon stopped: miosa store repair"));
+    }
     if Client::new(&state.socket()).is_answered().await.is_ok() {
         return Err(
             Failure::user("store_in_use", format!("a daemon runs on {}", state.root().display())).hint("stop it first")

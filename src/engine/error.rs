@@ -158,12 +158,13 @@ pub struct Error {
     kind: Kind,
     message: String,
     hint: Option<String>,
+    sandbox: Option<String>,
 }
 
 impl Error {
     /// An error of `kind`; `message` says what was tried, on what, and why it failed.
     pub fn new(kind: Kind, message: impl Into<String>) -> Self {
-        Self { kind, message: message.into(), hint: None }
+        Self { kind, message: message.into(), hint: None, sandbox: None }
     }
 
     /// Adds what the user can do next.
@@ -175,6 +176,7 @@ impl Error {
     /// Adds that the sandbox is there all the same.
     pub(crate) fn about_sandbox(mut self, id: &str) -> Self {
         let kept = format!("sandbox {id} was created; start it again with: miosa sandbox resume {id}");
+        self.sandbox = Some(id.to_owned());
         self.hint = Some(match self.hint {
             Some(hint) => format!("{hint}; {kept}"),
             None => kept,
@@ -185,6 +187,11 @@ impl Error {
     /// The stable kind.
     pub fn kind(&self) -> Kind {
         self.kind
+    }
+
+    /// The sandbox that was made all the same.
+    pub fn sandbox(&self) -> Option<&str> {
+        self.sandbox.as_deref()
     }
 
     /// What the user can do next.

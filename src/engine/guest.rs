@@ -44,6 +44,7 @@ impl Engine {
     pub async fn exec(&self, key: &str, spec: ExecSpec) -> Result<RunningExec> {
         let sandbox = self.find(key)?;
         check_exec(&spec)?;
+        let metrics = self.shared.metrics.clone();
         self.detached(async move {
             let mut env = sandbox.record().env;
             env.extend(spec.env);
@@ -57,6 +58,7 @@ impl Engine {
             };
             let began = Instant::now();
             let stream = use_guest(&sandbox, |agent| async move { Ok(agent.exec(request).await?) }).await?;
+            metrics.exec_started();
             Ok(RunningExec { stream, began, _in_use: sandbox.begin_use() })
         })
         .await

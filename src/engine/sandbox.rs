@@ -205,6 +205,7 @@ impl Sandbox {
         };
         match begun {
             Ok(session) => {
+                self.shared.metrics.booted(session.boot);
                 self.decide(Request::Started)?;
                 self.publish(|r| {
                     r.state = State::Running;
@@ -225,6 +226,7 @@ impl Sandbox {
                 Ok(())
             }
             Err(error) => {
+                self.shared.metrics.boot_failed();
                 self.decide(Request::StartFailed)?;
                 self.publish(|r| {
                     r.state = State::Error;

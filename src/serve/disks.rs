@@ -7,7 +7,7 @@ use storage::Disk;
 use vmm::DiskAttachment;
 
 use super::Error;
-use crate::cli::{DiskFrontendArg, VmmArg};
+use crate::config::{DiskFrontendArg, VmmArg};
 use crate::engine::attach::{AttachedDisk, DiskFrontend};
 use crate::engine::error::{Error as EngineError, Kind, Result};
 use crate::frontend::{FuseMount, VhostUserServer};

@@ -122,3 +122,52 @@ fn the_socket_and_the_state_are_nobody_elses() {
     assert_eq!(mode("miosa.sock"), 0o600);
     assert_eq!([mode("store"), mode("run")], [0o700; 2]);
 }
+
+#[test]
+fn the_doctor_looks_without_a_daemon_and_with_one() {
+    let d = Daemon::start();
+    let named = |document: &serde_json::Value, name: &str| {
+        document["checks"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .find(|c| c["name"] == name)
+            .unwrap_or_else(|| panic!("{name}: {document}"))
+            .clone()
+    };
+    let ran = d.run(&["doctor", "--json"]);
+    let document = ran.document();
+    let failed = document["checks"].as_array().unwrap().iter().any(|c| c["status"] == "fail");
+    assert_eq!((ran.code, &document["ok"]), (i32::from(failed), &(!failed).into()), "{ran:?}");
+    assert_eq!(named(&document, "daemon")["status"], "ok");
+    assert_eq!(named(&document, "configuration")["status"], "ok");
+    for check in document["checks"].as_array().unwrap() {
+        assert!(check["status"] == "ok" || check["hint"].as_str().is_some_and(|h| !h.is_empty()), "{check}");
+    }
+    // Without a daemon, and with a file that is broken.
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("config.toml");
+    std::fs::write(&file, "stop_timeout = 'soon'\n").unwrap();
+    let broken = run(miosa(dir.path(), &["doctor", "--json", "--config", file.to_str().unwrap()]), b"");
+    let document = broken.document();
+    assert_eq!((broken.code, &document["ok"]), (1, &false.into()));
+    assert_eq!(named(&document, "configuration")["status"], "fail");
+    assert_eq!(named(&document, "daemon")["status"], "warn");
+    let people = run(miosa(dir.path(), &["doctor"]), b"");
+    assert!(people.out.contains("CHECK") && people.out.contains("disk space"), "{people:?}");
+}
+
+#[test]
+fn scripts_and_pages_are_printed() {
+    let dir = tempfile::tempdir().unwrap();
+    for shell in ["bash", "zsh", "fish"] {
+        let script = run(miosa(dir.path(), &["completion", shell]), b"");
+        assert!(script.code == 0 && script.out.contains("sandbox") && script.err.is_empty(), "{shell}");
+    }
+    assert_eq!(run(miosa(dir.path(), &["completion", "tcsh"]), b"").code, 1);
+    let man = dir.path().join("man1");
+    assert_eq!(run(miosa(dir.path(), &["man", man.to_str().unwrap()]), b"").code, 0);
+    assert!(std::fs::read_dir(&man).unwrap().count() > 30);
+    let help = run(miosa(dir.path(), &["sandbox", "fork", "--help"]), b"");
+    assert!(help.out.contains("miosa sandbox fork web"), "{help:?}");
+}

@@ -142,10 +142,10 @@ fn a_reader_that_goes_away_ends_the_command_in_silence() {
 fn people_get_tables_and_a_next_step() {
     let d = Daemon::start();
     let none = d.run(&["sandbox", "list"]);
-    assert!(none.out.contains("next: miosa sandbox create"), "{none:?}");
+    assert!(none.err.contains("next: miosa sandbox create"), "{none:?}");
     let created = d.run(&["sandbox", "create", "--name", "one", "--no-start"]);
     assert!(
-        created.out.contains("one is paused") && created.out.contains("next: miosa sandbox exec sb-"),
+        created.out.contains("one is paused") && created.err.contains("next: miosa sandbox exec sb-"),
         "{created:?}"
     );
     let list = d.run(&["sandbox", "ls"]);

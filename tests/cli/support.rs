@@ -68,11 +68,28 @@ pub fn run(mut command: Command, input: &[u8]) -> Ran {
 pub struct Daemon {
     pub dir: TempDir,
     child: Child,
+    args: Vec<String>,
+    env: Vec<(String, String)>,
 }
 
 impl Daemon {
     pub fn start() -> Daemon {
-        let daemon = Daemon::start_in(tempfile::tempdir().unwrap());
+        Daemon::start_with(&[])
+    }
+
+    /// With more arguments.
+    pub fn start_with(args: &[&str]) -> Daemon {
+        Daemon::start_with_env(args, &[])
+    }
+
+    /// And with variables, for it and for the commands run on it.
+    pub fn start_with_env(args: &[&str], env: &[(&str, &str)]) -> Daemon {
+        let dir = tempfile::tempdir().unwrap();
+        let args: Vec<_> = args.iter().map(|&a| a.to_owned()).collect();
+        let env: Vec<_> = env.iter().map(|&(k, v)| (k.to_owned(), v.to_owned())).collect();
+        let child = Daemon::spawn(dir.path(), &args, &env);
+        let daemon = Daemon { dir, child, args, env };
+        daemon.until_ready();
         let image = daemon.dir.path().join("image.raw");
         std::fs::write(&image, vec![1; 64 * 4096]).unwrap();
         let built = daemon.run(&["template", "build", "base", "--image", image.to_str().unwrap(), "--json"]);
@@ -80,16 +97,10 @@ impl Daemon {
         daemon
     }
 
-    fn start_in(dir: TempDir) -> Daemon {
-        let child = Daemon::spawn(dir.path());
-        let daemon = Daemon { dir, child };
-        daemon.until_ready();
-        daemon
-    }
-
-    fn spawn(state: &Path) -> Child {
+    fn spawn(state: &Path, args: &[String], env: &[(String, String)]) -> Child {
         let log = std::fs::File::options().create(true).append(true).open(state.join("log")).unwrap();
-        miosa(state, &["daemon", "--vmm", "fake", "--stop-timeout", "20s"]).stderr(log).spawn().unwrap()
+        let mut command = miosa(state, &["daemon", "--vmm", "fake", "--stop-timeout", "20s"]);
+        command.args(args).envs(env.iter().cloned()).stderr(log).spawn().unwrap()
     }
 
     fn until_ready(&self) {
@@ -102,11 +113,13 @@ impl Daemon {
     }
 
     pub fn run(&self, args: &[&str]) -> Ran {
-        run(miosa(self.dir.path(), args), b"")
+        self.run_with(args, b"")
     }
 
     pub fn run_with(&self, args: &[&str], input: &[u8]) -> Ran {
-        run(miosa(self.dir.path(), args), input)
+        let mut command = miosa(self.dir.path(), args);
+        command.envs(self.env.iter().cloned());
+        run(command, input)
     }
 
     /// Ends it with a signal, and says its exit code, if it had one.
@@ -117,7 +130,7 @@ impl Daemon {
     }
 
     pub fn start_again(&mut self) {
-        self.child = Daemon::spawn(self.dir.path());
+        self.child = Daemon::spawn(self.dir.path(), &self.args, &self.env);
         self.until_ready();
     }
 

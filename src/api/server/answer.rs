@@ -2,13 +2,15 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
+use std::time::Instant;
 
-use axum::Json;
 use axum::body::Body;
 use axum::extract::Request;
-use axum::http::{HeaderValue, StatusCode, header};
+use axum::http::{HeaderValue, Method, StatusCode, header};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
+use axum::{Json, Router};
+use tracing::Instrument;
 
 use super::request::{Slice, cursor_after};
 use crate::api::stream::error_body;
@@ -75,12 +77,30 @@ pub struct ApiError {
 impl ApiError {
     pub(crate) fn new(status: u16, code: &str, message: impl Into<String>) -> Self {
         let body = ErrorBody { code: code.to_owned(), message: message.into(), ..ErrorBody::default() };
+        Self::of(status, body)
+    }
+
+    pub(super) fn of(status: u16, body: ErrorBody) -> Self {
         Self { status, body: Box::new(body) }
     }
 
-    pub(super) fn hint(mut self, hint: &str) -> Self {
+    /// Adds what to do next.
+    pub(crate) fn hint(mut self, hint: &str) -> Self {
         self.body.hint = Some(hint.to_owned());
         self
+    }
+
+    /// The same call may succeed when made again.
+    pub(crate) fn retryable(mut self) -> Self {
+        self.body.retryable = true;
+        self
+    }
+
+    /// Answers every request so.
+    pub(crate) fn into_router(self) -> Router {
+        let (status, body) = (self.status, self.body);
+        let refuse = move || std::future::ready(ApiError { status, body: body.clone() });
+        Router::new().fallback(refuse).layer(axum::middleware::from_fn(request_id))
     }
 }
 
@@ -99,23 +119,41 @@ impl IntoResponse for ApiError {
     }
 }
 
-/// Gives every request an id, and every failure its body.
+/// Gives every request an id and a span in the log, and every failure its body.
 pub(super) async fn request_id(request: Request, next: Next) -> Response {
     let id = new_id("req");
-    let what = format!("{} {}", request.method(), request.uri().path());
-    let mut response = next.run(request).await;
-    let status = response.status();
-    if let Some(error) = response.extensions_mut().remove::<Arc<ErrorBody>>() {
-        if status.is_server_error() {
-            tracing::error!(request = %id, %what, status = status.as_u16(), code = %error.code, message = %error.message, "failed");
-        } else {
-            tracing::debug!(request = %id, %what, status = status.as_u16(), code = %error.code, message = %error.message, "refused");
+    let (method, path) = (request.method().clone(), request.uri().path().to_owned());
+    let span = tracing::info_span!("request", %id, %method, path = %printable(&path));
+    async move {
+        let began = Instant::now();
+        let mut response = next.run(request).await;
+        let (status, ms) = (response.status(), began.elapsed().as_millis() as u64);
+        match response.extensions_mut().remove::<Arc<ErrorBody>>() {
+            Some(error) => {
+                let (code, message) = (&error.code, &error.message);
+                if status.is_server_error() {
+                    tracing::error!(status = status.as_u16(), ms, %code, %message, "failed");
+                } else {
+                    tracing::info!(status = status.as_u16(), ms, %code, "refused");
+                }
+                let error = ErrorBody { request_id: id.clone(), ..(*error).clone() };
+                let headers = std::mem::take(response.headers_mut());
+                response = (status, headers, Json(ErrorEnvelope { error })).into_response();
+            }
+            None if method == Method::GET => tracing::debug!(status = status.as_u16(), ms, "answered"),
+            None => tracing::info!(status = status.as_u16(), ms, "answered"),
         }
-        let error = ErrorBody { request_id: id.clone(), ..(*error).clone() };
-        response = (status, Json(ErrorEnvelope { error })).into_response();
+        if let Ok(value) = HeaderValue::from_str(&id) {
+            response.headers_mut().insert("x-request-id", value);
+        }
+        response
     }
-    if let Ok(value) = HeaderValue::from_str(&id) {
-        response.headers_mut().insert("x-request-id", value);
-    }
-    response
+    .instrument(span)
+    .await
+}
+
+/// A path as far as a line of the log should hold it.
+fn printable(path: &str) -> &str {
+    let end = path.char_indices().nth(200).map_or(path.len(), |(at, _)| at);
+    &path[..end]
 }

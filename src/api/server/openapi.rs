@@ -11,6 +11,7 @@ use utoipa::openapi::schema::{ObjectBuilder, Type};
 use utoipa::openapi::{Content, Info, OpenApi, Ref, RefOr, Required, Response, ResponseBuilder};
 use utoipa::{PartialSchema, ToSchema};
 
+use super::idempotency;
 use crate::api::types::{ErrorBody, ErrorEnvelope};
 
 /// Adds the route of the document.
@@ -26,6 +27,9 @@ fn complete(mut document: OpenApi) -> OpenApi {
     components.schemas.insert(ErrorBody::name().into_owned(), ErrorBody::schema());
     components.schemas.insert(ErrorEnvelope::name().into_owned(), ErrorEnvelope::schema());
     for (path, item) in &mut document.paths.paths {
+        if let Some(post) = &mut item.post {
+            add_idempotency_key(path, post);
+        }
         let methods = [&mut item.get, &mut item.put, &mut item.post, &mut item.delete, &mut item.patch];
         for operation in methods.into_iter().flatten() {
             add_path_parameters(path, operation);
@@ -49,6 +53,20 @@ fn add_path_parameters(path: &str, operation: &mut Operation) {
             parameters.push(parameter.build().into());
         }
     }
+}
+
+fn add_idempotency_key(path: &str, operation: &mut Operation) {
+    if !idempotency::takes_key(path) {
+        return;
+    }
+    let text = ObjectBuilder::new().schema_type(Type::String).min_length(Some(1)).max_length(Some(255));
+    let parameter = ParameterBuilder::new()
+        .name("Idempotency-Key")
+        .parameter_in(ParameterIn::Header)
+        .required(Required::False)
+        .description(Some("The same request with the same key within 24 hours is answered as the first was"))
+        .schema(Some(text));
+    operation.parameters.get_or_insert_default().push(parameter.build().into());
 }
 
 fn add_failures(operation: &mut Operation) {

@@ -3,11 +3,12 @@
 use std::collections::HashMap;
 use std::time::Duration;
 
+use axum::body::Body;
 use axum::extract::{FromRequest, FromRequestParts, Path as UrlPath, Query, Request};
 use axum::http::header;
 use base64::Engine as _;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD as BASE64;
-use bytes::BytesMut;
+use bytes::{Bytes, BytesMut};
 use futures_util::StreamExt;
 use jiff::Timestamp;
 use serde::Deserialize;
@@ -19,7 +20,9 @@ use crate::api::types::unsupported;
 use crate::engine::error::{Error, Kind};
 
 /// Largest JSON body, but for files.
-const MAX_JSON: usize = 1 << 20;
+pub(super) const MAX_JSON: usize = 1 << 20;
+/// How long a JSON body may take to come.
+const BODY_TIME: Duration = Duration::from_secs(60);
 
 /// Ids and names in the path.
 pub(crate) struct Path<T>(pub(crate) T);
@@ -53,8 +56,18 @@ impl std::ops::Deref for Params {
 }
 
 pub(crate) fn flag(params: &HashMap<String, String>, name: &str) -> bool {
-    // The SDK sends `wait` as a flag or as a number of seconds.
-    params.get(name).is_some_and(|v| !matches!(v.to_ascii_lowercase().as_str(), "false" | "0" | "no"))
+    params.get(name).is_some_and(|value| is_set(value))
+}
+
+/// The same of a query that was not parsed.
+pub(super) fn flag_of(query: Option<&str>, name: &str) -> bool {
+    let mut pairs = query.unwrap_or_default().split('&').map(|pair| pair.split_once('=').unwrap_or((pair, "")));
+    pairs.any(|(key, value)| key == name && is_set(value))
+}
+
+/// The SDK sends `wait` as a flag or as a number of seconds.
+fn is_set(value: &str) -> bool {
+    !matches!(value.to_ascii_lowercase().as_str(), "false" | "0" | "no")
 }
 
 /// A JSON body of bounded size; an empty one is an empty object.
@@ -74,23 +87,51 @@ pub(super) fn is_json(request: &Request) -> bool {
 }
 
 pub(super) async fn parse_json<T: DeserializeOwned>(request: Request, most: usize) -> Result<T, ApiError> {
-    let mut content = request.into_body().into_data_stream();
-    let mut bytes = BytesMut::new();
-    while let Some(piece) = content.next().await {
-        let piece =
-            piece.map_err(|e| ApiError::new(400, "body_broken", format!("the request's body broke off: {e}")))?;
-        if bytes.len() + piece.len() > most {
-            let message = format!("the request's body is larger than {most} bytes");
-            return Err(ApiError::new(413, "body_too_large", message));
-        }
-        bytes.extend_from_slice(&piece);
+    let named = request.headers().contains_key(header::CONTENT_TYPE);
+    let is_json = is_json(&request);
+    let bytes = collect(request.into_body(), most).await?;
+    if bytes.is_empty() {
+        return decode(b"{}");
     }
-    let bytes = if bytes.is_empty() { b"{}" } else { &bytes[..] };
+    if named && !is_json {
+        return Err(ApiError::new(415, "unsupported_media_type", "this takes a JSON object")
+            .hint("send the header 'Content-Type: application/json'"));
+    }
+    decode(&bytes)
+}
+
+fn decode<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, ApiError> {
     // A list would be taken for the fields in their order.
     if bytes.iter().find(|b| !b.is_ascii_whitespace()) != Some(&b'{') {
         return Err(ApiError::new(400, "invalid_json", "the request's body is not a JSON object"));
     }
-    serde_json::from_slice(bytes).map_err(|e| ApiError::new(400, "invalid_json", format!("the request's body: {e}")))
+    serde_json::from_slice(bytes).map_err(|e| {
+        let message = format!("the request's body: {e}");
+        match e.classify() {
+            serde_json::error::Category::Data => ApiError::new(422, "invalid_input", message),
+            _ => ApiError::new(400, "invalid_json", message),
+        }
+    })
+}
+
+/// A body of bounded size, which has to come within a bounded time.
+pub(super) async fn collect(body: Body, most: usize) -> Result<Bytes, ApiError> {
+    let all = async {
+        let mut content = body.into_data_stream();
+        let mut bytes = BytesMut::new();
+        while let Some(piece) = content.next().await {
+            let piece =
+                piece.map_err(|e| ApiError::new(400, "body_broken", format!("the request's body broke off: {e}")))?;
+            if bytes.len() + piece.len() > most {
+                let message = format!("the request's body is larger than {most} bytes");
+                return Err(ApiError::new(413, "body_too_large", message));
+            }
+            bytes.extend_from_slice(&piece);
+        }
+        Ok(bytes.freeze())
+    };
+    let slow = || ApiError::new(408, "body_too_slow", format!("the request's body did not come within {BODY_TIME:?}"));
+    tokio::time::timeout(BODY_TIME, all).await.unwrap_or_else(|_| Err(slow()))
 }
 
 /// What would be done otherwise than asked for is not done.

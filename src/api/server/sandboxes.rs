@@ -63,13 +63,13 @@ async fn create(
     JsonBody(body): JsonBody<CreateBody>,
 ) -> Result<(StatusCode, Json<Envelope<SandboxBody>>), ApiError> {
     refuse_unsupported("create", &body.other)?;
-    let mut request = create_request(body, api.defaults)?;
+    let mut request = create_request(body, &api.defaults)?;
     request.wait = flag(&params, "wait");
     let view = api.engine.create(request).await?;
     Ok((StatusCode::CREATED, Json(Envelope { data: view.into() })))
 }
 
-fn create_request(body: CreateBody, defaults: Defaults) -> Result<CreateRequest, ApiError> {
+fn create_request(body: CreateBody, defaults: &Defaults) -> Result<CreateRequest, ApiError> {
     let invalid = |message: String, hint: &str| ApiError::from(Error::new(Kind::InvalidInput, message).hint(hint));
     let origin = match (body.template_id, body.snapshot_id) {
         (Some(_), Some(_)) => return Err(invalid("a template and a snapshot were given".into(), "give one of them")),
@@ -101,7 +101,8 @@ fn create_request(body: CreateBody, defaults: Defaults) -> Result<CreateRequest,
     if !(128..=1 << 20).contains(&memory_mib) {
         return Err(invalid(format!("{memory_mib} MiB of memory were asked for"), "128 MiB to 1 TiB, such as 2gb"));
     }
-    let env = body.env.unwrap_or_default();
+    let mut env = defaults.env.clone();
+    env.extend(body.env.unwrap_or_default());
     crate::engine::check_env(&env)?;
     Ok(CreateRequest {
         origin,
@@ -109,7 +110,10 @@ fn create_request(body: CreateBody, defaults: Defaults) -> Result<CreateRequest,
         cpus,
         memory_mib,
         disk_mib,
-        timeout: timeout_of(body.timeout_sec, body.timeout_ms)?,
+        timeout: match (body.timeout_sec, body.timeout_ms) {
+            (None, None) => defaults.timeout,
+            (seconds, milliseconds) => timeout_of(seconds, milliseconds)?,
+        },
         idle_timeout: timeout_of(body.idle_timeout_sec, body.idle_timeout_ms)?,
         persistent: body.persistent.unwrap_or(true),
         env,

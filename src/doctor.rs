@@ -1,0 +1,327 @@
+//! `miosa doctor`: whether this machine has what the daemon needs, and what to do where not.
+//!
+//! Every check looks for itself and changes nothing. None of them needs a daemon.
+
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use nix::sys::resource::{Resource, getrlimit};
+use nix::sys::statfs::statfs;
+use nix::unistd::{AccessFlags, access};
+use serde::Serialize;
+
+use crate::config::{self, Config, ConfigError};
+use crate::units::show_bytes;
+
+/// How a check went.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Verdict {
+    /// As it should be.
+    Ok,
+    /// Something will be slower, or not be there.
+    Warn,
+    /// Sandboxes will not work.
+    Fail,
+}
+
+/// What a check found.
+#[derive(Debug, Clone, Serialize)]
+pub struct Check {
+    /// What was looked at.
+    pub name: &'static str,
+    /// How it went.
+    pub status: Verdict,
+    /// What was found.
+    pub message: String,
+    /// What to do about it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub hint: Option<String>,
+}
+
+impl Check {
+    /// As it should be.
+    pub fn ok(name: &'static str, message: impl Into<String>) -> Self {
+        Self { name, status: Verdict::Ok, message: message.into(), hint: None }
+    }
+
+    /// Not as it should be, with what to do.
+    pub fn warn(name: &'static str, message: impl Into<String>, hint: impl Into<String>) -> Self {
+        Self { name, status: Verdict::Warn, message: message.into(), hint: Some(hint.into()) }
+    }
+
+    /// Nothing works without it.
+    pub fn fail(name: &'static str, message: impl Into<String>, hint: impl Into<String>) -> Self {
+        Self { name, status: Verdict::Fail, message: message.into(), hint: Some(hint.into()) }
+    }
+}
+
+/// All checks of this machine.
+pub fn examine(config: &Config, broken: Option<&ConfigError>) -> Vec<Check> {
+    let mut checks = vec![
+        configuration(broken),
+        kernel(),
+        kvm(),
+        qemu(),
+        agent(config),
+        fuse(),
+        tool("mkfs", "mke2fs", "e2fsprogs", "templates are made with it"),
+        tool("qemu-img", "qemu-img", "qemu-utils", "qcow2 images are converted with it"),
+        state_dir(config),
+        headroom(&config.state_dir),
+        file_system(&config.state_dir),
+        open_files(),
+        processes(),
+        cgroups(),
+    ];
+    checks.sort_by_key(|check| std::cmp::Reverse(check.status == Verdict::Fail));
+    checks
+}
+
+fn configuration(broken: Option<&ConfigError>) -> Check {
+    match broken {
+        None => Check::ok("configuration", "can be read"),
+        Some(error) => Check::fail(
+            "configuration",
+            error.message.clone(),
+            error.hint.clone().unwrap_or_else(|| "put it right".into()),
+        ),
+    }
+}
+
+fn kernel() -> Check {
+    let release = nix::sys::utsname::uname().map(|u| u.release().to_string_lossy().into_owned()).unwrap_or_default();
+    let mut parts = release.split(['.', '-']).map_while(|p| p.parse::<u32>().ok());
+    let version = (parts.next().unwrap_or(0), parts.next().unwrap_or(0));
+    let message = format!("Linux {release}");
+    let off = std::fs::read_to_string("/proc/sys/kernel/io_uring_disabled").is_ok_and(|v| v.trim() == "2");
+    match version {
+        v if v < (5, 10) => Check::fail("kernel", message, "use Linux 5.10 or later"),
+        _ if off => Check::warn(
+            "kernel",
+            format!("{message}, with io_uring switched off"),
+            "the store does without, more slowly; sysctl kernel.io_uring_disabled=0",
+        ),
+        _ => Check::ok("kernel", message),
+    }
+}
+
+/// Whether the kernel can accelerate machines.
+fn kvm() -> Check {
+    let device = Path::new("/dev/kvm");
+    let slow = "machines are translated (tcg), some ten times slower than with KVM";
+    if !device.exists() {
+        return Check::warn(
+            "kvm",
+            format!("there is no /dev/kvm: {slow}"),
+            "switch virtualisation on, in the firmware or for this virtual machine",
+        );
+    }
+    match access(device, AccessFlags::R_OK | AccessFlags::W_OK) {
+        Ok(()) => Check::warn(
+            "kvm",
+            "/dev/kvm can be opened, which does not prove that a machine boots on it",
+            "try it: miosa daemon --accel kvm",
+        ),
+        Err(error) => Check::warn(
+            "kvm",
+            format!("/dev/kvm cannot be opened: {}; {slow}", error.desc()),
+            "add this user to the group kvm",
+        ),
+    }
+}
+
+fn qemu() -> Check {
+    let hint = "install it: apt-get install qemu-system-x86";
+    let output = match Command::new("qemu-system-x86_64").arg("--version").output() {
+        Ok(output) if output.status.success() => String::from_utf8_lossy(&output.stdout).into_owned(),
+        Ok(output) => return Check::fail("qemu", format!("qemu-system-x86_64 does not run: {}", output.status), hint),
+        Err(error) => return Check::fail("qemu", format!("qemu-system-x86_64 was not found: {error}"), hint),
+    };
+    let line = output.lines().next().unwrap_or_default().to_owned();
+    let major = line.split_whitespace().find_map(|word| word.split('.').next()?.parse::<u32>().ok());
+    match major {
+        Some(major) if major < 7 => Check::fail("qemu", line, "use QEMU 7 or later"),
+        _ => Check::ok("qemu", line),
+    }
+}
+
+fn agent(config: &Config) -> Check {
+    match config::find_agent(config.agent.as_deref()) {
+        Some(path) if path.is_file() => Check::ok("agent", path.display().to_string()),
+        found => {
+            let message = match found {
+                Some(path) => format!("{} is not there", path.display()),
+                None => "miosa-agent is not next to miosa".to_owned(),
+            };
+            let hint = "build it (cargo build --release -p miosa-agent) and name it: miosa daemon --agent FILE";
+            Check::fail("agent", message, hint)
+        }
+    }
+}
+
+fn fuse() -> Check {
+    let name = "fuse";
+    let without = "disks cannot be shown as files; --disk-frontend vhost-user does without";
+    if access("/dev/fuse", AccessFlags::R_OK | AccessFlags::W_OK).is_err() {
+        return Check::warn(name, format!("/dev/fuse cannot be opened: {without}"), "load it: modprobe fuse");
+    }
+    if !nix::unistd::geteuid().is_root() && find("fusermount3").is_none() {
+        return Check::warn(name, format!("fusermount3 was not found: {without}"), "install it: apt-get install fuse3");
+    }
+    Check::ok(name, "/dev/fuse can be opened")
+}
+
+fn tool(name: &'static str, program: &str, package: &str, why: &str) -> Check {
+    match find(program) {
+        Some(path) => Check::ok(name, path.display().to_string()),
+        None => Check::warn(
+            name,
+            format!("{program} was not found: {why}"),
+            format!("install it: apt-get install {package}"),
+        ),
+    }
+}
+
+/// In the path, or where a user's path does not lead.
+fn find(program: &str) -> Option<PathBuf> {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let dirs = std::env::split_paths(&path).chain(["/usr/sbin".into(), "/sbin".into()]);
+    dirs.map(|dir| dir.join(program)).find(|file| access(file, AccessFlags::X_OK).is_ok())
+}
+
+fn state_dir(config: &Config) -> Check {
+    let (name, dir) = ("state directory", &config.state_dir);
+    let shown = dir.display();
+    let Ok(metadata) = std::fs::metadata(dir) else {
+        let made = existing(dir);
+        return match access(&made, AccessFlags::W_OK | AccessFlags::X_OK) {
+            Ok(()) => Check::ok(name, format!("{shown} will be made")),
+            Err(_) => Check::fail(
+                name,
+                format!("{shown} cannot be made: {} is not yours", made.display()),
+                "name another: --state-dir DIR",
+            ),
+        };
+    };
+    if metadata.uid() != nix::unistd::geteuid().as_raw() {
+        let message = format!("{shown} belongs to user {}", metadata.uid());
+        return Check::warn(name, message, "run miosa as that user, or name another: --state-dir DIR");
+    }
+    if metadata.mode() & 0o077 != 0 {
+        return Check::warn(name, format!("others can look into {shown}"), format!("chmod 700 {shown}"));
+    }
+    Check::ok(name, shown.to_string())
+}
+
+/// The directory itself, or what is there of the way to it.
+fn existing(dir: &Path) -> PathBuf {
+    dir.ancestors().find(|d| d.exists()).unwrap_or(Path::new("/")).to_owned()
+}
+
+fn headroom(dir: &Path) -> Check {
+    let name = "disk space";
+    let facts = match nix::sys::statvfs::statvfs(&existing(dir)) {
+        Ok(facts) => facts,
+        Err(error) => return Check::warn(name, format!("cannot be told: {}", error.desc()), "look at it: df"),
+    };
+    let free = facts.blocks_available() as u64 * facts.fragment_size() as u64;
+    let message = format!("{} are free", show_bytes(free));
+    let hint = "free some, or name a directory on another disk: --state-dir DIR";
+    match free {
+        0..0x4000_0000 => Check::fail(name, message, hint),
+        0x4000_0000..0x2_8000_0000 => Check::warn(name, message, hint),
+        _ => Check::ok(name, message),
+    }
+}
+
+fn file_system(dir: &Path) -> Check {
+    use nix::sys::statfs::{
+        BTRFS_SUPER_MAGIC, EXT4_SUPER_MAGIC, FsType, NFS_SUPER_MAGIC, OVERLAYFS_SUPER_MAGIC, TMPFS_MAGIC,
+        XFS_SUPER_MAGIC,
+    };
+    let name = "file system";
+    let Ok(facts) = statfs(&existing(dir)) else {
+        return Check::warn(name, "cannot be told", "look at it: findmnt");
+    };
+    let hint = "keep state on a local disk: --state-dir DIR";
+    let kind = facts.filesystem_type();
+    let known: [(FsType, &str); 3] =
+        [(EXT4_SUPER_MAGIC, "ext4"), (XFS_SUPER_MAGIC, "xfs"), (BTRFS_SUPER_MAGIC, "btrfs")];
+    if let Some((_, shown)) = known.iter().find(|(magic, _)| *magic == kind) {
+        return Check::ok(name, *shown);
+    }
+    match kind {
+        TMPFS_MAGIC => Check::warn(name, "tmpfs: a restart of the machine loses everything", hint),
+        NFS_SUPER_MAGIC => Check::fail(name, "NFS: the store needs locks and syncs that it does not promise", hint),
+        OVERLAYFS_SUPER_MAGIC => Check::warn(name, "overlayfs, as in a container: everything goes with it", hint),
+        other => Check::warn(name, format!("of a kind that the store was not tested on ({:#x})", other.0), hint),
+    }
+}
+
+fn open_files() -> Check {
+    let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE).unwrap_or_default();
+    let message = format!("{soft} (at most {hard})");
+    match soft {
+        0..4_096 => {
+            Check::warn("open files", message, "a sandbox takes some ten: ulimit -n 65536, or LimitNOFILE= in the unit")
+        }
+        _ => Check::ok("open files", message),
+    }
+}
+
+fn processes() -> Check {
+    let (soft, _) = getrlimit(Resource::RLIMIT_NPROC).unwrap_or_default();
+    let cgroup = own_cgroup().and_then(|dir| std::fs::read_to_string(dir.join("pids.max")).ok());
+    let cgroup = cgroup.and_then(|text| text.trim().parse::<u64>().ok());
+    let most = cgroup.map_or(soft, |limit| limit.min(soft));
+    let message = if most == u64::MAX { "no limit".to_owned() } else { format!("{most} processes and threads") };
+    match most {
+        0..2_048 => {
+            Check::warn("processes", message, "a sandbox takes some ten threads: ulimit -u, or TasksMax= in the unit")
+        }
+        _ => Check::ok("processes", message),
+    }
+}
+
+fn own_cgroup() -> Option<PathBuf> {
+    let text = std::fs::read_to_string("/proc/self/cgroup").ok()?;
+    let path = text.lines().find_map(|line| line.strip_prefix("0::/"))?;
+    Some(Path::new("/sys/fs/cgroup").join(path))
+}
+
+fn cgroups() -> Check {
+    let hint = "machines run without limits of their own; run the daemon under systemd with Delegate=yes";
+    match own_cgroup() {
+        Some(dir) if dir.join("cgroup.controllers").exists() => match access(&dir, AccessFlags::W_OK) {
+            Ok(()) => Check::ok("cgroups", format!("version 2, {}", dir.display())),
+            Err(_) => Check::warn("cgroups", format!("version 2, but {} is not yours", dir.display()), hint),
+        },
+        _ => Check::warn("cgroups", "there is no version 2", hint),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_broken_configuration_fails_and_comes_first() {
+        let broken = ConfigError { message: "line 3".to_owned(), hint: None };
+        let checks = examine(&Config::default(), Some(&broken));
+        let configuration = checks.iter().find(|c| c.name == "configuration").unwrap();
+        assert_eq!((configuration.status, configuration.message.as_str()), (Verdict::Fail, "line 3"));
+        assert_eq!(checks[0].status, Verdict::Fail);
+        assert!(checks.iter().all(|c| c.status == Verdict::Ok || c.hint.as_deref().is_some_and(|h| !h.is_empty())));
+    }
+
+    #[test]
+    fn what_is_not_there_yet_is_judged_by_where_it_will_be() {
+        let dir = tempfile::tempdir().unwrap();
+        let config = Config { state_dir: dir.path().join("a/b/c"), ..Config::default() };
+        assert_eq!(state_dir(&config).status, Verdict::Ok);
+        assert_eq!(existing(&config.state_dir), dir.path());
+        assert!(headroom(&config.state_dir).message.contains("free"));
+    }
+}
