@@ -40,6 +40,7 @@ pub(super) fn print_systemd_unit(config: &Config, file: Option<&Path>) -> Result
          TimeoutStopSec={stop}\n\
          # Machines are the daemon's to end.\n\
          KillMode=process\n\
+         Delegate=yes\n\
          LimitNOFILE=1048576\n\
          TasksMax=infinity\n\
          UMask=0077\n\
