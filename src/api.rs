@@ -2,7 +2,9 @@
 //!
 //! Glue only: a route decodes and checks bounds, calls the engine (or the disks), and maps the answer.
 
+pub mod archives;
 pub mod client;
+pub mod contents;
 pub mod disks;
 pub mod server;
 mod stream;

@@ -3,8 +3,10 @@
 //! Exit codes: 0 done, 1 the user's mistake, 2 the daemon cannot be reached, 3 not allowed, 4 the daemon failed; `exec`
 //! passes on its command's own (128 and the signal, 124 for its time limit, 127 and 126 when it could not be started).
 
+mod archives;
 mod args;
 mod backend;
+mod contents;
 mod daemon;
 mod disk;
 mod doctor;
@@ -13,7 +15,9 @@ mod exec;
 mod files;
 mod images;
 mod output;
+mod report;
 mod sandbox;
+mod save;
 mod store;
 mod template;
 mod tree;

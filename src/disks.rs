@@ -7,8 +7,11 @@
 //!
 //! All calls block.
 
+mod archive;
 mod attach;
+mod files;
 pub mod frames;
+mod report;
 mod transfer;
 
 use std::collections::BTreeMap;
@@ -24,7 +27,10 @@ use crate::engine::lifecycle::State;
 use crate::engine::records::{
     Record, SandboxRecord, SnapshotRecord, TemplateRecord, check_name, is_own_name, load_all,
 };
+pub use archive::ArchiveExport;
 pub use attach::{Attachment, Frontend};
+pub use files::{Content, FileView, Listing};
+pub use report::{Family, Member, Report};
 pub use transfer::{Export, Import};
 
 /// Most disks that one fork makes.

@@ -358,6 +358,17 @@ impl Engine {
         self.detached(async move { sandbox.destroy().await }).await
     }
 
+    /// A snapshot that came from elsewhere, and is in the store by now.
+    pub fn adopt_snapshot(&self, record: records::SnapshotRecord) {
+        self.shared.registry.insert_snapshot(record);
+    }
+
+    /// Sees that all a running guest has written is on its disk, as far as the guest can be asked.
+    pub async fn settle(&self, key: &str) -> Result<()> {
+        let sandbox = self.find(key)?;
+        self.detached(async move { sandbox.settle().await }).await
+    }
+
     /// Makes sandboxes on the present state of another.
     pub async fn fork(&self, key: &str, request: ForkRequest) -> Result<Vec<SandboxView>> {
         let sandbox = self.find(key)?;

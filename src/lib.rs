@@ -8,6 +8,7 @@
 //! | [`engine`] | the life of sandboxes |
 //! | [`disks`] | the store's disks without sandboxes: by name, in and out, attached |
 //! | [`doctor`] | what this machine has of what the daemon needs |
+//! | [`ext4`] | the files on a disk, read without mounting it |
 //! | [`frontend`] | disks of the store as devices |
 //! | [`config`] | where things are |
 //! | [`sparse`] | holes and zeroes |
@@ -23,6 +24,7 @@ pub mod config;
 pub mod disks;
 pub mod doctor;
 pub mod engine;
+pub mod ext4;
 pub mod frontend;
 pub mod serve;
 pub mod sparse;

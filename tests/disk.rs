@@ -4,6 +4,10 @@
 
 #[path = "disk/alone.rs"]
 mod alone;
+#[path = "disk/archives.rs"]
+mod archives;
+#[path = "disk/contents.rs"]
+mod contents;
 #[path = "disk/images.rs"]
 mod images;
 #[path = "disk/shared.rs"]

@@ -26,6 +26,10 @@ const MAX_EVENT: usize = 4 << 20;
 
 /// Content type of a body that is a file's bytes.
 pub const BYTES: &str = "application/octet-stream";
+/// Content type of a body that is a tar archive.
+pub const ARCHIVE: &str = "application/x-tar";
+/// Content type of a body that carries states of the store.
+pub const MIOSA_ARCHIVE: &str = "application/x-miosa-archive";
 
 /// Why a call failed.
 #[derive(Debug, thiserror::Error)]
@@ -203,13 +207,14 @@ impl Client {
     /// `GET` of a body that is read as it comes.
     pub async fn download(&self, path: &str) -> Result<Download> {
         let response = self.send(Method::GET, path, empty(), "application/json").await?;
-        Ok(Download { body: response.into_body() })
+        let archive = response.headers().get(CONTENT_TYPE).is_some_and(|kind| kind == ARCHIVE);
+        Ok(Download { body: response.into_body(), archive })
     }
 
     /// `POST` that answers with events.
     pub async fn events(&self, path: &str, body: &impl Serialize) -> Result<Events> {
         let response = self.send(Method::POST, path, encode(body)?, "application/json").await?;
-        Ok(Events { download: Download { body: response.into_body() }, pending: BytesMut::new() })
+        Ok(Events { download: Download { body: response.into_body(), archive: false }, pending: BytesMut::new() })
     }
 
     async fn json<T: DeserializeOwned>(&self, method: Method, path: &str, body: Option<&impl Serialize>) -> Result<T> {
@@ -272,7 +277,7 @@ fn encode(body: &impl Serialize) -> Result<Body> {
 }
 
 async fn collect(response: Response<Incoming>) -> Result<Bytes> {
-    let mut download = Download { body: response.into_body() };
+    let mut download = Download { body: response.into_body(), archive: false };
     let mut all = BytesMut::new();
     while let Some(piece) = download.next_piece().await? {
         if all.len() + piece.len() > MAX_ANSWER {
@@ -300,9 +305,15 @@ fn describe(error: &hyper::Error) -> String {
 #[derive(Debug)]
 pub struct Download {
     body: Incoming,
+    archive: bool,
 }
 
 impl Download {
+    /// Whether it is a tar archive.
+    pub fn is_archive(&self) -> bool {
+        self.archive
+    }
+
     /// The next piece; none at the end. A body that breaks off is an error.
     pub async fn next_piece(&mut self) -> Result<Option<Bytes>> {
         while let Some(frame) = self.body.frame().await {

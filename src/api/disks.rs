@@ -27,7 +27,7 @@ use crate::disks::{Attachment, Difference, DiskView, Disks, Export, Frontend, Im
 use crate::engine::error::{Error, Kind, Result};
 
 /// How long a body that nobody wants is taken in, so that the sender comes to read why.
-const DRAIN: Duration = Duration::from_secs(5);
+pub(super) const DRAIN: Duration = Duration::from_secs(5);
 
 /// Asks for a disk.
 #[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
@@ -84,11 +84,14 @@ pub fn routes<S: Clone + Send + Sync + 'static>(disks: Arc<Disks>) -> OpenApiRou
 
 /// All routes there are without sandboxes.
 pub fn router(disks: Arc<Disks>) -> Router {
-    open(OpenApiRouter::new().nest("/api/v1", routes(disks)).into())
+    let all = routes(disks.clone())
+        .merge(super::archives::routes(disks.clone(), None))
+        .merge(super::contents::routes(disks, None));
+    open(OpenApiRouter::new().nest("/api/v1", all).into())
 }
 
 /// Runs a call where it may block.
-async fn blocking<T: Send + 'static>(call: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
+pub(super) async fn blocking<T: Send + 'static>(call: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
     let done = tokio::task::spawn_blocking(call).await;
     done.unwrap_or_else(|e| Err(Error::new(Kind::Internal, format!("a call of the store did not end: {e}"))))
 }

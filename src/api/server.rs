@@ -63,6 +63,8 @@ pub fn router(engine: Arc<Engine>, disks: Arc<Disks>, defaults: Defaults) -> Rou
         .merge(exec::routes())
         .merge(files::routes())
         .merge(templates::routes())
+        .merge(super::archives::routes(disks.clone(), Some(engine.clone())))
+        .merge(super::contents::routes(disks.clone(), Some(engine.clone())))
         .merge(super::disks::routes(disks.clone()));
     let keeper = Arc::new(idempotency::Keeper::new(disks.store().clone()));
     let metrics = Arc::new(metrics::Metrics::new(&engine, disks));

@@ -1,5 +1,6 @@
 //! The command line's grammar: one module a group of commands.
 
+mod contents;
 mod daemon;
 mod disk;
 mod sandbox;
@@ -11,6 +12,7 @@ use std::path::PathBuf;
 use clap::builder::FalseyValueParser;
 use clap::{Args, Parser, Subcommand};
 
+pub use contents::*;
 pub use daemon::*;
 pub use disk::*;
 pub use sandbox::*;

@@ -3,10 +3,10 @@
 use serde_json::json;
 use tokio::signal::unix::{SignalKind, signal};
 
-use super::args::{DiskCommand, DiskFrontendArg};
+use super::args::{DiskCommand, DiskFrontendArg, ExportFormat, FileDiffArgs};
 use super::backend::{Backend, Place};
-use super::images;
 use super::output::{Failure, Out, Result};
+use super::{archives, contents, images};
 use crate::api::client::{Client, escape};
 use crate::api::disks::{AttachDiskBody, CreateDiskBody, ForkDiskBody, SnapshotDiskBody};
 use crate::disks::{Attachment, Difference, DiskKind, DiskView, Frontend};
@@ -14,6 +14,8 @@ use crate::units::show_bytes;
 
 /// Ranges of a difference that people are shown.
 const MAX_RANGES: usize = 50;
+/// What makes a first disk.
+const HOW_TO_BEGIN: &str = "miosa disk create NAME --size 10gb";
 
 pub(super) async fn run(place: &Place, out: Out, command: DiskCommand) -> Result<()> {
     let makes = matches!(command, DiskCommand::Create { .. } | DiskCommand::Import(_));
@@ -22,7 +24,10 @@ pub(super) async fn run(place: &Place, out: Out, command: DiskCommand) -> Result
         DiskCommand::Import(args) => {
             let image = images::Image::open(&args, out).await?;
             let backend = Backend::open(place, makes).await?;
-            let done = images::import(&backend.client, out, &args.name, image).await;
+            let done = match image.archive(args.format)? {
+                Some(archive) => archives::import_disks(&backend.client, out, &args.name, archive).await,
+                None => images::import(&backend.client, out, &args.name, image).await,
+            };
             return backend.close(done).await;
         }
         command => command,
@@ -41,8 +46,13 @@ async fn on_disks(backend: &Backend, out: Out, command: DiskCommand) -> Result<(
             made(out, &disk, &format!("miosa disk attach {} --frontend vhost-user", disk.id))
         }
         DiskCommand::Import(_) => Ok(()),
-        DiskCommand::Export { disk, file } => images::export(client, out, &disk, &file).await,
-        DiskCommand::List => list(client, out, "/disks", "miosa disk create NAME --size 10gb").await,
+        DiskCommand::Export { disk, file, format: ExportFormat::Archive } => {
+            archives::export_disk(client, out, &disk, &file).await
+        }
+        DiskCommand::Export { disk, file, format: ExportFormat::Raw } => {
+            images::export(client, out, &disk, &file).await
+        }
+        DiskCommand::List => list(client, out, "/disks", HOW_TO_BEGIN).await,
         DiskCommand::Snapshots { disk } => {
             let next = format!("miosa disk snapshot {disk} --name NAME");
             list(client, out, &path(&disk, "/snapshots"), &next).await
@@ -62,7 +72,14 @@ async fn on_disks(backend: &Backend, out: Out, command: DiskCommand) -> Result<(
                 format!("{} {} is deleted\n{}", disk.id, disk.name, out.next_step("miosa store gc"))
             })
         }
-        DiskCommand::Diff { a, b } => {
+        DiskCommand::Diff { a, b, files: true } => contents::diff(client, out, FileDiffArgs { a, b }).await,
+        DiskCommand::Ls(args) => match &args.key {
+            Some(key) => contents::ls(client, out, key, &args).await,
+            None => list(client, out, "/disks", HOW_TO_BEGIN).await,
+        },
+        DiskCommand::Cat(args) => contents::cat(client, out, args).await,
+        DiskCommand::Extract(args) => contents::extract(client, out, args).await,
+        DiskCommand::Diff { a, b, files: false } => {
             let difference: Difference = client.get(&path(&a, &format!("/diff?with={}", escape(&b)))).await?;
             out.answer(&difference, "", |out| differs(out, &difference))
         }

@@ -41,12 +41,31 @@ impl Image {
         done.map_err(|e| Failure::new(4, "internal_error", format!("reading the image did not end: {e}")))?
     }
 
+    /// The file, if it is to be read as an archive: one that begins like an archive, or that is said to be one.
+    pub(super) fn archive(&self, format: ImageFormat) -> Result<Option<File>> {
+        let mut begin = [0; 8];
+        let is_archive = match format {
+            ImageFormat::Archive => true,
+            ImageFormat::Raw => self.file.read_exact_at(&mut begin, 0).is_ok() && &begin == storage::ARCHIVE_MAGIC,
+            ImageFormat::Qcow2 => false,
+        };
+        let failed = |e: std::io::Error| unreadable(&self.shown, &e);
+        if !is_archive {
+            return Ok(None);
+        }
+        let mut file = self.file.try_clone().map_err(failed)?;
+        if format == ImageFormat::Raw {
+            file.rewind().map_err(failed)?;
+        }
+        Ok(Some(file))
+    }
+
     fn open_blocking(format: ImageFormat, path: &Path, out: Out) -> Result<Image> {
         let shown = if path == Path::new("-") { "stdin".to_owned() } else { path.display().to_string() };
         let failed = |e: std::io::Error| unreadable(&shown, &e);
         let mut file = match (format, path == Path::new("-")) {
-            (ImageFormat::Raw, false) => File::open(path).map_err(failed)?,
-            (ImageFormat::Raw, true) => {
+            (ImageFormat::Raw | ImageFormat::Archive, false) => File::open(path).map_err(failed)?,
+            (ImageFormat::Raw | ImageFormat::Archive, true) => {
                 // Not through the buffer of `stdin`.
                 let stdin = std::os::fd::AsFd::as_fd(&std::io::stdin()).try_clone_to_owned().map_err(failed)?;
                 File::from(stdin)
@@ -62,6 +81,9 @@ impl Image {
             }
         };
         let kind = file.metadata().map_err(failed)?.file_type();
+        if format == ImageFormat::Archive {
+            return Ok(Image { file, shown, size: 0 });
+        }
         if kind.is_fifo() || kind.is_socket() || (kind.is_char_device() && path == Path::new("-")) {
             out.progress("the image's size is not known: keeping it in a temporary file first …");
             file = spool(file).map_err(failed)?;

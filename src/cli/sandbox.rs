@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 
 use super::args::{CreateArgs, ForkArgs, SandboxCommand, SnapshotArgs, SnapshotTarget, SnapshotsCommand};
 use super::output::{Failure, Out, Result};
-use super::{exec, files};
+use super::{archives, contents, exec, files};
 use crate::api::client::{Client, escape};
 use crate::api::types::{CreateBody, ExtendBody, ForkBody, SandboxBody, SnapshotBody, SnapshotRequestBody};
 use crate::engine::lifecycle::State;
@@ -214,33 +214,7 @@ async fn snapshots(client: &Client, out: Out, command: SnapshotsCommand) -> Resu
         keys => format!("/snapshots/{}", escape(keys.last().map_or("", String::as_str))),
     };
     match command {
-        SnapshotsCommand::List { sandbox } => {
-            let route = sandbox.map_or("/snapshots".to_owned(), |s| path(&s, "/snapshots"));
-            let snapshots: Vec<SnapshotBody> = client.get(&route).await?;
-            let ids: Vec<_> = snapshots.iter().map(|s| s.id.as_str()).collect();
-            out.answer(&snapshots, &ids.join("\n"), |out| {
-                if snapshots.is_empty() {
-                    return format!("no snapshots\n{}", out.next_step("miosa sandbox snapshot SANDBOX --name NAME"));
-                }
-                let row = |s: &SnapshotBody| {
-                    let consistency = match s.consistency {
-                        Consistency::Filesystem => "filesystem",
-                        Consistency::Crash => "crash",
-                    };
-                    let name = s.comment.clone().unwrap_or_default();
-                    vec![
-                        s.id.clone(),
-                        name,
-                        s.sandbox_id.clone(),
-                        s.status.clone(),
-                        consistency.to_owned(),
-                        age(s.created_at),
-                    ]
-                };
-                let rows: Vec<_> = snapshots.iter().map(row).collect();
-                out.table(&["ID", "NAME", "SANDBOX", "STATUS", "CONSISTENCY", "AGE"], &rows)
-            })
-        }
+        SnapshotsCommand::List { sandbox } => list_snapshots(client, out, sandbox).await,
         SnapshotsCommand::Tree { sandbox } => super::tree::run(client, out, sandbox).await,
         SnapshotsCommand::Get(target) => {
             let snapshot: Value = client.get(&route(&target)).await?;
@@ -257,6 +231,15 @@ async fn snapshots(client: &Client, out: Out, command: SnapshotsCommand) -> Resu
                 )
             })
         }
+        SnapshotsCommand::Diff(args) => contents::diff(client, out, args).await,
+        SnapshotsCommand::Ls(args) => match &args.key {
+            Some(key) => contents::ls(client, out, key, &args).await,
+            None => list_snapshots(client, out, None).await,
+        },
+        SnapshotsCommand::Cat(args) => contents::cat(client, out, args).await,
+        SnapshotsCommand::Extract(args) => contents::extract(client, out, args).await,
+        SnapshotsCommand::Export(args) => archives::export_snapshot(client, out, args).await,
+        SnapshotsCommand::Import(args) => archives::import_snapshot(client, out, args).await,
         SnapshotsCommand::Delete(target) => {
             let snapshot: SnapshotBody = client.delete(&format!("{}?measure=true", route(&target))).await?;
             out.answer(&snapshot, &snapshot.id, |out| {
@@ -270,6 +253,27 @@ async fn snapshots(client: &Client, out: Out, command: SnapshotsCommand) -> Resu
             })
         }
     }
+}
+
+async fn list_snapshots(client: &Client, out: Out, sandbox: Option<String>) -> Result<()> {
+    let route = sandbox.map_or("/snapshots".to_owned(), |s| path(&s, "/snapshots"));
+    let snapshots: Vec<SnapshotBody> = client.get(&route).await?;
+    let ids: Vec<_> = snapshots.iter().map(|s| s.id.as_str()).collect();
+    out.answer(&snapshots, &ids.join("\n"), |out| {
+        if snapshots.is_empty() {
+            return format!("no snapshots\n{}", out.next_step("miosa sandbox snapshot SANDBOX --name NAME"));
+        }
+        let row = |s: &SnapshotBody| {
+            let consistency = match s.consistency {
+                Consistency::Filesystem => "filesystem",
+                Consistency::Crash => "crash",
+            };
+            let name = s.comment.clone().unwrap_or_default();
+            vec![s.id.clone(), name, s.sandbox_id.clone(), s.status.clone(), consistency.to_owned(), age(s.created_at)]
+        };
+        let rows: Vec<_> = snapshots.iter().map(row).collect();
+        out.table(&["ID", "NAME", "SANDBOX", "STATUS", "CONSISTENCY", "AGE"], &rows)
+    })
 }
 
 async fn fork(client: &Client, out: Out, args: ForkArgs) -> Result<()> {

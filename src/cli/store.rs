@@ -4,8 +4,8 @@ use serde_json::{Value, json};
 
 use super::args::StoreCommand;
 use super::backend::{Backend, Place};
-use super::disk;
 use super::output::{Failure, Out, Result};
+use super::{disk, report};
 use crate::api::client::Client;
 use crate::disks::DiskView;
 use crate::units::show_bytes;
@@ -76,6 +76,7 @@ async fn on_store(client: &Client, out: Out, command: StoreCommand) -> Result<()
                 out.table(&head, &all.iter().map(row).collect::<Vec<_>>())
             })
         }
+        StoreCommand::Report { svg } => report::run(client, out, svg.as_deref()).await,
         StoreCommand::Repair => Ok(()),
     }
 }

@@ -94,6 +94,12 @@ impl Sandbox {
         }
     }
 
+    /// Freezes and thaws: what the guest held back is on its disk then.
+    pub(super) async fn settle(self: &Arc<Self>) -> Result<()> {
+        let mut owner = self.own().await;
+        self.at_one_point(&mut owner, Request::Snapshot, |_, _| Ok(()), |_, ()| Ok(())).await.map(drop)
+    }
+
     pub(super) async fn snapshot(self: &Arc<Self>, request: SnapshotRequest) -> Result<SnapshotRecord> {
         let mut owner = self.own().await;
         let of = self.record();

@@ -234,6 +234,16 @@ pub(crate) fn check_name(what: &str, name: &str) -> Result<()> {
     Ok(())
 }
 
+/// Names of snapshots.
+pub(crate) fn check_comment(comment: Option<&str>) -> Result<()> {
+    match comment {
+        Some(c) if c.is_empty() || c.len() > 256 || c.chars().any(char::is_control) => {
+            Err(Error::invalid("a snapshot's name must have 1 to 256 bytes and no control characters"))
+        }
+        _ => Ok(()),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -13,7 +13,7 @@ use storage::{Source, Usage};
 use super::checkpoint::SnapshotRequest;
 use super::error::{Error, Result};
 use super::lifecycle::State;
-use super::records::{Record, SnapshotRecord};
+use super::records::{Record, SnapshotRecord, check_comment};
 use super::{Engine, SandboxView, Shared};
 
 /// How often snapshots whose time is over are looked for.
@@ -136,11 +136,7 @@ fn cost(usage: &Usage) -> u64 {
 }
 
 fn check_request(request: &SnapshotRequest) -> Result<()> {
-    if let Some(c) = &request.comment
-        && (c.is_empty() || c.len() > 256 || c.chars().any(char::is_control))
-    {
-        return Err(Error::invalid("a snapshot's name must have 1 to 256 bytes and no control characters"));
-    }
+    check_comment(request.comment.as_deref())?;
     if request.keep_last == Some(0) {
         return Err(Error::invalid("the last 0 snapshots cannot be kept: the one that is taken is one")
             .hint("keep 1 or more; delete one: miosa sandbox snapshots delete SNAPSHOT"));

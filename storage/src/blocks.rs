@@ -263,9 +263,14 @@ impl Blocks {
     }
 
     fn load_frame(&self, place: &GroupPlace) -> Result<Frame> {
+        Frame::decode(place, &self.stored_frame(place)?)
+    }
+
+    /// A whole frame as it is stored, not verified.
+    pub fn stored_frame(&self, place: &GroupPlace) -> Result<Vec<u8>> {
         let mut bytes = vec![0; place.bytes as usize];
         self.file(place.pack)?.read_at(&mut bytes, place.offset).map_err(|e| unreadable(place.pack, e))?;
-        Frame::decode(place, &bytes)
+        Ok(bytes)
     }
 
     /// A block, if the cache has it.

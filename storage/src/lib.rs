@@ -3,11 +3,12 @@
 //! A [`Store`] is a directory. It holds disks and snapshots; a [`Disk`] handle reads, writes, flushes and discards.
 //! Snapshots and forks are O(1): a [`Transaction`] clones a map root and a persistent overlay and writes one record.
 //!
-//! Layers, none of which knows one above it: `store` → `recover`, `repair`, `check`, `gc`, `repack`, `usage`, `diff` → `seal` →
+//! Layers, none of which knows one above it: `store` → `recover`, `repair`, `check`, `gc`, `repack`, `usage`, `diff`, `archive` → `seal` →
 //! `disk`, `registry` → `inner` (what is open) → `index`, `live`, `blocks`, `workers`, `readahead`, `state`, `overlay`, `map`, `pack`, `log`, `rows`,
 //! `catalogue` → `format`, `block` → `medium`. `docs/ARCHITECTURE.md` follows a write and a fork through them;
 //! `docs/format.md` has every byte on disk.
 
+mod archive;
 mod block;
 mod blocks;
 pub mod catalogue;
@@ -37,6 +38,7 @@ mod store;
 mod usage;
 mod workers;
 
+pub use archive::{ARCHIVE_MAGIC, ArchiveReader, ArchiveReport, ArchiveState};
 pub use block::{BLOCK_SIZE, DiskId, SnapshotId, Source};
 pub use check::CheckReport;
 pub use diff::DiffRange;
@@ -49,4 +51,4 @@ pub use repack::RepackReport;
 pub use repair::RepairReport;
 pub use seal::SealReport;
 pub use store::{Commit, DiskInfo, SnapshotInfo, Store, Transaction};
-pub use usage::{Stats, Usage};
+pub use usage::{GroupUsage, Stats, Usage};

@@ -247,6 +247,11 @@ impl Store {
         crate::usage::usage(self.inner(), Some(source))?.pop().ok_or_else(gone)
     }
 
+    /// What groups of them cost, each group as a whole. What is in no group counts as one more group.
+    pub fn usage_of_groups(&self, groups: &[Vec<Source>]) -> Result<Vec<crate::GroupUsage>> {
+        crate::usage::usage_of_groups(self.inner(), groups)
+    }
+
     /// Makes everything written so far durable.
     pub fn flush(&self) -> Result<()> {
         self.inner().log.flush(self.inner().log.end())

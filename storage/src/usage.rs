@@ -11,6 +11,7 @@ use crate::pack::Digest;
 use crate::state::State;
 use roaring::RoaringTreemap;
 use serde::Serialize;
+use std::collections::BTreeSet;
 
 /// What a disk or snapshot costs.
 #[derive(Debug, Clone, Serialize)]
@@ -60,6 +61,45 @@ pub(crate) fn usage(inner: &Inner, only: Option<Source>) -> Result<Vec<Usage>> {
             exclusive_bytes,
             unsealed_bytes: unsealed.sum::<u64>() * BLOCK_BYTES,
         });
+    }
+    Ok(out)
+}
+
+/// What several disks and snapshots cost together.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
+pub struct GroupUsage {
+    /// Bytes in packs of everything that any of them refers to, each counted once.
+    pub referenced_bytes: u64,
+    /// Of these, bytes that nothing outside of the group refers to: about what deleting all of it gives back.
+    pub exclusive_bytes: u64,
+}
+
+/// What each group costs; whatever is in none of them is one more. Walks all maps, twice.
+pub(crate) fn usage_of_groups(inner: &Inner, groups: &[Vec<Source>]) -> Result<Vec<GroupUsage>> {
+    let _still = inner.collecting.lock();
+    let _no_sealing = inner.sealer.running.lock();
+    let devices = inner.registry.lock().devices.clone();
+    let grouped: BTreeSet<&Source> = groups.iter().flatten().collect();
+    let rest: Vec<Source> = devices.keys().filter(|source| !grouped.contains(source)).copied().collect();
+    // Roots are sets of addresses; what a group reaches is marked in one set, so that shared maps are walked once.
+    let reach = |group: &[Source]| -> Result<RoaringTreemap> {
+        let mut ids = RoaringTreemap::new();
+        for device in group.iter().filter_map(|source| devices.get(source)) {
+            mark(&inner.blocks, device.state().root, &mut ids)?;
+        }
+        Ok(ids)
+    };
+    let (mut once, mut shared) = (RoaringTreemap::new(), RoaringTreemap::new());
+    for group in groups.iter().chain([&rest]) {
+        let ids = reach(group)?;
+        shared |= &once & &ids;
+        once |= ids;
+    }
+    let mut out = Vec::with_capacity(groups.len());
+    for group in groups {
+        let ids = reach(group)?;
+        let referenced_bytes = stored_bytes(&inner.blocks, &ids)?;
+        out.push(GroupUsage { referenced_bytes, exclusive_bytes: stored_bytes(&inner.blocks, &(ids - &shared))? });
     }
     Ok(out)
 }

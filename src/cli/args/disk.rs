@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Subcommand, ValueEnum};
 
-use super::DiskFrontendArg;
+use super::{CatArgs, DiskFrontendArg, ExtractArgs, LsArgs};
 use crate::units::parse_size_mib;
 
 /// `miosa disk`
@@ -27,9 +27,11 @@ pub enum DiskCommand {
         disk: String,
         /// A file, or - for stdout
         file: PathBuf,
+        /// As what
+        #[arg(long, value_enum, default_value_t = ExportFormat::Raw)]
+        format: ExportFormat,
     },
     /// List disks, those of sandboxes too
-    #[command(visible_alias = "ls")]
     List,
     /// Show a disk or snapshot and what it costs
     #[command(visible_alias = "get")]
@@ -70,7 +72,16 @@ pub enum DiskCommand {
         a: String,
         /// Id or name
         b: String,
+        /// Compare the files of the ext4 file systems on them
+        #[arg(long)]
+        files: bool,
     },
+    /// List a directory of the ext4 file system on a disk or snapshot
+    Ls(LsArgs),
+    /// Write a file of it to stdout
+    Cat(CatArgs),
+    /// Write a file or directory of it to a tar archive
+    Extract(ExtractArgs),
     /// Show a disk, or a snapshot for reading, as a device; without a daemon until this is interrupted
     Attach {
         /// Id or name
@@ -100,7 +111,7 @@ pub struct ImportArgs {
     /// Name of the disk
     #[arg(long)]
     pub name: String,
-    /// What the image is; it is not guessed
+    /// What the image is; an archive is known by how it begins, no other format is guessed
     #[arg(long, value_enum, default_value_t = ImageFormat::Raw)]
     pub format: ImageFormat,
 }
@@ -112,4 +123,15 @@ pub enum ImageFormat {
     Raw,
     /// QEMU's, converted with qemu-img
     Qcow2,
+    /// What `disk export --format archive` writes; read from a pipe as it comes
+    Archive,
+}
+
+/// What a disk is written as.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum ExportFormat {
+    /// The disk's bytes
+    Raw,
+    /// A stream that carries deduplication and compression to another store
+    Archive,
 }

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use clap::{Args, Subcommand};
 
-use super::{parse_env, parse_mode};
+use super::{CatArgs, ExtractArgs, FileDiffArgs, LsArgs, parse_env, parse_mode};
 use crate::units::{parse_duration, parse_size_mib};
 
 /// `miosa sandbox`
@@ -193,7 +193,6 @@ pub struct SnapshotArgs {
 #[derive(Debug, Subcommand)]
 pub enum SnapshotsCommand {
     /// List snapshots of a sandbox, or all
-    #[command(visible_alias = "ls")]
     List {
         /// Id or name of the sandbox
         sandbox: Option<String>,
@@ -209,6 +208,37 @@ pub enum SnapshotsCommand {
     /// Delete a snapshot
     #[command(visible_aliases = ["rm", "destroy"])]
     Delete(SnapshotTarget),
+    /// Show which files differ between two snapshots, or a snapshot and a sandbox's present state
+    Diff(FileDiffArgs),
+    /// List a directory of a snapshot
+    Ls(LsArgs),
+    /// Write a file of a snapshot to stdout
+    Cat(CatArgs),
+    /// Write a file or directory of a snapshot to a tar archive
+    Extract(ExtractArgs),
+    /// Write a snapshot to a file that another host imports
+    Export(SnapshotExportArgs),
+    /// Take such a file in
+    Import(SnapshotImportArgs),
+}
+
+/// `miosa sandbox snapshots export`
+#[derive(Debug, Args)]
+pub struct SnapshotExportArgs {
+    /// Id or name of the snapshot; of a sandbox for its present state
+    pub snapshot: String,
+    /// A file, or - for stdout
+    pub file: PathBuf,
+}
+
+/// `miosa sandbox snapshots import`
+#[derive(Debug, Args)]
+pub struct SnapshotImportArgs {
+    /// A file, or - for stdin
+    pub file: PathBuf,
+    /// Name of the snapshot [default: as it was]
+    #[arg(long)]
+    pub name: Option<String>,
 }
 
 /// A snapshot: `SNAPSHOT`, or `SANDBOX SNAPSHOT`.

@@ -1,5 +1,7 @@
 //! `miosa store …`.
 
+use std::path::PathBuf;
+
 use clap::Subcommand;
 
 /// `miosa store`
@@ -33,4 +35,10 @@ pub enum StoreCommand {
     Repair,
     /// Show what each disk and snapshot costs
     Usage,
+    /// Show what everything costs, who shares it, and what deleting it would give back
+    Report {
+        /// Draw it, too
+        #[arg(long, value_name = "FILE")]
+        svg: Option<PathBuf>,
+    },
 }
