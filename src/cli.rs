@@ -20,6 +20,7 @@ mod sandbox;
 mod save;
 mod store;
 mod template;
+mod transfer;
 mod tree;
 
 use std::process::ExitCode;

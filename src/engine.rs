@@ -14,6 +14,7 @@ mod activity;
 pub mod attach;
 mod checkpoint;
 pub mod error;
+mod files;
 mod guest;
 pub mod lifecycle;
 mod metrics;
@@ -46,11 +47,13 @@ use registry::Registry;
 use sandbox::Sandbox;
 
 pub use checkpoint::{ForkRequest, SnapshotRequest};
+pub use files::GuestTreeWriter;
 pub(crate) use guest::check_env;
 pub use guest::{ExecSpec, GuestReader, GuestWriter, RunningExec};
 pub use snapshots::{Deleted, LineageNode, NodeKind};
 pub use template::{BASE, BootFiles, BuildRequest, ImageSource, Progress, TemplateBuilder};
 pub use vmm::agent::ExecEvent;
+pub use vmm::{DirEntry, FileKind, FileStat, TreeSummary};
 
 /// Settings of the engine that do not change while it runs.
 #[derive(Debug, Clone)]

@@ -9,7 +9,7 @@ use utoipa::ToSchema;
 
 use crate::engine::lifecycle::State;
 use crate::engine::records::{Consistency, SnapshotRecord, TemplateRecord, slug};
-use crate::engine::{Deleted, SandboxView};
+use crate::engine::{Deleted, FileKind, FileStat, SandboxView};
 
 /// Every successful answer.
 #[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
@@ -508,6 +508,83 @@ pub struct WriteFileBody {
 pub struct WrittenBody {
     pub path: String,
     pub size_bytes: u64,
+}
+
+/// A file of a sandbox.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[allow(missing_docs)]
+pub struct FileBody {
+    pub name: String,
+    pub path: String,
+    /// `file`, `directory`, `symlink` or `other`.
+    #[serde(rename = "type")]
+    pub kind: String,
+    pub size_bytes: u64,
+    /// Permissions, in octal.
+    pub mode: String,
+    pub uid: u32,
+    pub gid: u32,
+    #[schema(value_type = Option<String>, format = DateTime)]
+    pub modified_at: Option<Timestamp>,
+}
+
+impl FileBody {
+    pub(super) fn new(name: &str, path: &str, stat: &FileStat) -> Self {
+        Self {
+            name: name.rsplit('/').find(|part| !part.is_empty()).unwrap_or("/").to_owned(),
+            path: path.to_owned(),
+            kind: match stat.kind {
+                FileKind::File => "file",
+                FileKind::Directory => "directory",
+                FileKind::Symlink => "symlink",
+                FileKind::Other => "other",
+            }
+            .to_owned(),
+            size_bytes: stat.size,
+            mode: format!("{:o}", stat.mode),
+            uid: stat.uid,
+            gid: stat.gid,
+            modified_at: Timestamp::from_nanosecond(stat.mtime_nanos.into()).ok(),
+        }
+    }
+}
+
+/// Names a path of a sandbox.
+#[derive(Debug, Clone, Default, Serialize, Deserialize, ToSchema)]
+#[serde(default)]
+#[allow(missing_docs)]
+pub struct PathBody {
+    pub path: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub mode: Option<u32>,
+    #[serde(skip_serializing_if = "is_false")]
+    pub recursive: bool,
+}
+
+/// Asks for another name.
+#[derive(Debug, Clone, Default, Serialize, Deserialize, ToSchema)]
+#[serde(default)]
+#[allow(missing_docs)]
+pub struct RenameBody {
+    pub from: String,
+    pub to: String,
+}
+
+/// What became of an archive.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[allow(missing_docs)]
+pub struct TreeBody {
+    pub path: String,
+    pub files: u64,
+    pub size_bytes: u64,
+    pub removed: u64,
+}
+
+/// The end of a guest's console.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[allow(missing_docs)]
+pub struct LogsBody {
+    pub logs: String,
 }
 
 /// Asks for a template.

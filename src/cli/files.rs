@@ -75,12 +75,18 @@ pub(super) async fn read(client: &Client, out: Out, args: ReadFileArgs) -> Resul
 }
 
 /// Seen here, before anything is read or sent.
-fn check_guest_path(path: &str) -> Result<()> {
+pub(super) fn check_guest_path(path: &str) -> Result<()> {
     if path.starts_with('/') {
         return Ok(());
     }
     Err(Failure::user("invalid_input", format!("the guest path {path:?} is not absolute"))
         .hint("start it with /, for example /workspace/app/page.jsx"))
+}
+
+/// Permissions of a local file, for the sandbox's; none of what is no file.
+pub(super) fn mode_of(path: &Path) -> Option<u32> {
+    use std::os::unix::fs::PermissionsExt;
+    std::fs::metadata(path).ok().filter(std::fs::Metadata::is_file).map(|m| m.permissions().mode() & 0o777)
 }
 
 async fn file_pieces(path: &Path) -> Result<impl futures_util::Stream<Item = std::io::Result<Bytes>> + Send + 'static> {

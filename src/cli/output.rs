@@ -51,6 +51,11 @@ impl Failure {
         self
     }
 
+    /// The stable word.
+    pub fn code(&self) -> &str {
+        &self.body.code
+    }
+
     /// The exit code.
     pub fn exit(&self) -> u8 {
         self.exit

@@ -5,11 +5,11 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 
-use super::args::{CreateArgs, ForkArgs, SandboxCommand, SnapshotArgs, SnapshotTarget, SnapshotsCommand};
+use super::args::{CreateArgs, ForkArgs, SandboxCommand, SnapshotArgs, SnapshotTarget, SnapshotsCommand, WaitArgs};
 use super::output::{Failure, Out, Result};
-use super::{archives, contents, exec, files};
+use super::{archives, contents, exec, files, transfer};
 use crate::api::client::{Client, escape};
-use crate::api::types::{CreateBody, ExtendBody, ForkBody, SandboxBody, SnapshotBody, SnapshotRequestBody};
+use crate::api::types::{CreateBody, ExtendBody, ForkBody, LogsBody, SandboxBody, SnapshotBody, SnapshotRequestBody};
 use crate::engine::lifecycle::State;
 use crate::engine::records::Consistency;
 use crate::units::{show_bytes, show_duration};
@@ -24,6 +24,15 @@ pub(super) async fn run(client: &Client, out: Out, command: SandboxCommand) -> R
         }
         SandboxCommand::WriteFile(args) => files::write(client, out, args).await?,
         SandboxCommand::ReadFile(args) => files::read(client, out, args).await?,
+        SandboxCommand::Cp(args) => transfer::cp(client, out, args).await?,
+        SandboxCommand::Upload(args) => transfer::upload(client, out, args).await?,
+        SandboxCommand::UploadDir(args) => transfer::upload_dir(client, out, args).await?,
+        SandboxCommand::Download(args) => transfer::download(client, out, args).await?,
+        SandboxCommand::Wait(args) => wait(client, out, args).await?,
+        SandboxCommand::Logs(target) => {
+            let logs: LogsBody = client.get(&path(&target.sandbox, "/logs")).await?;
+            out.answer(&logs, logs.logs.trim_end(), |_| logs.logs.trim_end().to_owned())?;
+        }
         SandboxCommand::Exec(args) => return exec::run(client, out, args).await,
         SandboxCommand::Stop(target) => {
             out.progress("stopping …");
@@ -111,6 +120,72 @@ async fn create(client: &Client, out: Out, args: CreateArgs) -> Result<()> {
     let sandbox: SandboxBody = client.post(&format!("/sandboxes?wait={}", args.wait), &body).await?;
     out.answer(&sandbox, &sandbox.id, |out| {
         changed(out, &sandbox, &format!("miosa sandbox exec {} -- COMMAND", sandbox.id))
+    })
+}
+
+/// Between two looks.
+const LOOK: Duration = Duration::from_millis(250);
+
+async fn wait(client: &Client, out: Out, args: WaitArgs) -> Result<()> {
+    let until = std::time::Instant::now() + args.timeout;
+    let mut told = false;
+    loop {
+        let sandbox: SandboxBody = client.get(&path(&args.target.sandbox, "")).await?;
+        let ended = matches!(sandbox.state, State::Paused | State::Error | State::Destroyed);
+        if ended {
+            let why = sandbox.last_error.as_deref().map(|e| format!(": {e}")).unwrap_or_default();
+            let message = format!("sandbox {} is {}{why}", sandbox.name, sandbox.state.name());
+            return Err(Failure::user("sandbox_not_running", message)
+                .hint(format!("start a session: miosa sandbox resume {}", sandbox.id)));
+        }
+        let ready = sandbox.state == State::Running
+            && match args.port {
+                None => true,
+                Some(port) => listens(client, &args.target.sandbox, port).await?,
+            };
+        if ready {
+            return out.answer(&sandbox, &sandbox.id, |out| {
+                changed(out, &sandbox, &format!("miosa sandbox exec {} -- COMMAND", sandbox.id))
+            });
+        }
+        if std::time::Instant::now() >= until {
+            let what = args.port.map_or("it cannot be used".to_owned(), |p| format!("nothing listens on port {p}"));
+            let message = format!("after {} {what}", show_duration(args.timeout));
+            return Err(Failure::user("wait_timeout", message).hint("wait longer: --timeout DURATION"));
+        }
+        if !std::mem::replace(&mut told, true) {
+            out.progress("waiting …");
+        }
+        tokio::time::sleep(LOOK).await;
+    }
+}
+
+/// Whether a TCP socket of the guest listens on this port, by the kernel's own tables.
+async fn listens(client: &Client, sandbox: &str, port: u16) -> Result<bool> {
+    for table in ["/proc/net/tcp", "/proc/net/tcp6"] {
+        let route = path(sandbox, &format!("/fs/download?path={}", escape(table)));
+        let mut content = match client.download(&route).await {
+            Ok(content) => content,
+            // A guest without IPv6, or one that went away: the state tells at the next look.
+            Err(_) => continue,
+        };
+        let mut text = Vec::new();
+        while let Some(piece) = content.next_piece().await? {
+            text.extend_from_slice(&piece);
+        }
+        if has_listener(&String::from_utf8_lossy(&text), port) {
+            return Ok(true);
+        }
+    }
+    Ok(false)
+}
+
+/// In `/proc/net/tcp`, a line's second field ends with the port in hexadecimal, and its fourth is 0A of a listener.
+fn has_listener(table: &str, port: u16) -> bool {
+    table.lines().any(|line| {
+        let fields: Vec<&str> = line.split_whitespace().collect();
+        let local = fields.get(1).and_then(|address| address.rsplit(':').next());
+        local.and_then(|p| u16::from_str_radix(p, 16).ok()) == Some(port) && fields.get(3) == Some(&"0A")
     })
 }
 
@@ -320,4 +395,14 @@ fn all_started(waited: bool, children: &[SandboxBody]) -> Result<()> {
     let message = format!("{} of {} children could not be started: {}: {why}", down.len(), children.len(), first.name);
     Err(Failure::new(4, "children_not_started", message)
         .hint(format!("the children are there; start one again: miosa sandbox resume {}", first.id)))
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn a_listener_is_found_by_its_port() {
+        let table = "  sl  local_address rem_address   st\n   0: 0100007F:1F90 00000000:0000 0A 0\n   1: 0100007F:0016 0100007F:9999 01 0\n";
+        assert!(super::has_listener(table, 8_080));
+        assert!(!super::has_listener(table, 22) && !super::has_listener(table, 80));
+    }
 }

@@ -72,11 +72,16 @@ impl Engine {
 
     /// Opens a guest's file to be read. An absent file is an error here and not in the middle of the data.
     pub async fn read_file(&self, key: &str, path: &str) -> Result<GuestReader> {
+        self.read_range(key, path, 0, None).await
+    }
+
+    /// [`Engine::read_file`] from an offset, at most so many bytes.
+    pub async fn read_range(&self, key: &str, path: &str, offset: u64, len: Option<u64>) -> Result<GuestReader> {
         let (sandbox, path) = (self.find(key)?, check_path(path)?);
         self.detached(async move {
-            let mut reader = use_guest(&sandbox, |agent| async move { Ok(agent.read_file(path).await?) }).await?;
-            let first = reader.next().await?;
-            Ok(GuestReader { over: first.is_none(), first, reader, _in_use: sandbox.begin_use() })
+            let reader =
+                use_guest(&sandbox, |agent| async move { Ok(agent.read_range(path, offset, len).await?) }).await?;
+            GuestReader::begin(reader, sandbox.begin_use()).await
         })
         .await
     }
@@ -99,7 +104,7 @@ impl Engine {
 }
 
 /// Begins a call to the guest in its session.
-async fn use_guest<T, F: Future<Output = Result<T>>>(
+pub(super) async fn use_guest<T, F: Future<Output = Result<T>>>(
     sandbox: &Arc<Sandbox>,
     call: impl FnOnce(Agent) -> F,
 ) -> Result<T> {
@@ -110,19 +115,6 @@ async fn use_guest<T, F: Future<Output = Result<T>>>(
         return Err(Error::internal(format!("sandbox {} is running without a session", sandbox.name())));
     };
     within(sandbox.shared.settings.agent_deadline, "handing the call to the guest", call(session.agent())).await
-}
-
-/// Puts a file of a few bytes in place, unless it is there as it should be.
-pub(super) async fn put_small_file(agent: &Agent, path: &str, content: String) -> Result<()> {
-    if let Ok(reader) = agent.read_file(path).await
-        && let Ok(present) = reader.read_to_end(content.len()).await
-        && present == content
-    {
-        return Ok(());
-    }
-    let mut writer = agent.write_file(path, Some(0o444)).await?;
-    writer.write(content.as_bytes()).await?;
-    Ok(writer.finish().await?)
 }
 
 /// A running program. Dropping it kills it.
@@ -160,6 +152,12 @@ pub struct GuestReader {
 }
 
 impl GuestReader {
+    /// Waits for the first piece, so that an absent file is told before anything else is.
+    pub(super) async fn begin(mut reader: FileReader, in_use: InUse) -> Result<Self> {
+        let first = reader.next().await?;
+        Ok(Self { over: first.is_none(), first, reader, _in_use: in_use })
+    }
+
     /// The next piece; none at the end.
     pub async fn next_piece(&mut self) -> Result<Option<Bytes>> {
         if let Some(first) = self.first.take() {
@@ -238,7 +236,7 @@ pub(crate) fn check_env(env: &BTreeMap<String, String>) -> Result<()> {
 }
 
 /// Guest paths are absolute, and resolved by the guest alone.
-fn check_path(path: &str) -> Result<String> {
+pub(super) fn check_path(path: &str) -> Result<String> {
     if !path.starts_with('/') {
         return Err(Error::invalid(format!("the guest path {path:?} is not absolute"))
             .hint("start it with /, for example /workspace/app/page.jsx"));

@@ -28,6 +28,9 @@ use super::{SandboxView, Shared};
 /// Destroyed sandboxes are remembered, so that a late caller is told what happened, but not without bound.
 const REMEMBERED_DESTROYED: usize = 1_000;
 
+/// Bytes of console kept of the last session.
+const CONSOLE_KEPT: usize = 16 * 1024;
+
 /// A sandbox. Always in an `Arc`.
 pub(crate) struct Sandbox {
     id: String,
@@ -49,6 +52,8 @@ struct Face {
 pub(super) struct Owner {
     pub(super) session: Option<Session>,
     sessions_begun: u64,
+    /// The end of the last session's console.
+    last_console: String,
 }
 
 /// The owner's lock, held.
@@ -318,6 +323,7 @@ impl Sandbox {
     pub(super) async fn end_session(&self, owner: &mut OwnerGuard, how: Ending) -> Result<Option<String>> {
         let Some(session) = owner.session.take() else { return Ok(None) };
         let age = session.began.elapsed();
+        owner.last_console = session.machine.console_tail(CONSOLE_KEPT);
         let ended = session.end(&self.shared, how).await;
         {
             let mut face = self.face.write();
@@ -326,6 +332,15 @@ impl Sandbox {
             face.record.total_runtime_ms += age.as_millis() as u64;
         }
         ended
+    }
+
+    /// The end of the guest's console.
+    pub(super) async fn console(&self, max_bytes: usize) -> String {
+        let owner = self.own().await;
+        match &owner.session {
+            Some(session) => session.machine.console_tail(max_bytes),
+            None => owner.last_console.clone(),
+        }
     }
 
     pub(super) async fn destroy(self: &Arc<Self>) -> Result<SandboxView> {

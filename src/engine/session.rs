@@ -2,12 +2,12 @@
 
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use storage::Disk;
 use tokio::sync::watch;
 use tokio::time::Instant;
-use vmm::{Agent, ExitReason, Machine, MachineSpec};
+use vmm::{Agent, ExecRequest, ExitReason, Identity, Machine, MachineSpec};
 
 use super::Shared;
 use super::attach::AttachedDisk;
@@ -74,6 +74,7 @@ impl Session {
             accel: shared.settings.accel,
             hostname: slug(&record.name),
             network: shared.settings.network,
+            mac: mac_of(&record.machine_id),
             kernel_args: shared.settings.kernel_args.clone(),
         };
         let machine = match shared.vmm.start(spec, shared.settings.boot_deadline).await {
@@ -105,17 +106,24 @@ impl Session {
         Ok(session)
     }
 
-    /// Gives the guest what makes it this sandbox and no other: the time, and its own machine id.
+    /// Gives the guest what makes it this sandbox and no other.
     async fn settle(&self, shared: &Shared, record: &SandboxRecord) -> Result<()> {
         let agent = self.machine.agent();
-        within(shared.settings.agent_deadline, "setting the guest's clock", async {
-            Ok(agent.set_clock(SystemTime::now()).await?)
+        let identity = Identity {
+            machine_id: record.machine_id.clone(),
+            hostname: slug(&record.name),
+            entropy: rand::random::<[u8; 32]>().to_vec(),
+            unix_nanos: SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_nanos() as u64,
+        };
+        let found = within(shared.settings.agent_deadline, "giving the guest its identity", async {
+            Ok(agent.identify(identity).await?)
         })
         .await?;
-        within(shared.settings.agent_deadline, "giving the guest its machine id", async {
-            super::guest::put_small_file(&agent, "/etc/machine-id", format!("{}\n", record.machine_id)).await
-        })
-        .await
+        if found.host_keys_missing {
+            // It takes a guest seconds; nobody is to wait for it. Cut off, it is done in the next session.
+            tokio::spawn(make_host_keys(agent, record.id.clone()));
+        }
+        Ok(())
     }
 
     /// When the session's time is up.
@@ -231,6 +239,25 @@ pub(super) async fn within<T>(deadline: Duration, what: &str, call: impl Future<
     }
 }
 
+/// A hardware address of a sandbox's own, the same in each of its sessions: locally administered, of one machine.
+fn mac_of(machine_id: &str) -> [u8; 6] {
+    let id = u128::from_str_radix(machine_id, 16).unwrap_or_default().to_be_bytes();
+    [0x02, id[0], id[1], id[2], id[3], id[4]]
+}
+
+/// Has the guest make ssh host keys of its own.
+async fn make_host_keys(agent: Agent, id: String) {
+    let request = ExecRequest { argv: vec!["ssh-keygen".into(), "-A".into()], ..ExecRequest::default() };
+    match agent.run(request, 4_096).await {
+        Ok(done) if done.status.code == Some(0) => tracing::debug!(sandbox = %id, "new ssh host keys"),
+        Ok(done) => {
+            let said = String::from_utf8_lossy(&done.stderr).into_owned();
+            tracing::warn!(sandbox = %id, %said, "ssh host keys could not be made");
+        }
+        Err(error) => tracing::debug!(sandbox = %id, %error, "making ssh host keys was cut off"),
+    }
+}
+
 /// Makes a directory that nobody else can look into.
 fn private_dir(dir: &std::path::Path) -> std::io::Result<()> {
     use std::os::unix::fs::DirBuilderExt;
@@ -256,6 +283,9 @@ impl From<vmm::Error> for Error {
         let converted = Error::new(kind, error.message);
         match error.hint {
             Some(hint) => converted.hint(hint),
+            None if kind == Kind::GuestDiskFull => {
+                converted.hint("free space in the guest, or make a sandbox with a larger disk: --disk SIZE")
+            }
             None if kind == Kind::SessionEnded => {
                 converted.hint("the sandbox was stopped, or its machine ended; the next call starts a new session")
             }

@@ -194,3 +194,57 @@ fn a_daemon_that_is_killed_has_everything_when_it_is_back() {
     assert_eq!(d.run(&["sandbox", "snapshots", "get", "one", "s", "--json"]).json()["comment"], "s");
     assert_eq!(d.run(&["sandbox", "exec", "one", "--", "echo", "up"]).out, "up\n");
 }
+
+#[test]
+fn directories_are_copied_both_ways() {
+    let d = Daemon::start();
+    d.run(&["sandbox", "create", "--name", "one", "--wait", "--json"]).json();
+    let local = d.dir.path().join("app");
+    std::fs::create_dir_all(local.join("src")).unwrap();
+    std::fs::write(local.join("src/main.py"), "print(1)").unwrap();
+    std::fs::write(local.join("README"), "read me").unwrap();
+    let at = |path: &std::path::Path| path.to_str().unwrap().to_owned();
+    let sh = |line: &str| d.run(&["sandbox", "exec", "one", "--", "sh", "-c", line]).out;
+    // A directory needs -r; into one that is there it goes by its own name.
+    let refused = d.run(&["sandbox", "cp", &at(&local), "one:/workspace", "--json"]).error(1);
+    assert!(refused["hint"].as_str().unwrap().contains("-r"), "{refused}");
+    let done = d.run(&["sandbox", "cp", "-r", &at(&local), "one:/workspace", "--json"]).json();
+    assert_eq!((done["files"].as_u64(), done["path"].as_str()), (Some(2), Some("/workspace/app")));
+    let listed = d.run(&["sandbox", "read-file", "one", "/workspace/app/src/main.py"]);
+    assert_eq!(listed.out, "print(1)", "{}", sh("ls -R"));
+    // Again, without what has gone meanwhile.
+    std::fs::remove_file(local.join("README")).unwrap();
+    let done = d.run(&["sandbox", "upload-dir", "one", &at(&local), "/workspace/app", "--delete", "--json"]).json();
+    assert_eq!((done["files"].as_u64(), done["removed"].as_u64()), (Some(1), Some(1)));
+    // Back, and a single file with its mode.
+    let back = d.dir.path().join("back");
+    assert_eq!(d.run(&["sandbox", "cp", "-r", "one:/workspace/app", &at(&back)]).code, 0);
+    assert_eq!(std::fs::read_to_string(back.join("src/main.py")).unwrap(), "print(1)");
+    assert!(!back.join("README").exists());
+    let script = d.dir.path().join("run.sh");
+    std::fs::write(&script, "#!/bin/sh\n").unwrap();
+    std::fs::set_permissions(&script, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+    d.run(&["sandbox", "upload", "one", &at(&script), "--json"]).json();
+    assert_eq!(d.run(&["sandbox", "cp", "one:/workspace/run.sh", &at(&back)]).code, 0);
+    assert_eq!(std::fs::read_to_string(back.join("run.sh")).unwrap(), "#!/bin/sh\n");
+    assert_eq!(d.run(&["sandbox", "download", "one", "/workspace/app", "--output", &at(&back.join("x"))]).code, 0);
+    assert!(back.join("x/src/main.py").exists());
+    // What is wrong is said.
+    d.run(&["sandbox", "cp", "one:/none", &at(&back), "--json"]).error(1);
+    d.run(&["sandbox", "cp", "one:/a", "two:/b", "--json"]).error(1);
+    d.run(&["sandbox", "cp", "nothing", "here", "--json"]).error(1);
+    d.run(&["sandbox", "cp", &at(&d.dir.path().join("absent")), "one:/x", "--json"]).error(1);
+    let not_local = d.run(&["sandbox", "upload-dir", "one", &at(&script), "--json"]).error(1);
+    assert_eq!(not_local["code"], "local_file");
+    // To wait for what is there is short, for what is stopped an error.
+    assert_eq!(d.run(&["sandbox", "wait", "one", "--json"]).json()["state"], "running");
+    d.run(&["sandbox", "stop", "one", "--json"]).json();
+    assert_eq!(d.run(&["sandbox", "wait", "one", "--json"]).error(1)["code"], "sandbox_not_running");
+    // Snapshots as a tree.
+    d.run(&["sandbox", "snapshot", "one", "--name", "kept", "--json"]).json();
+    let tree = d.run(&["sandbox", "snapshots", "tree"]).out;
+    assert!(tree.starts_with("template base") && tree.contains("└─ ") && tree.contains("“kept”"), "{tree}");
+    assert_eq!(d.run(&["sandbox", "snapshots", "tree", "one", "--json"]).json().as_array().unwrap().len(), 3);
+    let freed = d.run(&["sandbox", "snapshots", "delete", "one", "kept", "--json"]).json();
+    assert!(freed["freed_bytes"].is_u64());
+}

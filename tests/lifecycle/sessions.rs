@@ -5,10 +5,10 @@ use std::time::Duration;
 
 use miosa::engine::error::Kind;
 use miosa::engine::lifecycle::State;
-use miosa::engine::{CreateRequest, ExecEvent, ExecSpec, Settings};
+use miosa::engine::{CreateRequest, ExecEvent, ExecSpec, ForkRequest, Settings};
 use vmm::fake::Script;
 
-use crate::support::{World, refused, sh, wanted};
+use crate::support::{World, forks, refused, sh, wanted};
 
 #[tokio::test]
 async fn programs_run_with_the_sandboxes_environment_and_their_own() {
@@ -162,4 +162,62 @@ async fn a_guest_that_does_not_shut_down_is_killed_and_that_is_told() {
     w.engine.resume("one").await.unwrap();
     let record = w.engine.stop("one").await.unwrap().record;
     assert!(!record.unclean && record.last_error.is_none(), "{record:?}");
+}
+
+#[tokio::test]
+async fn each_child_of_a_fork_has_an_identity_of_its_own_and_keeps_it() {
+    let w = World::new().await;
+    w.create("parent").await;
+    let children = w.engine.fork("parent", ForkRequest { wait: true, ..forks("child", 5) }).await.unwrap();
+    let file = |id: &str, path: &str| std::fs::read_to_string(w.vmm.root_of(id).join(path)).unwrap();
+    let mut ids = std::collections::BTreeSet::new();
+    let mut entropy = std::collections::BTreeSet::new();
+    for child in &children {
+        let r = &child.record;
+        assert_eq!(file(&r.id, "etc/machine-id").trim(), r.machine_id);
+        assert_eq!(file(&r.id, "etc/hostname").trim(), r.name);
+        assert!(file(&r.id, "etc/hosts").contains(&format!("127.0.1.1 {}\n", r.name)));
+        assert!(ids.insert(r.machine_id.clone()));
+        assert!(entropy.insert(w.vmm.machine(&r.id).unwrap().entropy()));
+        assert!(w.vmm.machine(&r.id).unwrap().clock().is_some());
+    }
+    // A resume is no copy: what the guest has changed stays.
+    let id = &children[0].record.id;
+    std::fs::write(w.vmm.root_of(id).join("etc/hostname"), "changed\n").unwrap();
+    w.engine.stop(id).await.unwrap();
+    w.engine.resume(id).await.unwrap();
+    assert_eq!(file(id, "etc/hostname"), "changed\n");
+}
+
+#[tokio::test]
+async fn directories_go_in_and_come_out_and_files_are_managed() {
+    let w = World::new().await;
+    w.create("one").await;
+    let mut builder = tar::Builder::new(Vec::new());
+    let mut header = tar::Header::new_gnu();
+    header.set_size(5);
+    header.set_mode(0o755);
+    builder.append_data(&mut header, "a/run.sh", &b"hello"[..]).unwrap();
+    let archive = builder.into_inner().unwrap();
+    let mut writer = w.engine.write_tree("one", "/workspace/app", false).await.unwrap();
+    writer.write(&archive).await.unwrap();
+    assert_eq!(writer.finish().await.unwrap().files, 1);
+    let stat = w.engine.stat_file("one", "/workspace/app/a/run.sh").await.unwrap();
+    assert_eq!((stat.size, stat.mode), (5, 0o755));
+    let mut reader = w.engine.read_tree("one", "/workspace/app").await.unwrap();
+    let mut back = Vec::new();
+    while let Some(piece) = reader.next_piece().await.unwrap() {
+        back.extend_from_slice(&piece);
+    }
+    assert!(back.windows(5).any(|w| w == b"hello"));
+    w.engine.rename_file("one", "/workspace/app/a", "/workspace/b").await.unwrap();
+    let names: Vec<_> = w.engine.list_files("one", "/workspace").await.unwrap().into_iter().map(|e| e.name).collect();
+    assert_eq!(names, ["app", "b"]);
+    w.engine.remove_file("one", "/workspace/b", true).await.unwrap();
+    assert_eq!(refused(w.engine.stat_file("one", "/workspace/b").await), Kind::FileNotFound);
+    assert_eq!(refused(w.engine.remove_file("one", "/", true).await), Kind::InvalidInput);
+    assert_eq!(refused(w.engine.write_tree("one", "//", true).await), Kind::InvalidInput);
+    assert_eq!(refused(w.engine.read_tree("one", "/none").await), Kind::FileNotFound);
+    let mut part = w.engine.read_range("one", "/etc/hostname", 1, Some(2)).await.unwrap();
+    assert_eq!(part.next_piece().await.unwrap().as_deref(), Some(&b"ne"[..]));
 }

@@ -30,6 +30,7 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
                 accel: Accel::Tcg,
                 hostname: "boot".into(),
                 network: Network::User,
+                mac: [2, 0, 0, 0, 0, 1],
                 kernel_args: Vec::new(),
             };
             let machine = QemuVmm::new().machine_type(machine_type).start(spec, PATIENCE).await?;

@@ -9,8 +9,10 @@ mod connection;
 use std::path::Path;
 use std::time::Duration;
 
-use bytes::{Bytes, BytesMut};
-use miosa_agent::wire::{ExecRequest, ExitStatus, FileStat, GuestInfo, Reply, Request};
+use bytes::{Buf, Bytes, BytesMut};
+use miosa_agent::wire::{
+    DirEntry, ExecRequest, ExitStatus, FileStat, GuestInfo, Identity, MAX_ENTRY, Reply, Request, TreeSummary,
+};
 use tokio::net::UnixStream;
 use tokio::time::Instant;
 
@@ -114,8 +116,90 @@ impl Agent {
     /// # Errors
     /// `AgentLost` here; errors of the file come from [`FileReader::next`].
     pub async fn read_file(&self, path: impl Into<String>) -> Result<FileReader> {
-        let stream = self.open(Request::ReadFile { path: path.into() }).await?;
+        self.read_range(path, 0, None).await
+    }
+
+    /// Reads a part of a file: from `offset`, at most `len` bytes. Beyond the end there is nothing.
+    ///
+    /// # Errors
+    /// As [`Agent::read_file`].
+    pub async fn read_range(&self, path: impl Into<String>, offset: u64, len: Option<u64>) -> Result<FileReader> {
+        let stream = self.open(Request::ReadFile { path: path.into(), offset, len }).await?;
         Ok(FileReader { stream, timeout: self.timeout, over: false })
+    }
+
+    /// Reads a directory and all that is in it, as a tar archive in pieces.
+    ///
+    /// # Errors
+    /// As [`Agent::read_file`]; `Guest(NotDirectory)`.
+    pub async fn read_tree(&self, path: impl Into<String>) -> Result<FileReader> {
+        let stream = self.open(Request::ReadTree { path: path.into() }).await?;
+        Ok(FileReader { stream, timeout: self.timeout, over: false })
+    }
+
+    /// Unpacks a tar archive into a directory; see [`TreeWriter`]. With `delete`, what is in the directory and not in the
+    /// archive is removed at the end.
+    ///
+    /// # Errors
+    /// `AgentLost` here; errors of the archive and its files come from the writer's methods.
+    pub async fn write_tree(&self, path: impl Into<String>, delete: bool) -> Result<TreeWriter> {
+        let stream = self.open(Request::WriteTree { path: path.into(), delete }).await?;
+        Ok(TreeWriter { upload: Upload { input: stream.input(), stream, timeout: self.timeout } })
+    }
+
+    /// What is in a directory, by name, at most `max` entries.
+    ///
+    /// # Errors
+    /// Guest errors; `Invalid` when there are more than `max`; `AgentLost` for what is no list.
+    pub async fn list(&self, path: impl Into<String>, max: usize) -> Result<Vec<DirEntry>> {
+        let stream = self.open(Request::List { path: path.into() }).await?;
+        let mut reader = FileReader { stream, timeout: self.timeout, over: false };
+        let (mut bytes, mut entries) = (BytesMut::new(), Vec::new());
+        while let Some(piece) = reader.next().await? {
+            bytes.extend_from_slice(&piece);
+            while let Some(entry) = take_entry(&mut bytes)? {
+                if entries.len() == max {
+                    return Err(Error::new(ErrorKind::Invalid, format!("the directory has more than {max} entries")));
+                }
+                entries.push(entry);
+            }
+        }
+        if bytes.is_empty() { Ok(entries) } else { Err(no_list()) }
+    }
+
+    /// Makes a directory and those above it; fine when it is there.
+    ///
+    /// # Errors
+    /// Guest errors.
+    pub async fn make_dir(&self, path: impl Into<String>, mode: Option<u32>) -> Result<()> {
+        self.done(Request::MakeDir { path: path.into(), mode }).await
+    }
+
+    /// Removes a file, a link or a directory; with `recursive` all that is in it.
+    ///
+    /// # Errors
+    /// Guest errors.
+    pub async fn remove(&self, path: impl Into<String>, recursive: bool) -> Result<()> {
+        self.done(Request::Remove { path: path.into(), recursive }).await
+    }
+
+    /// Gives a file or directory another name.
+    ///
+    /// # Errors
+    /// Guest errors.
+    pub async fn rename(&self, from: impl Into<String>, to: impl Into<String>) -> Result<()> {
+        self.done(Request::Rename { from: from.into(), to: to.into() }).await
+    }
+
+    /// Makes the guest one sandbox and no other.
+    ///
+    /// # Errors
+    /// Guest errors; `Guest(Invalid)` for an id or a name that is none.
+    pub async fn identify(&self, identity: Identity) -> Result<Identified> {
+        match self.call(Request::Identify(identity)).await? {
+            Reply::Identified { fresh, host_keys_missing } => Ok(Identified { fresh, host_keys_missing }),
+            other => Err(unexpected(&other)),
+        }
     }
 
     /// Writes a file of any size: the file at `path` is the old one until [`FileWriter::finish`] has returned, then
@@ -125,8 +209,21 @@ impl Agent {
     /// # Errors
     /// `AgentLost` here; errors of the file come from the writer's methods.
     pub async fn write_file(&self, path: impl Into<String>, mode: Option<u32>) -> Result<FileWriter> {
-        let stream = self.open(Request::WriteFile { path: path.into(), mode }).await?;
-        Ok(FileWriter { input: stream.input(), stream, timeout: self.timeout })
+        self.write_file_as(path, mode, None).await
+    }
+
+    /// [`Agent::write_file`] with an owner: user and group.
+    ///
+    /// # Errors
+    /// As [`Agent::write_file`].
+    pub async fn write_file_as(
+        &self,
+        path: impl Into<String>,
+        mode: Option<u32>,
+        owner: Option<(u32, u32)>,
+    ) -> Result<FileWriter> {
+        let stream = self.open(Request::WriteFile { path: path.into(), mode, owner }).await?;
+        Ok(FileWriter { upload: Upload { input: stream.input(), stream, timeout: self.timeout } })
     }
 
     /// Looks at a file; follows symbolic links.
@@ -225,6 +322,33 @@ impl Agent {
     async fn open(&self, request: Request) -> Result<Stream> {
         within(crate::machine::deadline_at(self.timeout), self.connection.stream(&request)).await
     }
+}
+
+/// What an [`Agent::identify`] found.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Identified {
+    /// The disk had been another sandbox's: what must not be shared was made anew.
+    pub fresh: bool,
+    /// An ssh server is installed and has no host keys.
+    pub host_keys_missing: bool,
+}
+
+fn no_list() -> Error {
+    Error::new(ErrorKind::AgentLost, "the guest's agent sent a list that cannot be read")
+}
+
+/// The next entry, if all of it is there.
+fn take_entry(bytes: &mut BytesMut) -> Result<Option<DirEntry>> {
+    let Some((len, rest)) = bytes.split_first_chunk::<4>() else { return Ok(None) };
+    let len = u32::from_le_bytes(*len) as usize;
+    if len > MAX_ENTRY {
+        return Err(no_list());
+    }
+    let Some(entry) = rest.get(..len) else { return Ok(None) };
+    let entry = miosa_agent::wire::Frame::new(0, miosa_agent::wire::Kind::Data, Bytes::copy_from_slice(entry));
+    let entry = entry.parse().map_err(|_| no_list())?;
+    bytes.advance(4 + len);
+    Ok(Some(entry))
 }
 
 async fn within<T>(at: Instant, what: impl Future<Output = Result<T>>) -> Result<T> {
@@ -415,9 +539,7 @@ impl FileReader {
 /// A file being written. Dropped before [`FileWriter::finish`], it leaves the old file in place.
 #[derive(Debug)]
 pub struct FileWriter {
-    stream: Stream,
-    input: Input,
-    timeout: Duration,
+    upload: Upload,
 }
 
 impl FileWriter {
@@ -426,6 +548,55 @@ impl FileWriter {
     /// # Errors
     /// `Guest(NoSpace)`, `Guest(IsDirectory)` and other guest errors; `AgentLost`, `AgentTimeout`.
     pub async fn write(&mut self, bytes: &[u8]) -> Result<()> {
+        self.upload.write(bytes).await
+    }
+
+    /// Puts the file in its place; it is there and durable on the guest's disk when this returns.
+    ///
+    /// # Errors
+    /// As [`FileWriter::write`].
+    pub async fn finish(self) -> Result<()> {
+        self.upload.finish().await.map(drop)
+    }
+}
+
+/// A directory being unpacked from a tar archive. Dropped before [`TreeWriter::finish`], it leaves what has been unpacked
+/// and removes nothing.
+#[derive(Debug)]
+pub struct TreeWriter {
+    upload: Upload,
+}
+
+impl TreeWriter {
+    /// Sends a piece of the archive; waits while the guest's disk is slow.
+    ///
+    /// # Errors
+    /// As [`FileWriter::write`]; `Guest(Invalid)` for a path that leaves the directory.
+    pub async fn write(&mut self, bytes: &[u8]) -> Result<()> {
+        self.upload.write(bytes).await
+    }
+
+    /// Ends the archive; all is durable on the guest's disk when this returns.
+    ///
+    /// # Errors
+    /// As [`TreeWriter::write`].
+    pub async fn finish(self) -> Result<TreeSummary> {
+        match self.upload.finish().await? {
+            Reply::Tree(summary) => Ok(summary),
+            other => Err(unexpected(&other)),
+        }
+    }
+}
+
+#[derive(Debug)]
+struct Upload {
+    stream: Stream,
+    input: Input,
+    timeout: Duration,
+}
+
+impl Upload {
+    async fn write(&mut self, bytes: &[u8]) -> Result<()> {
         for piece in bytes.chunks(64 * 1024) {
             let sent = within(crate::machine::deadline_at(self.timeout), self.input.send(piece)).await;
             if let Err(error) = sent {
@@ -439,21 +610,16 @@ impl FileWriter {
         Ok(())
     }
 
-    /// Puts the file in its place; it is there and durable on the guest's disk when this returns.
-    ///
-    /// # Errors
-    /// As [`FileWriter::write`].
-    pub async fn finish(mut self) -> Result<()> {
+    async fn finish(mut self) -> Result<Reply> {
         self.input.eof();
         self.outcome().await
     }
 
-    async fn outcome(&mut self) -> Result<()> {
+    async fn outcome(&mut self) -> Result<Reply> {
         within(crate::machine::deadline_at(self.timeout), async {
             loop {
                 if let Event::End(outcome) = self.stream.next().await? {
-                    outcome?;
-                    return Ok(());
+                    return Ok(outcome?);
                 }
             }
         })

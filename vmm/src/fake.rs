@@ -172,6 +172,11 @@ impl FakeMachine {
         self.system.seen.lock().hostname.clone()
     }
 
+    /// What was last mixed into its random numbers.
+    pub fn entropy(&self) -> Vec<u8> {
+        self.system.seen.lock().entropy.clone()
+    }
+
     /// The time its clock was set to last, nanoseconds since the Unix epoch.
     pub fn clock(&self) -> Option<u64> {
         self.system.seen.lock().clock
@@ -239,6 +244,7 @@ struct Seen {
     freezes: u64,
     hostname: String,
     clock: Option<u64>,
+    entropy: Vec<u8>,
 }
 
 impl FakeGuest {
@@ -286,6 +292,11 @@ impl System for FakeGuest {
 
     fn set_hostname(&self, name: &str) -> Result<(), AgentError> {
         self.seen.lock().hostname = name.to_owned();
+        Ok(())
+    }
+
+    fn add_entropy(&self, bytes: &[u8]) -> Result<(), AgentError> {
+        self.seen.lock().entropy = bytes.to_vec();
         Ok(())
     }
 

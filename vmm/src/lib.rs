@@ -25,5 +25,8 @@ pub use agent::Agent;
 pub use error::{Error, ErrorKind, Result};
 pub use fake::FakeVmm;
 pub use machine::{Accel, BootTiming, DiskAttachment, ExitReason, Machine, MachineSpec, Network, Reaped, Vmm};
-pub use miosa_agent::wire::{ErrorKind as GuestErrorKind, ExecRequest, ExitStatus, FileKind, FileStat, GuestInfo};
+pub use miosa_agent::wire::{
+    DirEntry, ErrorKind as GuestErrorKind, ExecRequest, ExitStatus, FileKind, FileStat, GuestInfo, Identity,
+    TreeSummary,
+};
 pub use qemu::QemuVmm;

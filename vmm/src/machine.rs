@@ -36,6 +36,8 @@ pub struct MachineSpec {
     pub hostname: String,
     /// What the guest's network reaches.
     pub network: Network,
+    /// Hardware address of its network device.
+    pub mac: [u8; 6],
     /// Further words for the kernel's command line.
     pub kernel_args: Vec<String>,
 }

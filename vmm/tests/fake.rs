@@ -20,6 +20,7 @@ fn spec(id: &str) -> MachineSpec {
         accel: Accel::Tcg,
         hostname: "box".into(),
         network: Network::None,
+        mac: [2, 0, 0, 0, 0, 1],
         kernel_args: Vec::new(),
     }
 }

@@ -79,6 +79,7 @@ impl Lab {
             accel: Accel::Tcg,
             hostname: "box".into(),
             network: Network::User,
+            mac: [2, 0, 0, 0, 0, 1],
             kernel_args: Vec::new(),
         };
         Lab { dir, spec }

@@ -11,7 +11,7 @@ use super::answer::{Answer, ApiError, ListAnswer, data, list_all, list_of};
 use super::request::{JsonBody, Paging, Params, Path, Wait, flag, refuse_unsupported, timeout};
 use super::{Api, Defaults};
 use crate::api::types::{
-    CreateBody, Envelope, ExtendBody, ForkBody, ListEnvelope, OneOrMany, ReadinessBody, SandboxBody,
+    CreateBody, Envelope, ExtendBody, ForkBody, ListEnvelope, LogsBody, OneOrMany, ReadinessBody, SandboxBody,
 };
 use crate::engine::error::{Error, Kind};
 use crate::engine::lifecycle::State;
@@ -29,12 +29,16 @@ const SIZES: [(&str, u32, u64, u64); 5] = [
 /// Largest disk of a sandbox: what ext4 and the store can both do, with room to spare.
 const MAX_DISK_MIB: u64 = 16 << 20;
 
+/// Most of a console that is shown.
+const MAX_LOGS: usize = 256 * 1024;
+
 pub(super) fn routes() -> OpenApiRouter<Api> {
     OpenApiRouter::new()
         .routes(routes!(list, create))
         .routes(routes!(by_name))
         .routes(routes!(show, destroy))
         .routes(routes!(readiness))
+        .routes(routes!(logs))
         .routes(routes!(stop))
         .routes(routes!(pause))
         .routes(routes!(resume))
@@ -134,6 +138,12 @@ async fn show(AppState(api): AppState<Api>, Path(id): Path<String>) -> Answer<Sa
 #[utoipa::path(get, path = "/sandboxes/by-name/{name}", tag = "sandboxes", responses((status = 200, body = Envelope<SandboxBody>)))]
 async fn by_name(AppState(api): AppState<Api>, Path(name): Path<String>) -> Answer<SandboxBody> {
     data(api.engine.show_by_name(&name)?)
+}
+
+/// Shows the end of the guest's console.
+#[utoipa::path(get, path = "/sandboxes/{id}/logs", tag = "sandboxes", responses((status = 200, body = Envelope<LogsBody>)))]
+async fn logs(AppState(api): AppState<Api>, Path(id): Path<String>) -> Answer<LogsBody> {
+    data(LogsBody { logs: api.engine.console(&id, MAX_LOGS).await? })
 }
 
 /// Says whether commands can be run.

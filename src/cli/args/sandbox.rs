@@ -27,6 +27,18 @@ pub enum SandboxCommand {
     WriteFile(WriteFileArgs),
     /// Read a file of a sandbox
     ReadFile(ReadFileArgs),
+    /// Copy files and directories into and out of a sandbox
+    Cp(CpArgs),
+    /// Copy a local file into a sandbox
+    Upload(UploadArgs),
+    /// Copy a local directory into a sandbox
+    UploadDir(UploadDirArgs),
+    /// Copy a file or directory out of a sandbox
+    Download(DownloadArgs),
+    /// Wait until a sandbox can be used
+    Wait(WaitArgs),
+    /// Show the end of the guest's console
+    Logs(Target),
     /// Run a command in a sandbox; its exit code becomes this command's
     #[command(visible_alias = "run")]
     Exec(ExecArgs),
@@ -139,6 +151,72 @@ pub struct ExecArgs {
     /// The command and its arguments
     #[arg(last = true, required = true, value_name = "COMMAND")]
     pub command: Vec<String>,
+}
+
+/// `miosa sandbox cp`
+#[derive(Debug, Args)]
+pub struct CpArgs {
+    /// A local path, or SANDBOX:/path
+    pub from: String,
+    /// A local path, or SANDBOX:/path; into a directory that is there
+    pub to: String,
+    /// Copy directories with all that is in them
+    #[arg(long, short)]
+    pub recursive: bool,
+}
+
+/// `miosa sandbox upload`
+#[derive(Debug, Args)]
+pub struct UploadArgs {
+    /// The sandbox
+    #[command(flatten)]
+    pub target: Target,
+    /// Local file
+    pub file: PathBuf,
+    /// Absolute path in the sandbox [default: /workspace/]
+    pub path: Option<String>,
+}
+
+/// `miosa sandbox upload-dir`
+#[derive(Debug, Args)]
+pub struct UploadDirArgs {
+    /// The sandbox
+    #[command(flatten)]
+    pub target: Target,
+    /// Local directory; what is in it is copied
+    pub dir: PathBuf,
+    /// Absolute path of a directory in the sandbox [default: /workspace]
+    pub path: Option<String>,
+    /// Remove what is in the sandbox's directory and not in the local one
+    #[arg(long)]
+    pub delete: bool,
+}
+
+/// `miosa sandbox download`
+#[derive(Debug, Args)]
+pub struct DownloadArgs {
+    /// The sandbox
+    #[command(flatten)]
+    pub target: Target,
+    /// Absolute path in the sandbox
+    pub path: String,
+    /// Write here [default: its name, here]
+    #[arg(long, short, value_name = "FILE")]
+    pub output: Option<PathBuf>,
+}
+
+/// `miosa sandbox wait`
+#[derive(Debug, Args)]
+pub struct WaitArgs {
+    /// The sandbox
+    #[command(flatten)]
+    pub target: Target,
+    /// Until something listens on this TCP port of it, too
+    #[arg(long, value_name = "PORT")]
+    pub port: Option<u16>,
+    /// Give up after this long
+    #[arg(long, value_parser = parse_duration, default_value = "5m", value_name = "DURATION")]
+    pub timeout: Duration,
 }
 
 /// `miosa sandbox write-file`

@@ -26,6 +26,14 @@ nix::ioctl_readwrite!(
     fithaw, b'X', 120, libc::c_int
 );
 nix::ioctl_write_ptr!(
+    /// Adds to the kernel's random numbers and counts it.
+    rnd_add_entropy, b'R', 3, [libc::c_int; 2]
+);
+nix::ioctl_none!(
+    /// Has the kernel's generator take what was added at once.
+    rnd_reseed, b'R', 7
+);
+nix::ioctl_write_ptr!(
     /// Grows an ext4 file system to a number of blocks.
     ext4_ioc_resize_fs, b'f', 16, u64
 );
@@ -97,6 +105,27 @@ impl System for Guest {
 
     fn set_hostname(&self, name: &str) -> std::result::Result<(), AgentError> {
         nix::unistd::sethostname(name).map_err(|e| AgentError::io("set the host name", &e.into()))
+    }
+
+    fn add_entropy(&self, bytes: &[u8]) -> std::result::Result<(), AgentError> {
+        /// `struct rand_pool_info` of the kernel, with its buffer.
+        #[repr(C)]
+        struct Pool {
+            head: [libc::c_int; 2],
+            bytes: [u8; 64],
+        }
+        let len = bytes.len().min(64);
+        let mut pool = Pool { head: [len as libc::c_int * 8, len as libc::c_int], bytes: [0; 64] };
+        pool.bytes[..len].copy_from_slice(&bytes[..len]);
+        let failed = |e: std::io::Error| AgentError::io("/dev/random", &e);
+        let random = File::options().write(true).open("/dev/random").map_err(failed)?;
+        // SAFETY: the descriptor is open during both calls; the kernel reads the head and as many bytes behind it as the
+        // head says, which are in the same structure.
+        unsafe {
+            rnd_add_entropy(random.as_raw_fd(), (&raw const pool).cast()).map_err(|e| failed(e.into()))?;
+            rnd_reseed(random.as_raw_fd()).map_err(|e| failed(e.into()))?;
+        }
+        Ok(())
     }
 
     fn sync(&self) {

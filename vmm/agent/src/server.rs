@@ -6,6 +6,8 @@
 mod exec;
 mod files;
 mod freezer;
+mod identity;
+mod tree;
 mod users;
 
 use std::collections::{HashMap, VecDeque};
@@ -55,6 +57,11 @@ pub trait System: Send + Sync + 'static {
     /// # Errors
     /// Of the system.
     fn set_hostname(&self, name: &str) -> Result<(), AgentError>;
+    /// Mixes bytes into the kernel's random numbers.
+    ///
+    /// # Errors
+    /// Of the system.
+    fn add_entropy(&self, bytes: &[u8]) -> Result<(), AgentError>;
     /// Writes back all dirty data.
     fn sync(&self);
     /// Ends all processes, with `grace` between asking and killing, and leaves the disk flushed and clean.
@@ -200,19 +207,22 @@ impl Server {
         match request {
             Request::Ping => return Ok(Reply::Pong(system.info())),
             Request::Exec(request) => return exec::run(system, stream, &request).map(Reply::Exit),
-            Request::WriteFile { path, mode } => files::write(system, stream, &path, mode)?,
-            Request::ReadFile { path } => files::read(system, stream, &path)?,
+            Request::WriteFile { path, mode, owner } => files::write(system, stream, &path, mode, owner)?,
+            Request::ReadFile { path, offset, len } => files::read(system, stream, &path, offset, len)?,
+            Request::List { path } => files::list(system, stream, &path)?,
+            Request::MakeDir { path, mode } => files::make_dir(system, &path, mode)?,
+            Request::Remove { path, recursive } => files::remove(system, &path, recursive)?,
+            Request::Rename { from, to } => files::rename(system, &from, &to)?,
+            Request::ReadTree { path } => tree::read(system, stream, &path)?,
+            Request::WriteTree { path, delete } => {
+                return tree::write(system, stream, &path, delete).map(Reply::Tree);
+            }
+            Request::Identify(identity) => return identity::assume(system, &identity),
             Request::Stat { path } => return files::stat(system, &path).map(Reply::Stat),
             Request::Freeze { auto_thaw_ms } => self.freezer.freeze(auto_thaw_ms)?,
             Request::Thaw => return Ok(Reply::Thawed { was_frozen: self.freezer.thaw()? }),
             Request::SetClock { unix_nanos } => system.set_clock(unix_nanos)?,
-            Request::SetHostname { name } => {
-                let allowed = |c: char| c.is_ascii_alphanumeric() || c == '-' || c == '.';
-                if name.is_empty() || name.len() > 64 || !name.chars().all(allowed) {
-                    return Err(AgentError::new(ErrorKind::Invalid, "a host name is 1-64 of a-z, 0-9, '-' and '.'"));
-                }
-                system.set_hostname(&name)?;
-            }
+            Request::SetHostname { name } => identity::set_hostname(system, &name)?,
             Request::Sync => system.sync(),
             Request::Shutdown { grace_ms } => {
                 self.freezer.thaw_if_frozen();

@@ -20,12 +20,18 @@
 //! Each direction of each stream starts with [`WINDOW`] bytes of credit. A data frame costs [`cost`] of its length, so
 //! that a flood of tiny frames is as bounded as one of large frames. The receiver gives credit back with `Window`. A
 //! side that sends more than it may is in violation: the host drops the connection, the guest drops the stream.
+//!
+//! ## Growing
+//! A stream is a request, data both ways under credit, and an outcome; terminals and connections to ports of the guest are
+//! new requests with data both ways, and what a terminal needs besides (its size, signals) a new kind of frame from the
+//! host. Both sides must have the same [`VERSION`]: an agent lives in the initramfs its machine was started with, and a
+//! host that meets another version says so and ends the connection.
 
 use bytes::{Buf, Bytes, BytesMut};
 use serde::{Deserialize, Serialize};
 
 /// Version of this protocol; both sides must have the same one.
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
 /// Name of the virtio-serial port the agent listens on.
 pub const PORT_NAME: &str = "miosa.agent";
 /// Largest payload of one frame, in bytes.
@@ -283,11 +289,17 @@ pub enum Request {
         path: String,
         /// Permission bits; `None` keeps those of the file that is there, or 0644.
         mode: Option<u32>,
+        /// User and group; `None` keeps those of the file that is there, or takes the directory's.
+        owner: Option<(u32, u32)>,
     },
     /// Send the contents of `path`.
     ReadFile {
         /// A regular file, or anything that can be read to an end.
         path: String,
+        /// Where to begin, in bytes.
+        offset: u64,
+        /// At most so many bytes; `None`: to the end.
+        len: Option<u64>,
     },
     /// Answered with [`Reply::Stat`].
     Stat {
@@ -313,11 +325,64 @@ pub enum Request {
     },
     /// Write back all dirty data.
     Sync,
+    /// Send what is in a directory, by name: the data are [`DirEntry`]s, each in postcard with its length (u32) before it.
+    List {
+        /// A directory.
+        path: String,
+    },
+    /// Make a directory and those above it; fine when it is there.
+    MakeDir {
+        /// Its path.
+        path: String,
+        /// Permission bits of a directory that is made; `None`: 0755.
+        mode: Option<u32>,
+    },
+    /// Remove a file, a link, or a directory.
+    Remove {
+        /// Its path.
+        path: String,
+        /// With all that is in it; otherwise a directory must be empty.
+        recursive: bool,
+    },
+    /// Give a file or directory another name; a file that has it is replaced.
+    Rename {
+        /// What.
+        from: String,
+        /// Its new path, on the same file system.
+        to: String,
+    },
+    /// Send a directory and all that is in it as a tar archive.
+    ReadTree {
+        /// A directory.
+        path: String,
+    },
+    /// Take the stream's data up to `Eof` as a tar archive and unpack it. Answered with [`Reply::Tree`].
+    WriteTree {
+        /// A directory; made if missing.
+        path: String,
+        /// Remove what is in it and not in the archive.
+        delete: bool,
+    },
+    /// Be this sandbox and no other. Answered with [`Reply::Identified`].
+    Identify(Identity),
     /// End all processes, write everything back and power off. Answered just before the power goes.
     Shutdown {
         /// Time between SIGTERM and SIGKILL, in milliseconds; capped at 30 s.
         grace_ms: u64,
     },
+}
+
+/// What makes a guest one sandbox and not another one with the same disk.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Identity {
+    /// 32 hex digits, for `/etc/machine-id`. When the disk has another one, it is a copy: what must not be shared goes.
+    pub machine_id: String,
+    /// Host name: 1-64 letters, digits, dots and hyphens.
+    pub hostname: String,
+    /// Mixed into the kernel's random numbers.
+    pub entropy: Vec<u8>,
+    /// Nanoseconds since the Unix epoch.
+    pub unix_nanos: u64,
 }
 
 /// The longest a guest stays frozen without being told to thaw, in milliseconds.
@@ -351,6 +416,15 @@ pub enum Reply {
     Exit(ExitStatus),
     /// To `Stat`.
     Stat(FileStat),
+    /// To `WriteTree`.
+    Tree(TreeSummary),
+    /// To `Identify`.
+    Identified {
+        /// The disk had been another sandbox's.
+        fresh: bool,
+        /// An ssh server is installed and has no host keys: make some.
+        host_keys_missing: bool,
+    },
     /// To `Thaw`.
     Thawed {
         /// False when the guest had thawed by itself before: what was done meanwhile did not see a frozen disk.
@@ -387,6 +461,8 @@ pub enum FileKind {
     File,
     /// A directory.
     Directory,
+    /// A symbolic link; only in lists, elsewhere links are followed.
+    Symlink,
     /// Anything else.
     Other,
 }
@@ -406,6 +482,29 @@ pub struct FileStat {
     pub gid: u32,
     /// Last change of the contents, nanoseconds since the Unix epoch.
     pub mtime_nanos: i64,
+}
+
+/// Something in a directory.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DirEntry {
+    /// Its name; what is not UTF-8 is replaced.
+    pub name: String,
+    /// What it is; of a link, the link itself.
+    pub stat: FileStat,
+}
+
+/// Most bytes of an encoded [`DirEntry`].
+pub const MAX_ENTRY: usize = 4096;
+
+/// What became of an archive.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TreeSummary {
+    /// Files written.
+    pub files: u64,
+    /// Bytes in them.
+    pub bytes: u64,
+    /// Files and directories removed because the archive does not have them.
+    pub removed: u64,
 }
 
 /// What kind of thing went wrong in the guest.

@@ -49,6 +49,9 @@ pub(super) fn check(spec: &MachineSpec) -> Result<()> {
     {
         return Err(invalid("each kernel argument must be one word"));
     }
+    if spec.mac[0] & 1 == 1 {
+        return Err(invalid("a hardware address of a group is no machine's"));
+    }
     let paths = Paths::of(&spec.run_dir);
     for socket in [&paths.qmp, &paths.agent] {
         crate::process::check_socket_path(socket)?;
@@ -110,7 +113,9 @@ pub(super) fn arguments(spec: &MachineSpec, machine: &str) -> Vec<OsString> {
     if spec.network == Network::User {
         add("netdev", "user,id=net".into());
         // No ROM: nobody boots from the network.
-        add("device", "virtio-net-pci,netdev=net,romfile=".into());
+        let [a, b, c, d, e, f] = spec.mac;
+        let mac = format!("{a:02x}:{b:02x}:{c:02x}:{d:02x}:{e:02x}:{f:02x}");
+        add("device", format!("virtio-net-pci,netdev=net,romfile=,mac={mac}"));
     }
     match &spec.disk {
         DiskAttachment::VhostUserBlk { socket } => {
@@ -175,6 +180,7 @@ mod tests {
             accel: Accel::Tcg,
             hostname: "box".into(),
             network: Network::None,
+            mac: [2, 0, 0, 0, 0, 1],
             kernel_args: vec!["debug".into()],
         }
     }
@@ -184,11 +190,12 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let good = spec(dir.path());
         check(&good).unwrap();
-        let bad: [fn(&mut MachineSpec); 8] = [
+        let bad: [fn(&mut MachineSpec); 9] = [
             |s| s.id = "a b".into(),
             |s| s.id = String::new(),
             |s| s.hostname = "x init=/bin/sh".into(),
             |s| s.cpus = 0,
+            |s| s.mac[0] = 1,
             |s| s.memory_mib = 1,
             |s| s.kernel = "/nonexistent".into(),
             |s| s.kernel_args = vec!["a b".into()],

@@ -1,32 +1,95 @@
 //! Files of the guest.
 
 use std::fs::{self, File, OpenOptions};
-use std::io::{Read, Write};
+use std::io::{Read, Seek, SeekFrom, Write};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::{Stream, System};
-use crate::wire::{self, AgentError, ErrorKind, FileKind, FileStat, Kind};
+use crate::wire::{self, AgentError, DirEntry, ErrorKind, FileKind, FileStat, Kind};
 
 pub(super) fn stat(system: &dyn System, path: &str) -> Result<FileStat, AgentError> {
-    let meta = fs::metadata(system.path(path)?).map_err(|e| AgentError::io(path, &e))?;
+    fs::metadata(system.path(path)?).map(|meta| stat_of(&meta)).map_err(|e| AgentError::io(path, &e))
+}
+
+fn stat_of(meta: &fs::Metadata) -> FileStat {
     let kind = match meta.file_type() {
         kind if kind.is_file() => FileKind::File,
         kind if kind.is_dir() => FileKind::Directory,
+        kind if kind.is_symlink() => FileKind::Symlink,
         _ => FileKind::Other,
     };
-    Ok(FileStat {
+    FileStat {
         kind,
         size: meta.len(),
         mode: meta.mode() & 0o7777,
         uid: meta.uid(),
         gid: meta.gid(),
         mtime_nanos: meta.mtime().saturating_mul(1_000_000_000).saturating_add(meta.mtime_nsec()),
-    })
+    }
 }
 
-pub(super) fn read(system: &dyn System, stream: &Stream, path: &str) -> Result<(), AgentError> {
+/// Sends the entries of a directory, sorted. Those that go away meanwhile are left out.
+pub(super) fn list(system: &dyn System, stream: &Stream, path: &str) -> Result<(), AgentError> {
+    let failed = |e: std::io::Error| AgentError::io(path, &e);
+    let mut entries: Vec<_> =
+        fs::read_dir(system.path(path)?).and_then(|entries| entries.collect::<Result<_, _>>()).map_err(failed)?;
+    entries.sort_by_key(fs::DirEntry::file_name);
+    let mut batch = Vec::new();
+    for entry in entries {
+        let Ok(meta) = entry.metadata() else { continue };
+        let entry = DirEntry { name: entry.file_name().to_string_lossy().into_owned(), stat: stat_of(&meta) };
+        let bytes = postcard::to_stdvec(&entry).map_err(|e| AgentError::new(ErrorKind::Io, e.to_string()))?;
+        batch.extend_from_slice(&(bytes.len() as u32).to_le_bytes());
+        batch.extend_from_slice(&bytes);
+        if batch.len() >= wire::MAX_PAYLOAD / 2 {
+            stream.send(Kind::Data, &batch)?;
+            batch.clear();
+        }
+    }
+    Ok(stream.send(Kind::Data, &batch)?)
+}
+
+pub(super) fn make_dir(system: &dyn System, path: &str, mode: Option<u32>) -> Result<(), AgentError> {
+    let failed = |e: std::io::Error| AgentError::io(path, &e);
+    let dir = system.path(path)?;
+    if dir.is_dir() {
+        return Ok(());
+    }
+    make_parents(&dir).map_err(failed)?;
+    let mode = fs::Permissions::from_mode(mode.unwrap_or(0o755) & 0o7777);
+    fs::set_permissions(&dir, mode).map_err(failed)
+}
+
+pub(super) fn remove(system: &dyn System, path: &str, recursive: bool) -> Result<(), AgentError> {
+    let target = system.path(path)?;
+    let removed = fs::symlink_metadata(&target).and_then(|meta| match (meta.is_dir(), recursive) {
+        (false, _) => fs::remove_file(&target),
+        (true, false) => fs::remove_dir(&target),
+        (true, true) => fs::remove_dir_all(&target),
+    });
+    removed.map_err(|e| AgentError::io(path, &e))
+}
+
+pub(super) fn rename(system: &dyn System, from: &str, to: &str) -> Result<(), AgentError> {
+    let (source, target) = (system.path(from)?, system.path(to)?);
+    // Which of the two an error is about, the kernel does not say.
+    fs::symlink_metadata(&source).map_err(|e| AgentError::io(from, &e))?;
+    let failed = |e: std::io::Error| AgentError::io(format_args!("{from} to {to}"), &e);
+    if let Some(parent) = target.parent() {
+        make_parents(parent).map_err(failed)?;
+    }
+    fs::rename(&source, &target).map_err(failed)
+}
+
+pub(super) fn read(
+    system: &dyn System,
+    stream: &Stream,
+    path: &str,
+    offset: u64,
+    len: Option<u64>,
+) -> Result<(), AgentError> {
     let failed = |e: std::io::Error| AgentError::io(path, &e);
     // Without O_NONBLOCK opening a pipe would wait for its other end.
     let mut options = OpenOptions::new();
@@ -38,6 +101,10 @@ pub(super) fn read(system: &dyn System, stream: &Stream, path: &str) -> Result<(
     if !kind.is_file() {
         return Err(AgentError::new(ErrorKind::Invalid, format!("{path}: is not a regular file")));
     }
+    if offset > 0 {
+        file.seek(SeekFrom::Start(offset)).map_err(failed)?;
+    }
+    let mut file = file.take(len.unwrap_or(u64::MAX));
     let mut bytes = vec![0; wire::MAX_PAYLOAD];
     loop {
         match file.read(&mut bytes) {
@@ -54,7 +121,13 @@ pub(super) fn read(system: &dyn System, stream: &Stream, path: &str) -> Result<(
 ///    the new one under another name;
 /// 2. the rename puts it in place: a crash leaves the old file or the new one, whole;
 /// 3. the directory is synced: the new file stays.
-pub(super) fn write(system: &dyn System, stream: &Stream, path: &str, mode: Option<u32>) -> Result<(), AgentError> {
+pub(super) fn write(
+    system: &dyn System,
+    stream: &Stream,
+    path: &str,
+    mode: Option<u32>,
+    owner: Option<(u32, u32)>,
+) -> Result<(), AgentError> {
     let failed = |e: std::io::Error| AgentError::io(path, &e);
     let mut target = system.path(path)?;
     // A link's target is replaced, not the link.
@@ -81,9 +154,10 @@ pub(super) fn write(system: &dyn System, stream: &Stream, path: &str, mode: Opti
         return Err(AgentError::new(ErrorKind::Invalid, format!("{path}: is not a file's path")));
     };
     make_parents(&parent).map_err(failed)?;
-    let owner = match &old {
-        Some(meta) => (meta.uid(), meta.gid()),
-        None => fs::metadata(&parent).map(|meta| (meta.uid(), meta.gid())).map_err(failed)?,
+    let owner = match (owner, &old) {
+        (Some(owner), _) => owner,
+        (None, Some(meta)) => (meta.uid(), meta.gid()),
+        (None, None) => fs::metadata(&parent).map(|meta| (meta.uid(), meta.gid())).map_err(failed)?,
     };
     let mode = mode.or(old.map(|meta| meta.mode())).unwrap_or(0o644) & 0o7777;
 
@@ -101,7 +175,7 @@ pub(super) fn write(system: &dyn System, stream: &Stream, path: &str, mode: Opti
 }
 
 /// Makes missing directories; each belongs to the owner of the one above.
-fn make_parents(dir: &Path) -> std::io::Result<()> {
+pub(super) fn make_parents(dir: &Path) -> std::io::Result<()> {
     if dir.is_dir() {
         return Ok(());
     }
@@ -120,14 +194,14 @@ fn make_parents(dir: &Path) -> std::io::Result<()> {
 }
 
 /// A file that goes away unless it was put somewhere.
-struct Temporary {
-    file: File,
+pub(super) struct Temporary {
+    pub(super) file: File,
     path: PathBuf,
     placed: bool,
 }
 
 impl Temporary {
-    fn beside(target: &Path) -> std::io::Result<Temporary> {
+    pub(super) fn beside(target: &Path) -> std::io::Result<Temporary> {
         static NEXT: AtomicU64 = AtomicU64::new(0);
         loop {
             let number = NEXT.fetch_add(1, Ordering::Relaxed);
@@ -142,7 +216,7 @@ impl Temporary {
         }
     }
 
-    fn put_at(mut self, target: &Path) -> std::io::Result<()> {
+    pub(super) fn put_at(mut self, target: &Path) -> std::io::Result<()> {
         fs::rename(&self.path, target)?;
         self.placed = true;
         Ok(())

@@ -36,6 +36,9 @@ impl System for Directory {
     fn set_hostname(&self, _: &str) -> Result<(), AgentError> {
         Ok(())
     }
+    fn add_entropy(&self, _: &[u8]) -> Result<(), AgentError> {
+        Ok(())
+    }
     fn sync(&self) {}
     fn shutdown(&self, _: Duration) -> Result<(), AgentError> {
         Ok(())
@@ -156,7 +159,7 @@ fn nonsense_is_answered_or_ignored() {
     host.send(Frame::new(77, Kind::End, vec![]));
     host.send(Frame::new(77, Kind::Cancel, vec![]));
     for stream in 2..2 + wire::MAX_STREAMS as u32 {
-        host.open(stream, &Request::WriteFile { path: format!("/f{stream}"), mode: None });
+        host.open(stream, &Request::WriteFile { path: format!("/f{stream}"), mode: None, owner: None });
     }
     host.open(1000, &Request::Ping);
     assert_eq!(host.end_of(1000).0.unwrap_err().kind, ErrorKind::Busy);
@@ -173,7 +176,7 @@ fn a_greeting_ends_what_was_before_and_thaws() {
     assert_eq!(host.end_of(1).0, Ok(Reply::Done));
     assert!(host.system.frozen.load(Ordering::SeqCst));
     host.open(2, &sh("yes", false));
-    host.open(3, &Request::WriteFile { path: "/half".into(), mode: None });
+    host.open(3, &Request::WriteFile { path: "/half".into(), mode: None, owner: None });
     host.send(Frame::new(3, Kind::Data, vec![1; 1000]));
     let mut cut = Vec::new();
     Frame::new(3, Kind::Data, vec![2; 60_000]).encode(&mut cut);
@@ -199,4 +202,200 @@ fn a_freeze_ends_by_itself() {
     assert_eq!(host.end_of(2).0, Ok(Reply::Thawed { was_frozen: false }));
     host.open(3, &Request::Freeze { auto_thaw_ms: 0 });
     assert_eq!(host.end_of(3).0.unwrap_err().kind, ErrorKind::Invalid);
+}
+
+/// Sends data on a stream as credit comes, and returns its outcome.
+fn upload(host: &mut Host, stream: u32, bytes: &[u8]) -> Outcome {
+    let mut credit = wire::WINDOW;
+    let mut rest = bytes;
+    while !rest.is_empty() {
+        match wire::sendable(credit, rest.len()) {
+            0 => match host.next() {
+                frame if frame.kind == Kind::Window => credit += frame.credit().unwrap(),
+                frame if frame.kind == Kind::End => return frame.parse().unwrap(),
+                frame => panic!("{frame:?}"),
+            },
+            len => {
+                credit -= wire::cost(len);
+                host.send(Frame::new(stream, Kind::Data, rest[..len].to_vec()));
+                rest = &rest[len..];
+            }
+        }
+    }
+    host.send(Frame::new(stream, Kind::Eof, vec![]));
+    host.end_of(stream).0
+}
+
+/// All data of a stream, with credit given back as it comes.
+fn download(host: &mut Host, stream: u32) -> (Outcome, Vec<u8>) {
+    let mut bytes = Vec::new();
+    loop {
+        let frame = host.next();
+        match frame.kind {
+            Kind::End => return (frame.parse().unwrap(), bytes),
+            Kind::Data => {
+                bytes.extend_from_slice(&frame.payload);
+                host.send(Frame::window(stream, wire::cost(frame.payload.len())));
+            }
+            _ => panic!("{frame:?}"),
+        }
+    }
+}
+
+#[test]
+fn a_tree_goes_in_and_comes_out_as_it_was() {
+    let mut host = Host::new();
+    let root = host.system.root.path().to_path_buf();
+    let source = tempfile::tempdir().unwrap();
+    let long = "long-name-".repeat(20);
+    std::fs::create_dir_all(source.path().join("a/b")).unwrap();
+    std::fs::write(source.path().join("a/b/large"), vec![7; 3_000_000]).unwrap();
+    std::fs::write(source.path().join(&long), b"x").unwrap();
+    std::os::unix::fs::symlink("a/b", source.path().join("link")).unwrap();
+    std::os::unix::fs::symlink("/nowhere", source.path().join("dangling")).unwrap();
+    let mut builder = tar::Builder::new(Vec::new());
+    builder.follow_symlinks(false);
+    builder.append_dir_all(".", source.path()).unwrap();
+    let archive = builder.into_inner().unwrap();
+
+    // What was there stays, but with `delete`.
+    std::fs::create_dir_all(root.join("work/old/deep")).unwrap();
+    std::fs::write(root.join("work/old/deep/file"), b"old").unwrap();
+    host.open(1, &Request::WriteTree { path: "/work".into(), delete: false });
+    let Ok(Reply::Tree(summary)) = upload(&mut host, 1, &archive) else { panic!("not unpacked") };
+    assert_eq!((summary.files, summary.bytes, summary.removed), (2, 3_000_001, 0));
+    assert!(root.join("work/old/deep/file").exists());
+    host.open(2, &Request::WriteTree { path: "/work".into(), delete: true });
+    let Ok(Reply::Tree(summary)) = upload(&mut host, 2, &archive) else { panic!("not unpacked") };
+    assert_eq!(summary.removed, 1);
+    assert!(!root.join("work/old").exists());
+    assert_eq!(std::fs::read(root.join("work/a/b/large")).unwrap(), vec![7; 3_000_000]);
+    assert_eq!(std::fs::read_link(root.join("work/dangling")).unwrap().to_str(), Some("/nowhere"));
+
+    host.open(3, &Request::ReadTree { path: "/work".into() });
+    let (outcome, back) = download(&mut host, 3);
+    assert_eq!(outcome, Ok(Reply::Done));
+    let copy = tempfile::tempdir().unwrap();
+    tar::Archive::new(&back[..]).unpack(copy.path()).unwrap();
+    assert_eq!(std::fs::read(copy.path().join("a/b/large")).unwrap(), vec![7; 3_000_000]);
+    assert_eq!(std::fs::read(copy.path().join(&long)).unwrap(), b"x");
+    assert_eq!(std::fs::read_link(copy.path().join("link")).unwrap().to_str(), Some("a/b"));
+
+    // Nothing is removed for an archive that breaks off, and nothing is written outside.
+    host.open(4, &Request::WriteTree { path: "/work".into(), delete: true });
+    host.send(Frame::new(4, Kind::Data, archive[..1024].to_vec()));
+    host.send(Frame::new(4, Kind::Cancel, vec![]));
+    assert!(host.end_of(4).0.is_err());
+    assert!(root.join("work").join(&long).exists());
+    let mut builder = tar::Builder::new(Vec::new());
+    let mut header = tar::Header::new_gnu();
+    header.set_size(1);
+    header.as_gnu_mut().unwrap().name[..9].copy_from_slice(b"../escape");
+    header.set_cksum();
+    builder.append(&header, &b"x"[..]).unwrap();
+    let escape = builder.into_inner().unwrap();
+    host.open(5, &Request::WriteTree { path: "/work".into(), delete: false });
+    assert_eq!(upload(&mut host, 5, &escape).unwrap_err().kind, ErrorKind::Invalid);
+    assert!(!root.join("escape").exists());
+    host.open(6, &Request::WriteTree { path: "/work".into(), delete: false });
+    assert!(upload(&mut host, 6, &[0x55; 4_096]).is_err());
+    host.open(7, &Request::ReadTree { path: "/work/dangling".into() });
+    assert_eq!(host.end_of(7).0.unwrap_err().kind, ErrorKind::NotFound);
+    host.open(8, &Request::ReadTree { path: format!("/work/{long}") });
+    assert_eq!(host.end_of(8).0.unwrap_err().kind, ErrorKind::NotDirectory);
+}
+
+#[test]
+fn files_are_listed_made_renamed_removed_and_read_in_part() {
+    let mut host = Host::new();
+    let root = host.system.root.path().to_path_buf();
+    let mut next = 0;
+    let mut call = |host: &mut Host, request: Request| {
+        next += 1;
+        host.open(next, &request);
+        host.end_of(next)
+    };
+    let kind = |outcome: Outcome| outcome.unwrap_err().kind;
+    assert_eq!(call(&mut host, Request::MakeDir { path: "/d/e".into(), mode: Some(0o700) }).0, Ok(Reply::Done));
+    assert_eq!(call(&mut host, Request::MakeDir { path: "/d/e".into(), mode: None }).0, Ok(Reply::Done));
+    std::fs::write(root.join("d/e/f"), b"0123456789").unwrap();
+    assert_eq!(
+        kind(call(&mut host, Request::MakeDir { path: "/d/e/f".into(), mode: None }).0),
+        ErrorKind::NotDirectory
+    );
+    for (offset, len, expected) in [(0, None, "0123456789"), (3, Some(4), "3456"), (8, Some(99), "89"), (99, None, "")]
+    {
+        let (outcome, data) = call(&mut host, Request::ReadFile { path: "/d/e/f".into(), offset, len });
+        assert_eq!(outcome, Ok(Reply::Done));
+        assert_eq!(data.iter().flat_map(|f| f.payload.to_vec()).collect::<Vec<_>>(), expected.as_bytes());
+    }
+    assert_eq!(call(&mut host, Request::Rename { from: "/d/e/f".into(), to: "/d/new/g".into() }).0, Ok(Reply::Done));
+    assert!(root.join("d/new/g").exists());
+    assert_eq!(kind(call(&mut host, Request::Rename { from: "/none".into(), to: "/x".into() }).0), ErrorKind::NotFound);
+    std::os::unix::fs::symlink("new", root.join("d/z")).unwrap();
+    let (outcome, data) = call(&mut host, Request::List { path: "/d".into() });
+    assert_eq!(outcome, Ok(Reply::Done));
+    let mut bytes: &[u8] = &data[0].payload;
+    let mut seen = Vec::new();
+    while let Some((len, rest)) = bytes.split_first_chunk::<4>() {
+        let (entry, rest) = rest.split_at(u32::from_le_bytes(*len) as usize);
+        let entry: wire::DirEntry = postcard::from_bytes(entry).unwrap();
+        seen.push((entry.name, entry.stat.kind));
+        bytes = rest;
+    }
+    use wire::FileKind::{Directory, Symlink};
+    let expected = [("e", Directory), ("new", Directory), ("z", Symlink)].map(|(n, k)| (n.to_owned(), k));
+    assert_eq!(seen, expected);
+    assert_eq!(kind(call(&mut host, Request::List { path: "/none".into() }).0), ErrorKind::NotFound);
+    let remove = |path: &str, recursive| Request::Remove { path: path.into(), recursive };
+    assert!(call(&mut host, remove("/d/new", false)).0.is_err(), "it is not empty");
+    assert_eq!(call(&mut host, remove("/d/z", true)).0, Ok(Reply::Done));
+    assert!(root.join("d/new/g").exists(), "the link went and not what it points to");
+    assert_eq!(call(&mut host, remove("/d", true)).0, Ok(Reply::Done));
+    assert_eq!(kind(call(&mut host, remove("/d", true)).0), ErrorKind::NotFound);
+}
+
+#[test]
+fn a_copy_of_a_disk_becomes_a_sandbox_of_its_own_once() {
+    let mut host = Host::new();
+    let root = host.system.root.path().to_path_buf();
+    let write = |path: &str, text: &str| {
+        std::fs::create_dir_all(root.join(path).parent().unwrap()).unwrap();
+        std::fs::write(root.join(path), text).unwrap();
+    };
+    let read = |path: &str| std::fs::read_to_string(root.join(path)).unwrap();
+    write("etc/machine-id", &format!("{}\n", "1".repeat(32)));
+    write("etc/hosts", "127.0.0.1 localhost\n127.0.1.1 parent\n");
+    write("etc/ssh/ssh_host_rsa_key", "secret");
+    write("etc/ssh/ssh_host_rsa_key.pub", "public");
+    write("etc/ssh/sshd_config", "");
+    write("usr/sbin/sshd", "");
+    write("var/lib/systemd/random-seed", "seed");
+    let identity = |id: &str| wire::Identity {
+        machine_id: id.repeat(32),
+        hostname: "child".into(),
+        entropy: vec![1; 32],
+        unix_nanos: 1,
+    };
+    let found = |fresh, host_keys_missing| Ok(Reply::Identified { fresh, host_keys_missing });
+    host.open(1, &Request::Identify(identity("2")));
+    assert_eq!(host.end_of(1).0, found(true, true));
+    assert_eq!(read("etc/machine-id"), format!("{}\n", "2".repeat(32)));
+    assert_eq!(
+        (read("etc/hostname"), read("etc/hosts")),
+        ("child\n".into(), "127.0.0.1 localhost\n127.0.1.1 child\n".into())
+    );
+    assert!(!root.join("etc/ssh/ssh_host_rsa_key").exists() && !root.join("etc/ssh/ssh_host_rsa_key.pub").exists());
+    assert!(root.join("etc/ssh/sshd_config").exists() && !root.join("var/lib/systemd/random-seed").exists());
+    // The same again is a resume: what the guest has made since stays.
+    write("etc/ssh/ssh_host_ed25519_key", "own");
+    write("etc/hostname", "its own choice\n");
+    host.open(2, &Request::Identify(identity("2")));
+    assert_eq!(host.end_of(2).0, found(false, false));
+    assert_eq!(read("etc/hostname"), "its own choice\n");
+    assert!(root.join("etc/ssh/ssh_host_ed25519_key").exists());
+    host.open(3, &Request::Identify(wire::Identity { machine_id: "x".into(), ..identity("2") }));
+    assert_eq!(host.end_of(3).0.unwrap_err().kind, ErrorKind::Invalid);
+    host.open(4, &Request::Identify(wire::Identity { hostname: "a b".into(), ..identity("2") }));
+    assert_eq!(host.end_of(4).0.unwrap_err().kind, ErrorKind::Invalid);
 }
