@@ -82,6 +82,7 @@ const EXAMPLES: &[(&str, &str)] = &[
     ("store check", "miosa store check"),
     ("store scrub", "miosa store scrub --heal"),
     ("store repair", "miosa store repair --state-dir /var/lib/miosa"),
+    ("store repack", "miosa store repack"),
     ("store report", "miosa store report --svg report.svg"),
     ("store usage", "miosa store usage"),
 ];
