@@ -5,7 +5,11 @@
 //! async code call them with `spawn_blocking`.
 
 mod cpio;
+mod import;
+mod layer;
 mod modules;
+mod oci;
+mod tree;
 
 use std::ffi::OsStr;
 use std::fs;
@@ -13,12 +17,17 @@ use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
+pub use import::{ImageFormat, ReadyImage, convert_qcow2, prepare};
+pub use oci::ImageConfig;
+
 use crate::{Error, ErrorKind, Result};
 
 /// Debian's package that depends on the newest cloud kernel.
 const KERNEL_PACKAGE: &str = "linux-image-cloud-amd64";
 /// What the base root file system has besides Debian's minimum.
-const BASE_PACKAGES: &str = "python3-minimal,python3,git,ca-certificates";
+const BASE_PACKAGES: &str = "python3-minimal,python3,python3-pip,git,ca-certificates";
+/// What mkfs.ext4 gives an inode of its own unless told otherwise.
+const BYTES_PER_INODE: u64 = 16_384;
 /// The same in every image, so that images made from the same packages differ little.
 const BASE_UUID: &str = "6d696f73-6100-4000-8000-000000000001";
 const BASE_HASH_SEED: &str = "6d696f73-6100-4000-8000-000000000002";
@@ -155,8 +164,13 @@ fn is_dynamic(elf: &[u8]) -> bool {
     })
 }
 
+/// A short word that is another when [`build_base_rootfs`] puts in something else.
+pub fn base_version() -> String {
+    blake3::hash(BASE_PACKAGES.as_bytes()).to_hex().chars().take(8).collect()
+}
+
 /// Makes a raw ext4 image of `size_bytes` at `out`, unless it is there: a small Debian of the host's release with
-/// Python, git and certificates, and an empty `/workspace`. The file is sparse. `progress` gets a line at a time.
+/// Python, pip, git and certificates, and an empty `/workspace`. The file is sparse. `progress` gets a line at a time.
 /// `cache_dir` is where the file tree is kept meanwhile (about 300 MB).
 ///
 /// # Errors
@@ -184,21 +198,26 @@ pub fn build_base_rootfs(cache_dir: &Path, out: &Path, size_bytes: u64, mut prog
         .tempfile_in(out.parent().unwrap_or(Path::new(".")))
         .map_err(|e| Error::io(out.display(), e))?;
     temporary.as_file().set_len(size_bytes).map_err(|e| Error::io(out.display(), e))?;
-    make_ext4(&tree, temporary.path(), BASE_UUID, BASE_HASH_SEED)?;
+    make_ext4(&tree, temporary.path(), BASE_UUID, BASE_HASH_SEED, None)?;
     temporary.as_file().sync_all().map_err(|e| Error::io(out.display(), e))?;
     temporary.persist(out).map_err(|e| Error::io(out.display(), e))?;
     Ok(())
 }
 
-/// Puts a directory tree into a file of the wanted size as an ext4 file system without partitions.
+/// Puts a directory tree into a file of the wanted size as an ext4 file system without partitions. With `entries` there
+/// are inodes for at least so many, with room to grow.
 ///
 /// # Errors
 /// `ToolMissing` without e2fsprogs; `Image` when the tree does not fit.
-pub fn make_ext4(tree: &Path, image: &Path, uuid: &str, hash_seed: &str) -> Result<()> {
+pub fn make_ext4(tree: &Path, image: &Path, uuid: &str, hash_seed: &str, entries: Option<u64>) -> Result<()> {
     // The file is one hole: nothing has to be zeroed, neither now nor by the guest's kernel later.
     let options = format!("hash_seed={hash_seed},assume_storage_prezeroed=1,nodiscard,root_owner=0:0");
     let mut command = Command::new("mkfs.ext4");
     command.args(["-q", "-F", "-b", "4096", "-m", "1", "-O", "^orphan_file,^metadata_csum_seed", "-L", "miosa-root"]);
+    let size = image.metadata().map_err(|e| Error::io(image.display(), e))?.len();
+    if let Some(entries) = entries.filter(|entries| entries * 2 > size / BYTES_PER_INODE) {
+        command.args(["-N", &(entries * 2).to_string()]);
+    }
     command.args(["-U", uuid, "-E", &options, "-d"]).arg(tree).arg(image);
     run(&mut command, "e2fsprogs").map(drop)
 }
