@@ -25,7 +25,7 @@ use storage::{DiskId, SnapshotId, Source, Store, Usage};
 use crate::engine::error::{Error, Kind, Result};
 use crate::engine::lifecycle::State;
 use crate::engine::records::{
-    Record, SandboxRecord, SnapshotRecord, TemplateRecord, check_name, is_own_name, load_all,
+    Record, SandboxRecord, SnapshotRecord, StepRecord, TemplateRecord, check_name, is_own_name, load_all,
 };
 pub use archive::ArchiveExport;
 pub use attach::{Attachment, Frontend};
@@ -466,7 +466,12 @@ impl Disks {
             let owner = Owner { kind: OwnerKind::Template, id: r.key().to_owned(), name: None };
             (Source::Snapshot(r.snapshot), owner)
         });
-        Ok(sandboxes.chain(snapshots).chain(templates).collect())
+        // What a template's build keeps goes with the template.
+        let steps = load_all::<StepRecord>(&self.store)?.into_iter().map(|r| {
+            let owner = Owner { kind: OwnerKind::Template, id: r.template, name: None };
+            (Source::Snapshot(r.snapshot), owner)
+        });
+        Ok(sandboxes.chain(snapshots).chain(templates).chain(steps).collect())
     }
 }
 

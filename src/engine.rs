@@ -18,11 +18,13 @@ mod files;
 mod guest;
 pub mod lifecycle;
 mod metrics;
+pub mod recipe;
 pub mod records;
 mod recover;
 mod registry;
 mod sandbox;
 mod session;
+mod setup;
 mod snapshots;
 mod template;
 
@@ -37,12 +39,13 @@ use jiff::Timestamp;
 use storage::{SnapshotId, Source, Store};
 use tokio::sync::{Notify, Semaphore};
 use vmm::Vmm;
+use vmm::image::ImageConfig;
 
 use attach::DiskFrontend;
 use error::{Error, Kind, Result};
 use lifecycle::State;
 pub use metrics::Metrics;
-use records::{Record, SandboxRecord, TemplateRecord};
+use records::{NetworkPolicy, Record, SandboxRecord};
 use registry::Registry;
 use sandbox::Sandbox;
 
@@ -50,8 +53,11 @@ pub use checkpoint::{ForkRequest, SnapshotRequest};
 pub use files::GuestTreeWriter;
 pub(crate) use guest::check_env;
 pub use guest::{ExecSpec, GuestReader, GuestWriter, RunningExec};
+pub use setup::{GuestFile, GuestSetup};
 pub use snapshots::{Deleted, LineageNode, NodeKind};
-pub use template::{BASE, BootFiles, BuildRequest, ImageSource, Progress, TemplateBuilder};
+pub use template::{
+    BASE, BootFiles, BuildRequest, BuildStatus, BuildView, ImageSource, Progress, TemplateBuilder, TemplateUsage,
+};
 pub use vmm::agent::ExecEvent;
 pub use vmm::{DirEntry, FileKind, FileStat, TreeSummary};
 
@@ -66,6 +72,8 @@ pub struct Settings {
     pub network: vmm::Network,
     /// Added to the guest kernel's command line.
     pub kernel_args: Vec<String>,
+    /// What every guest is given.
+    pub guest: GuestSetup,
     /// From the start of a machine to its agent's answer.
     pub boot_deadline: Duration,
     /// For an orderly shutdown; a guest that takes longer is killed.
@@ -85,6 +93,7 @@ impl Default for Settings {
             accel: vmm::Accel::Tcg,
             network: vmm::Network::User,
             kernel_args: Vec::new(),
+            guest: GuestSetup::default(),
             boot_deadline: Duration::from_secs(120),
             stop_deadline: Duration::from_secs(45),
             agent_deadline: Duration::from_secs(30),
@@ -116,6 +125,7 @@ pub(crate) struct Shared {
     pub(crate) templates: Arc<dyn TemplateBuilder>,
     pub(crate) settings: Settings,
     pub(crate) registry: Registry,
+    builds: template::Builds,
     pub(crate) boots: Semaphore,
     pub(crate) metrics: Metrics,
     closing: AtomicBool,
@@ -165,6 +175,16 @@ pub enum Origin {
     Template(String),
     /// A snapshot, by id or by unique name.
     Snapshot(String),
+    /// What a template's build has come to.
+    Build(BuildState),
+}
+
+/// A state of the store on the way to a template.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct BuildState {
+    pub(crate) snapshot: SnapshotId,
+    pub(crate) disk_size_bytes: u64,
+    pub(crate) image: ImageConfig,
 }
 
 /// A new sandbox.
@@ -188,6 +208,8 @@ pub struct CreateRequest {
     pub persistent: bool,
     /// Environment of every exec.
     pub env: BTreeMap<String, String>,
+    /// What its network reaches.
+    pub network_policy: NetworkPolicy,
     /// The caller's own notes.
     pub metadata: serde_json::Map<String, serde_json::Value>,
     /// The caller's own labels.
@@ -221,6 +243,7 @@ impl Engine {
             templates,
             settings,
             registry: Registry::default(),
+            builds: template::Builds::default(),
             boots,
             metrics: Metrics::default(),
             closing: AtomicBool::new(false),
@@ -268,6 +291,8 @@ impl Engine {
                 idle_timeout_ms: request.idle_timeout.map(|t| t.as_millis() as u64),
                 persistent: request.persistent,
                 env: request.env,
+                network_policy: request.network_policy,
+                image: base.image,
                 metadata: request.metadata,
                 tags: request.tags,
                 unclean: base.unclean,
@@ -378,32 +403,6 @@ impl Engine {
         self.detached(async move { sandbox.fork(request).await }).await
     }
 
-    /// Templates, by name.
-    pub fn templates(&self) -> Vec<TemplateRecord> {
-        self.shared.registry.templates()
-    }
-
-    /// One template.
-    pub fn template(&self, name: &str) -> Result<TemplateRecord> {
-        self.shared.registry.template(name)
-    }
-
-    /// Builds or imports a template; `progress` hears about the steps.
-    pub async fn build_template(
-        &self,
-        request: BuildRequest,
-        progress: impl Fn(String) + Send + Sync + 'static,
-    ) -> Result<TemplateRecord> {
-        let shared = self.shared.clone();
-        self.detached(async move { template::build(&shared, request, Arc::new(progress)).await }).await
-    }
-
-    /// Deletes a template. Sandboxes made from it do not need it.
-    pub async fn delete_template(&self, name: &str) -> Result<TemplateRecord> {
-        let (shared, name) = (self.shared.clone(), name.to_owned());
-        self.detached(async move { template::delete(&shared, &name).await }).await
-    }
-
     /// Ends the engine: no new operations, running sandboxes are stopped in an orderly way (those that do not make it
     /// by the deadline are killed; what they flushed is kept), the store is closed.
     pub async fn shutdown(&self, deadline: Duration) -> Result<()> {
@@ -448,6 +447,7 @@ struct Base {
     disk_size_bytes: u64,
     template: Option<String>,
     snapshot_id: Option<String>,
+    image: ImageConfig,
     unclean: bool,
 }
 
@@ -458,6 +458,7 @@ fn resolve_origin(shared: &Shared, origin: &Origin) -> Result<(Source, Base)> {
             let base = Base {
                 disk_size_bytes: template.disk_size_bytes,
                 template: Some(template.name),
+                image: template.image,
                 snapshot_id: None,
                 unclean: false,
             };
@@ -468,10 +469,21 @@ fn resolve_origin(shared: &Shared, origin: &Origin) -> Result<(Source, Base)> {
             let base = Base {
                 disk_size_bytes: snapshot.disk_size_bytes,
                 template: snapshot.template,
+                image: snapshot.image,
                 snapshot_id: Some(snapshot.id),
                 unclean: snapshot.consistency == records::Consistency::Crash,
             };
             (snapshot.snapshot, base)
+        }
+        Origin::Build(state) => {
+            let base = Base {
+                disk_size_bytes: state.disk_size_bytes,
+                template: None,
+                image: state.image.clone(),
+                snapshot_id: None,
+                unclean: false,
+            };
+            (state.snapshot, base)
         }
     };
     Ok((Source::Snapshot(state), base))

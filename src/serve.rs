@@ -23,7 +23,7 @@ use tokio::task::JoinSet;
 use crate::api::server::{self, Defaults, Keys};
 use crate::config::{self, AccelArg, Config, NetworkArg, StateDir, VmmArg};
 use crate::disks::Disks;
-use crate::engine::{self, Engine, Parts, Settings, TemplateBuilder};
+use crate::engine::{self, Engine, GuestFile, GuestSetup, Parts, Settings, TemplateBuilder};
 use listen::{Callers, Door};
 
 /// Beyond what guests may take to shut down: for flushing and closing.
@@ -148,10 +148,12 @@ async fn serve(config: &Config, state: &StateDir, store: storage::Store) -> Resu
             NetworkArg::None => vmm::Network::None,
         },
         kernel_args: config.kernel_args.clone(),
+        guest: guest_setup(config),
         boot_deadline: config.boot_timeout.0,
         stop_deadline: config.stop_timeout.0,
         ..Settings::default()
     };
+    settings.guest.check()?;
     let users_disks = Disks::open(store.clone(), state.attached(), true)?;
     let engine = Engine::open(Parts { store, vmm, disks, templates, settings }).await?;
 
@@ -159,6 +161,15 @@ async fn serve(config: &Config, state: &StateDir, store: storage::Store) -> Resu
     // Only ours: the lock says that no other daemon has put one there.
     let _ = std::fs::remove_file(state.socket());
     served
+}
+
+fn guest_setup(config: &Config) -> GuestSetup {
+    let files = config.guest_files.iter();
+    GuestSetup {
+        env: config.guest_env.clone(),
+        files: files.map(|(path, source)| GuestFile { path: path.clone(), source: source.clone() }).collect(),
+        ca_bundle: config.ca_bundle.clone(),
+    }
 }
 
 async fn listen(config: &Config, state: &StateDir, engine: Arc<Engine>, users_disks: Arc<Disks>) -> Result<(), Error> {
@@ -170,7 +181,6 @@ async fn listen(config: &Config, state: &StateDir, engine: Arc<Engine>, users_di
         cpus: config.default_cpus,
         memory_mib: config.default_memory.0,
         timeout: config.default_timeout.map(|t| t.0),
-        env: config.guest_env.clone(),
     };
     let routes = server::router(engine.clone(), users_disks.clone(), defaults);
     let (end, ending) = watch::channel(false);

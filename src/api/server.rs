@@ -15,7 +15,6 @@ mod sandboxes;
 mod snapshots;
 mod templates;
 
-use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -41,8 +40,6 @@ pub struct Defaults {
     pub memory_mib: u64,
     /// How long a session lasts that does not ask for an end.
     pub timeout: Option<Duration>,
-    /// Environment of commands, under what the sandbox asks for.
-    pub env: BTreeMap<String, String>,
 }
 
 /// What routes share.

@@ -1,5 +1,7 @@
 //! What goes over the wire. Field names are those of the public API; a field that is not there yet is not sent.
 
+mod template;
+
 use std::collections::BTreeMap;
 
 use jiff::Timestamp;
@@ -7,8 +9,10 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 use utoipa::ToSchema;
 
+pub use template::*;
+
 use crate::engine::lifecycle::State;
-use crate::engine::records::{Consistency, SnapshotRecord, TemplateRecord, slug};
+use crate::engine::records::{Consistency, NetworkPolicy, SnapshotRecord, slug};
 use crate::engine::{Deleted, FileKind, FileStat, SandboxView};
 
 /// Every successful answer.
@@ -60,7 +64,7 @@ macro_rules! listed {
     )*};
 }
 
-listed!(SandboxBody, SnapshotBody, TemplateBody, crate::disks::DiskView);
+listed!(SandboxBody, SnapshotBody, crate::disks::DiskView);
 
 /// The answer to a fork: with a count a list, without it what was made.
 #[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
@@ -153,6 +157,7 @@ pub struct SandboxBody {
     pub boot_path: Option<String>,
     pub boot_ms: Option<u64>,
     pub preview_url: Option<String>,
+    pub network_policy: NetworkPolicy,
     #[schema(value_type = Object)]
     pub metadata: Map<String, Value>,
     pub tags: Vec<String>,
@@ -189,6 +194,7 @@ impl From<SandboxView> for SandboxBody {
             boot_path: r.boot_ms.map(|_| "cold".to_owned()),
             boot_ms: r.boot_ms,
             preview_url: None,
+            network_policy: r.network_policy,
             metadata: r.metadata,
             tags: r.tags,
             last_error: r.last_error,
@@ -254,34 +260,6 @@ impl From<Deleted> for SnapshotBody {
     }
 }
 
-/// A template.
-#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
-#[allow(missing_docs)]
-pub struct TemplateBody {
-    pub id: String,
-    pub name: String,
-    pub status: String,
-    pub origin: String,
-    pub disk_size_mb: u64,
-    pub data_bytes: u64,
-    #[schema(value_type = String, format = DateTime)]
-    pub created_at: Timestamp,
-}
-
-impl From<TemplateRecord> for TemplateBody {
-    fn from(r: TemplateRecord) -> Self {
-        Self {
-            id: r.name.clone(),
-            name: r.name,
-            status: "ready".to_owned(),
-            origin: r.origin,
-            disk_size_mb: r.disk_size_bytes >> 20,
-            data_bytes: r.data_bytes,
-            created_at: r.created_at,
-        }
-    }
-}
-
 /// Asks for a sandbox.
 #[derive(Debug, Clone, Default, Serialize, Deserialize, ToSchema)]
 #[serde(default)]
@@ -318,6 +296,9 @@ pub struct CreateBody {
     pub persistent: Option<bool>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub env: Option<BTreeMap<String, String>>,
+    /// `allow` or `deny-all`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub network_policy: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(value_type = Option<Object>)]
     pub metadata: Option<Map<String, Value>>,
@@ -585,19 +566,6 @@ pub struct TreeBody {
 #[allow(missing_docs)]
 pub struct LogsBody {
     pub logs: String,
-}
-
-/// Asks for a template.
-#[derive(Debug, Clone, Default, Serialize, Deserialize, ToSchema)]
-#[serde(default)]
-#[allow(missing_docs)]
-pub struct TemplateRequestBody {
-    pub name: String,
-    /// A raw image on the daemon's machine.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub image_path: Option<String>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub disk_size_mb: Option<u64>,
 }
 
 fn is_false(b: &bool) -> bool {

@@ -146,40 +146,22 @@ fn private_file(path: &Path) -> std::io::Result<File> {
     File::options().read(true).write(true).create_new(true).mode(0o600).open(path)
 }
 
-/// Makes a raw file of a qcow2 image. One that refers to other files is refused: they would be read, too.
+/// Makes a raw file of a qcow2 image.
 fn convert(path: &Path, out: Out) -> Result<File> {
-    let qemu_img = |args: &[&std::ffi::OsStr]| {
-        let ran = std::process::Command::new("qemu-img").args(args).stdin(std::process::Stdio::null()).output();
-        let ran = ran.map_err(|e| {
-            Failure::user("qemu_img_missing", format!("qemu-img cannot be run: {e}"))
-                .hint("install it (qemu-utils), or convert the image to raw elsewhere")
-        })?;
-        if ran.status.success() {
-            return Ok(ran.stdout);
-        }
-        let why = String::from_utf8_lossy(&ran.stderr).trim().replace('\n', "; ");
-        Err(Failure::user("invalid_image", format!("{} is no qcow2 image that can be read: {why}", path.display()))
-            .hint("check it: qemu-img info FILE; a raw image is imported with --format raw"))
-    };
-    let os = std::ffi::OsStr::new;
-    // A path that begins like an option or a protocol is neither.
-    let path = std::path::absolute(path).map_err(|e| unreadable(&path.display().to_string(), &e))?;
-    let told = qemu_img(&[os("info"), os("-f"), os("qcow2"), os("--output=json"), path.as_os_str()])?;
-    let info: Value = serde_json::from_slice(&told)
-        .map_err(|e| Failure::user("invalid_image", format!("what qemu-img says cannot be read: {e}")))?;
-    let other = [&info["backing-filename"], &info["format-specific"]["data"]["data-file"]];
-    if let Some(other) = other.iter().find_map(|v| v.as_str()) {
-        return Err(Failure::user("invalid_image", format!("{} needs another file: {other}", path.display()))
-            .hint("make one image of them first: qemu-img convert -O qcow2 FILE WHOLE"));
-    }
     out.progress("converting …");
     let raw = std::env::temp_dir().join(format!("miosa-convert-{}", std::process::id()));
     let failed = |e: std::io::Error| unreadable(&raw.display().to_string(), &e);
     // Made here, so that nobody else can look into it.
     drop(private_file(&raw).map_err(failed)?);
-    let converted =
-        qemu_img(&[os("convert"), os("-f"), os("qcow2"), os("-O"), os("raw"), path.as_os_str(), raw.as_os_str()]);
-    let file = converted.and_then(|_| File::open(&raw).map_err(failed));
+    let converted = vmm::image::convert_qcow2(path, &raw).map_err(|e| {
+        let code = if e.kind == vmm::ErrorKind::ToolMissing { "qemu_img_missing" } else { "invalid_image" };
+        let failure = Failure::user(code, e.message);
+        match e.hint {
+            Some(hint) => failure.hint(hint),
+            None => failure,
+        }
+    });
+    let file = converted.and_then(|()| File::open(&raw).map_err(failed));
     let _ = std::fs::remove_file(&raw);
     file
 }

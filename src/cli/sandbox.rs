@@ -109,6 +109,7 @@ async fn create(client: &Client, out: Out, args: CreateArgs) -> Result<()> {
         always_on: None,
         persistent: Some(!args.non_persistent),
         env: Some(args.env.into_iter().collect()).filter(|e: &std::collections::BTreeMap<_, _>| !e.is_empty()),
+        network_policy: args.network_policy,
         metadata: None,
         tags: Some(args.tag).filter(|t| !t.is_empty()),
         auto_start: args.no_start.then_some(false),
@@ -233,6 +234,7 @@ fn show(out: &Out, s: &SandboxBody) -> String {
         ("persistent", if s.persistent { "yes" } else { "no" }.to_owned()),
         ("timeout", s.timeout_sec.map_or("no limit".to_owned(), |t| show_duration(Duration::from_secs(t)))),
         ("idle timeout", s.idle_timeout_sec.map_or("no limit".to_owned(), |t| show_duration(Duration::from_secs(t)))),
+        ("network", s.network_policy.name().to_owned()),
         ("created", s.created_at.to_string()),
     ];
     let mut optional = |key, value: Option<String>| fields.extend(value.map(|v| (key, v)));

@@ -65,8 +65,13 @@ pub struct Config {
     pub stop_timeout: Span,
     /// Added to the guest kernel's command line.
     pub kernel_args: Vec<String>,
-    /// Environment of commands in sandboxes made from now on.
+    /// Environment of every command in every sandbox, such as a proxy's address; a sandbox's own goes before it.
     pub guest_env: BTreeMap<String, String>,
+    /// Files of this machine that every guest gets at the start of a session, by their paths in the guest.
+    pub guest_files: BTreeMap<String, PathBuf>,
+    /// Certificates (PEM) that guests trust besides their own, such as those of a proxy.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ca_bundle: Option<PathBuf>,
     /// Log that gathers until it is packed.
     pub log_budget: Mib,
     /// Log at which writers wait for packing.
@@ -105,6 +110,8 @@ impl Default for Config {
             stop_timeout: Span(Duration::from_secs(45)),
             kernel_args: Vec::new(),
             guest_env: BTreeMap::new(),
+            guest_files: BTreeMap::new(),
+            ca_bundle: None,
             log_budget: Mib(512),
             log_limit: Mib(2_048),
             cache_memory: Mib(256),
@@ -177,6 +184,9 @@ pub struct Flags {
     /// Added to the guest kernel's command line
     #[arg(long = "kernel-arg", value_name = "WORD")]
     pub kernel_args: Option<Vec<String>>,
+    /// Certificates (PEM) that guests trust besides their own, such as those of a proxy
+    #[arg(long, env = "MIOSA_CA_BUNDLE", value_name = "FILE")]
+    pub ca_bundle: Option<PathBuf>,
     /// Log that gathers until it is packed [default: 512mb]
     #[arg(long, value_name = "SIZE")]
     pub log_budget: Option<Mib>,
@@ -251,8 +261,9 @@ impl Config {
     }
 
     fn make_absolute(&mut self) -> Result<(), ConfigError> {
-        let paths = [&mut self.socket, &mut self.api_key_file, &mut self.agent].into_iter().flatten();
-        for path in paths.chain([&mut self.state_dir, &mut self.cache_dir]) {
+        let paths =
+            [&mut self.socket, &mut self.api_key_file, &mut self.agent, &mut self.ca_bundle].into_iter().flatten();
+        for path in paths.chain(self.guest_files.values_mut()).chain([&mut self.state_dir, &mut self.cache_dir]) {
             *path = std::path::absolute(&*path)
                 .map_err(|e| ConfigError::new(format!("the path {} cannot be used: {e}", path.display())))?;
         }

@@ -26,6 +26,9 @@ struct SnapshotNote {
     consistency: Consistency,
     template: Option<String>,
     created_at: jiff::Timestamp,
+    /// How its programs want to be run.
+    #[serde(default)]
+    image: vmm::image::ImageConfig,
 }
 
 /// An archive that is ready to be written.
@@ -55,6 +58,7 @@ impl Disks {
                 comment: r.comment,
                 consistency: r.consistency,
                 template: r.template,
+                image: r.image,
                 created_at: r.created_at,
             }),
         };
@@ -102,6 +106,7 @@ impl Disks {
                 // Of a disk nobody says that it was at rest.
                 consistency: note.as_ref().map_or(Consistency::Crash, |n| n.consistency),
                 template: note.as_ref().and_then(|n| n.template.clone()),
+                image: note.as_ref().map(|n| n.image.clone()).unwrap_or_default(),
                 created_at: note.as_ref().map_or_else(jiff::Timestamp::now, |n| n.created_at),
                 expires_at: None,
             };

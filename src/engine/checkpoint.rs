@@ -56,7 +56,7 @@ impl Sandbox {
     ///
     /// Of a running sandbox `commit` is told `crash`, which is certain; `upgrade` makes that `filesystem` once the guest
     /// says that it was frozen all the while. A crash in between leaves the weaker word.
-    async fn at_one_point<T: Clone + Send + 'static>(
+    pub(super) async fn at_one_point<T: Clone + Send + 'static>(
         self: &Arc<Self>,
         owner: &mut OwnerGuard,
         request: Request,
@@ -117,6 +117,7 @@ impl Sandbox {
                 disk_size_bytes: of.disk_size_bytes,
                 consistency,
                 template: of.template,
+                image: of.image,
                 created_at,
                 expires_at,
             };

@@ -58,6 +58,8 @@ pub enum Kind {
     MachineUnavailable,
     /// A kernel, an initramfs or the guest's agent is missing.
     ImageMissing,
+    /// A step of a template's build failed.
+    BuildFailed,
     /// The machine did not come up.
     BootFailed,
     /// The file system that holds the state directory is full.
@@ -102,6 +104,7 @@ impl Kind {
             Kind::AgentTimeout => "agent_timeout",
             Kind::MachineUnavailable => "machine_unavailable",
             Kind::ImageMissing => "image_missing",
+            Kind::BuildFailed => "build_failed",
             Kind::BootFailed => "boot_failed",
             Kind::StorageFull => "storage_full",
             Kind::StorageDamaged => "storage_damaged",
@@ -133,6 +136,7 @@ impl Kind {
             | Kind::UnsupportedOption
             | Kind::GuestFile
             | Kind::GuestDiskFull
+            | Kind::BuildFailed
             | Kind::CommandNotFound
             | Kind::CommandFailed => 422,
             Kind::AgentTimeout => 504,

@@ -46,12 +46,16 @@ impl Engine {
         check_exec(&spec)?;
         let metrics = self.shared.metrics.clone();
         self.detached(async move {
-            let mut env = sandbox.record().env;
+            // Of several with one name, the last one counts.
+            let record = sandbox.record();
+            let mut env = sandbox.shared.settings.guest.environment();
+            env.extend(record.image.env);
+            env.extend(record.env);
             env.extend(spec.env);
             let request = ExecRequest {
                 argv: spec.argv,
                 env: env.into_iter().collect(),
-                cwd: spec.cwd,
+                cwd: spec.cwd.or(record.image.workdir),
                 user: spec.user,
                 timeout_ms: spec.timeout.map(|t| (t.as_millis() as u64).max(1)),
                 stdin: spec.stdin,

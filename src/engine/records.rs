@@ -9,9 +9,41 @@ use jiff::Timestamp;
 use rand::RngExt;
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use storage::{DiskId, SnapshotId};
+use vmm::image::ImageConfig;
 
 use super::error::{Error, Result};
 use super::lifecycle::State;
+use super::recipe::Recipe;
+
+/// What a sandbox's network reaches.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum NetworkPolicy {
+    /// What the daemon's network allows.
+    #[default]
+    Allow,
+    /// Nothing: its machines have no network device.
+    DenyAll,
+}
+
+impl NetworkPolicy {
+    /// Its name.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Allow => "allow",
+            Self::DenyAll => "deny-all",
+        }
+    }
+
+    /// The policy of this name.
+    pub fn parse(name: &str) -> Option<Self> {
+        match name.replace('_', "-").as_str() {
+            "allow" | "allow-all" => Some(Self::Allow),
+            "deny-all" => Some(Self::DenyAll),
+            _ => None,
+        }
+    }
+}
 
 /// A sandbox.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -48,6 +80,12 @@ pub struct SandboxRecord {
     /// Environment of every exec.
     #[serde(default)]
     pub env: BTreeMap<String, String>,
+    /// What its machines' network reaches.
+    #[serde(default)]
+    pub network_policy: NetworkPolicy,
+    /// How the image it came from wants programs to be run.
+    #[serde(default)]
+    pub image: ImageConfig,
     /// The caller's own notes.
     #[serde(default)]
     pub metadata: serde_json::Map<String, serde_json::Value>,
@@ -108,6 +146,9 @@ pub struct SnapshotRecord {
     pub consistency: Consistency,
     /// The template the sandbox came from.
     pub template: Option<String>,
+    /// How the image it came from wants programs to be run.
+    #[serde(default)]
+    pub image: ImageConfig,
     /// When it was taken.
     pub created_at: Timestamp,
     /// When it is deleted by itself.
@@ -128,6 +169,31 @@ pub struct TemplateRecord {
     pub data_bytes: u64,
     /// Where the image came from, for people.
     pub origin: String,
+    /// When it was made.
+    pub created_at: Timestamp,
+    /// How its programs want to be run.
+    #[serde(default)]
+    pub image: ImageConfig,
+    /// Processors of its sandboxes, unless asked otherwise.
+    #[serde(default)]
+    pub cpus: Option<u32>,
+    /// Memory of its sandboxes, unless asked otherwise.
+    #[serde(default)]
+    pub memory_mib: Option<u64>,
+    /// What it was built by, unless it was imported or that is large.
+    #[serde(default)]
+    pub recipe: Option<Recipe>,
+}
+
+/// The state after a step of a template's build, from which the next build of the same steps goes on.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct StepRecord {
+    /// Digest of where the build began and of all steps up to this one; its key.
+    pub digest: String,
+    /// The template that was built.
+    pub template: String,
+    /// The state in the store.
+    pub snapshot: SnapshotId,
     /// When it was made.
     pub created_at: Timestamp,
 }
@@ -163,6 +229,13 @@ impl Record for TemplateRecord {
     const KIND: &'static str = "template";
     fn key(&self) -> &str {
         &self.name
+    }
+}
+
+impl Record for StepRecord {
+    const KIND: &'static str = "template-step";
+    fn key(&self) -> &str {
+        &self.digest
     }
 }
 

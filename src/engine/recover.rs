@@ -16,7 +16,7 @@ use jiff::Timestamp;
 use super::Shared;
 use super::error::{Error, Result};
 use super::lifecycle::{Decision, Request, State, decide};
-use super::records::{Record, SandboxRecord, SnapshotRecord, TemplateRecord, is_own_name, load_all};
+use super::records::{Record, SandboxRecord, SnapshotRecord, StepRecord, TemplateRecord, is_own_name, load_all};
 use super::sandbox::Sandbox;
 
 pub(super) async fn run(shared: &Arc<Shared>) -> Result<()> {
@@ -30,6 +30,7 @@ pub(super) async fn run(shared: &Arc<Shared>) -> Result<()> {
         let mut sandboxes: Vec<SandboxRecord> = load_all(store)?;
         let snapshots: Vec<SnapshotRecord> = load_all(store)?;
         let templates: Vec<TemplateRecord> = load_all(store)?;
+        let steps: Vec<StepRecord> = load_all(store)?;
         let mut tx = store.begin();
         let mut changed = false;
         for record in &mut sandboxes {
@@ -52,8 +53,12 @@ pub(super) async fn run(shared: &Arc<Shared>) -> Result<()> {
             tx.delete_disk(disk.id);
             changed = true;
         }
-        let states: BTreeSet<_> =
-            snapshots.iter().map(|r| r.snapshot).chain(templates.iter().map(|r| r.snapshot)).collect();
+        let states: BTreeSet<_> = snapshots
+            .iter()
+            .map(|r| r.snapshot)
+            .chain(templates.iter().map(|r| r.snapshot))
+            .chain(steps.iter().map(|r| r.snapshot))
+            .collect();
         for state in store.snapshots().into_iter().filter(|s| is_own_name(&s.name) && !states.contains(&s.id)) {
             tracing::info!(snapshot = %state.name, "deleting a state that no snapshot or template has");
             tx.delete_snapshot(state.id);

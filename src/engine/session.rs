@@ -12,7 +12,7 @@ use vmm::{Agent, ExecRequest, ExitReason, Identity, Machine, MachineSpec};
 use super::Shared;
 use super::attach::AttachedDisk;
 use super::error::{Error, Kind, Result};
-use super::records::{SandboxRecord, slug};
+use super::records::{NetworkPolicy, SandboxRecord, slug};
 use super::sandbox::Sandbox;
 
 /// Between two attempts to end a session whose time is up.
@@ -73,7 +73,10 @@ impl Session {
             disk: attached.attachment(),
             accel: shared.settings.accel,
             hostname: slug(&record.name),
-            network: shared.settings.network,
+            network: match record.network_policy {
+                NetworkPolicy::Allow => shared.settings.network,
+                NetworkPolicy::DenyAll => vmm::Network::None,
+            },
             mac: mac_of(&record.machine_id),
             kernel_args: shared.settings.kernel_args.clone(),
         };
@@ -119,6 +122,8 @@ impl Session {
             Ok(agent.identify(identity).await?)
         })
         .await?;
+        within(shared.settings.agent_deadline, "giving the guest its files", shared.settings.guest.apply(&agent))
+            .await?;
         if found.host_keys_missing {
             // It takes a guest seconds; nobody is to wait for it. Cut off, it is done in the next session.
             tokio::spawn(make_host_keys(agent, record.id.clone()));

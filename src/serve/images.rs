@@ -1,12 +1,15 @@
 //! What machines boot, made by `vmm::image` and kept in the cache and the state directory.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use async_trait::async_trait;
-use vmm::image;
+use vmm::image::{self, ImageFormat, ReadyImage};
 
 use crate::engine::error::{Error, Kind, Result};
 use crate::engine::{BootFiles, Progress, TemplateBuilder};
+
+/// Where archives are unpacked, beside the boot files.
+const IMPORTS: &str = "imports";
 
 /// Kernel, initramfs and the base image of real machines.
 pub(super) struct Images {
@@ -19,6 +22,8 @@ pub(super) struct Images {
 
 impl Images {
     pub(super) fn new(cache: PathBuf, boot: PathBuf, agent: Option<PathBuf>) -> Self {
+        // Of an import that the daemon's death cut off.
+        let _ = std::fs::remove_dir_all(boot.join(IMPORTS));
         Self { cache, boot, agent, building: tokio::sync::Mutex::default() }
     }
 
@@ -65,11 +70,24 @@ impl TemplateBuilder for Images {
         let _building = self.building.lock().await;
         let cache = self.cache.clone();
         blocking(move || {
-            let image = cache.join(format!("base-{}m.raw", size_bytes >> 20));
+            // Named by what is in it, so that another version makes another.
+            let image = cache.join(format!("base-{}-{}m.raw", image::base_version(), size_bytes >> 20));
             image::build_base_rootfs(&cache, &image, size_bytes, |line| progress(line.to_owned()))?;
-            Ok((image, "Debian with python3 and git".to_owned()))
+            Ok((image, "Debian with python3, pip and git".to_owned()))
         })
         .await
+    }
+
+    async fn prepare_image(
+        &self,
+        file: &Path,
+        format: Option<ImageFormat>,
+        disk_bytes: u64,
+        progress: Progress,
+    ) -> Result<ReadyImage> {
+        let (file, work) = (file.to_owned(), self.boot.join(IMPORTS));
+        blocking(move || Ok(image::prepare(&file, format, disk_bytes, &work, &mut |line| progress(line.to_owned()))?))
+            .await
     }
 }
 

@@ -55,7 +55,7 @@ fn bad_requests_have_codes_hints_and_exit_codes() {
         (&["sandbox", "write-file", &id, "/x", "/tmp"], 1, "local_file"),
         (&["sandbox", "extend", &id], 1, "invalid_input"),
         (&["sandbox", "snapshots", "delete", "snap-none"], 1, "snapshot_not_found"),
-        (&["template", "build", "nextjs"], 1, "invalid_input"),
+        (&["template", "build", "unheard-of"], 1, "invalid_input"),
         (&["template", "build", "x", "--image", "/no/such/image"], 1, "invalid_input"),
         (&["template", "build", "base"], 4, "image_missing"),
         (&["template", "delete", "nextjs"], 1, "template_not_found"),

@@ -265,6 +265,7 @@ async fn an_import_keeps_holes_holes() {
     assert_eq!(template.disk_size_bytes, DISK_BYTES);
     assert_eq!(template.data_bytes, 2 * 4_096);
     assert!(w.store.disks().is_empty(), "the disk of the import stays");
-    let request = BuildRequest { name: "bad/name".into(), source: ImageSource::Raw { path: "/nonexistent".into() } };
+    let source = ImageSource::File { path: "/nonexistent".into(), format: None, disk_bytes: None };
+    let request = BuildRequest { name: "bad/name".into(), source, no_cache: false };
     assert_eq!(refused(w.engine.build_template(request, |_| {}).await), Kind::InvalidInput);
 }

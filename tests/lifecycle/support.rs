@@ -77,7 +77,8 @@ impl World {
         image[..8].copy_from_slice(MARK);
         image[DISK_BYTES as usize - 8..].copy_from_slice(MARK);
         std::fs::write(&path, image).unwrap();
-        let request = BuildRequest { name: name.to_owned(), source: ImageSource::Raw { path } };
+        let source = ImageSource::File { path, format: None, disk_bytes: None };
+        let request = BuildRequest { name: name.to_owned(), source, no_cache: false };
         self.engine.build_template(request, |_| {}).await.unwrap();
     }
 
@@ -139,6 +140,7 @@ pub fn wanted(name: &str) -> CreateRequest {
         idle_timeout: None,
         persistent: true,
         env: BTreeMap::new(),
+        network_policy: Default::default(),
         metadata: serde_json::Map::new(),
         tags: Vec::new(),
         start: true,

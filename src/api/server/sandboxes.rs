@@ -7,14 +7,15 @@ use axum::response::{IntoResponse, Response};
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
+use super::Api;
 use super::answer::{Answer, ApiError, ListAnswer, data, list_all, list_of};
 use super::request::{JsonBody, Paging, Params, Path, Wait, flag, refuse_unsupported, timeout};
-use super::{Api, Defaults};
 use crate::api::types::{
     CreateBody, Envelope, ExtendBody, ForkBody, ListEnvelope, LogsBody, OneOrMany, ReadinessBody, SandboxBody,
 };
 use crate::engine::error::{Error, Kind};
 use crate::engine::lifecycle::State;
+use crate::engine::records::NetworkPolicy;
 use crate::engine::{CreateRequest, ForkRequest, Origin};
 
 /// Processors, memory and disk (both in MiB) of a named size.
@@ -67,13 +68,13 @@ async fn create(
     JsonBody(body): JsonBody<CreateBody>,
 ) -> Result<(StatusCode, Json<Envelope<SandboxBody>>), ApiError> {
     refuse_unsupported("create", &body.other)?;
-    let mut request = create_request(body, &api.defaults)?;
+    let mut request = create_request(body, &api)?;
     request.wait = flag(&params, "wait");
     let view = api.engine.create(request).await?;
     Ok((StatusCode::CREATED, Json(Envelope { data: view.into() })))
 }
 
-fn create_request(body: CreateBody, defaults: &Defaults) -> Result<CreateRequest, ApiError> {
+fn create_request(body: CreateBody, api: &Api) -> Result<CreateRequest, ApiError> {
     let invalid = |message: String, hint: &str| ApiError::from(Error::new(Kind::InvalidInput, message).hint(hint));
     let origin = match (body.template_id, body.snapshot_id) {
         (Some(_), Some(_)) => return Err(invalid("a template and a snapshot were given".into(), "give one of them")),
@@ -81,7 +82,13 @@ fn create_request(body: CreateBody, defaults: &Defaults) -> Result<CreateRequest
         (None, Some(snapshot)) => Origin::Snapshot(snapshot),
         (None, None) => Origin::Template(crate::engine::BASE.to_owned()),
     };
-    let (mut cpus, mut memory_mib, mut disk_mib) = (defaults.cpus, defaults.memory_mib, None);
+    let (mut cpus, mut memory_mib, mut disk_mib) = (api.defaults.cpus, api.defaults.memory_mib, None);
+    if let Origin::Template(name) = &origin
+        && let Ok(template) = api.engine.template(name)
+    {
+        cpus = template.cpus.unwrap_or(cpus);
+        memory_mib = template.memory_mib.unwrap_or(memory_mib);
+    }
     if let Some(size) = &body.size {
         let Some((_, c, m, d)) = SIZES.iter().find(|(name, ..)| name == size) else {
             return Err(invalid(format!("there is no size {size:?}"), "xs, small, medium, large, xl"));
@@ -105,9 +112,13 @@ fn create_request(body: CreateBody, defaults: &Defaults) -> Result<CreateRequest
     if !(128..=1 << 20).contains(&memory_mib) {
         return Err(invalid(format!("{memory_mib} MiB of memory were asked for"), "128 MiB to 1 TiB, such as 2gb"));
     }
-    let mut env = defaults.env.clone();
-    env.extend(body.env.unwrap_or_default());
+    let env = body.env.unwrap_or_default();
     crate::engine::check_env(&env)?;
+    let network_policy = match body.network_policy.as_deref() {
+        None => NetworkPolicy::default(),
+        Some(name) => NetworkPolicy::parse(name)
+            .ok_or_else(|| invalid(format!("there is no network policy {name:?}"), "allow, deny-all"))?,
+    };
     Ok(CreateRequest {
         origin,
         name: body.name,
@@ -115,12 +126,13 @@ fn create_request(body: CreateBody, defaults: &Defaults) -> Result<CreateRequest
         memory_mib,
         disk_mib,
         timeout: match (body.timeout_sec, body.timeout_ms) {
-            (None, None) => defaults.timeout,
+            (None, None) => api.defaults.timeout,
             (seconds, milliseconds) => timeout_of(seconds, milliseconds)?,
         },
         idle_timeout: timeout_of(body.idle_timeout_sec, body.idle_timeout_ms)?,
         persistent: body.persistent.unwrap_or(true),
         env,
+        network_policy,
         metadata: body.metadata.unwrap_or_default(),
         tags: body.tags.unwrap_or_default(),
         start: body.auto_start.unwrap_or(true),

@@ -116,6 +116,9 @@ pub struct CreateArgs {
     /// Environment of every command
     #[arg(long, value_parser = parse_env, value_name = "NAME=VALUE")]
     pub env: Vec<(String, String)>,
+    /// What its network reaches: allow, deny-all [default: allow]
+    #[arg(long, value_name = "POLICY")]
+    pub network_policy: Option<String>,
     /// Label the sandbox
     #[arg(long, value_name = "TAG")]
     pub tag: Vec<String>,
