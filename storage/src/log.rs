@@ -31,16 +31,53 @@ pub(crate) const DIR: &str = "log";
 const SEGMENT_BYTES: u64 = 64 << 20;
 /// Space is reserved in steps of this many bytes.
 const ALLOCATE_BYTES: u64 = 4 << 20;
+/// A sync of at most this many bytes has blocks to write to that were written before: see [`Log::write_ahead`].
+const SMALL_BYTES: u64 = 256 << 10;
+/// Zeroes written ahead of small syncs at a time.
+const AHEAD_BYTES: u64 = 256 << 10;
 /// Buffered bytes at which a writer hands the buffer to the file without waiting for a flush.
 const WRITE_BYTES: usize = 1 << 20;
 /// Buffered bytes at which a writer waits for the file.
 const BUFFER_BYTES: usize = 16 << 20;
+/// Emptied buffers that are kept: fresh memory costs a page fault every 4 KiB.
+const SPARE_BUFFERS: usize = 2;
+/// Buffers of more than this are not kept.
+const SPARE_BYTES: usize = 2 * WRITE_BYTES + RecordHeader::BYTES;
 
 struct Segment {
     number: u64,
     base: LogPos,
     file: Arc<dyn File>,
+    /// Bytes of the file that are reserved.
+    allocated: AtomicU64,
+    /// Bytes of the file that were written, if only with zeroes. Changed by leaders only.
+    written: AtomicU64,
 }
+
+impl Segment {
+    fn new(number: u64, base: LogPos, file: Arc<dyn File>, allocated: u64) -> Self {
+        Self { number, base, file, allocated: AtomicU64::new(allocated), written: AtomicU64::new(0) }
+    }
+
+    /// Prepares a small sync of `len` bytes at `offset`: when it reaches blocks that were only reserved so far, zeroes are
+    /// written to these and some more behind. The first write to a reserved block makes the file system commit its
+    /// journal at the sync; now one sync in many pays for that. A reader of the log finds zeroes behind the last record
+    /// either way.
+    fn write_ahead(&self, offset: u64, len: u64) {
+        let end = offset + len;
+        let written = self.written.load(Ordering::Relaxed).max(offset);
+        let ahead = (end + AHEAD_BYTES).min(self.allocated.load(Ordering::Relaxed));
+        if len > SMALL_BYTES || end <= written || ahead <= end {
+            return;
+        }
+        // A failure matters only if the write of the records fails as well.
+        if self.file.write_at(&ZEROES[..(ahead - end) as usize], end).is_ok() {
+            self.written.store(ahead, Ordering::Relaxed);
+        }
+    }
+}
+
+static ZEROES: [u8; AHEAD_BYTES as usize] = [0; AHEAD_BYTES as usize];
 
 /// Bytes of one segment that are not known to be in its file.
 struct Tail {
@@ -55,30 +92,30 @@ impl Tail {
     }
 }
 
-struct Open {
-    segment: Arc<Segment>,
-    /// Bytes of the file that are reserved.
-    allocated: u64,
-}
-
 struct State {
     /// Where the next record goes.
     end: LogPos,
     /// Everything before is durable.
     durable: LogPos,
     /// The segment that takes records; `None` after a rotation, until the next record.
-    open: Option<Open>,
+    open: Option<Arc<Segment>>,
     next_number: u64,
     /// Appended, not yet taken by a leader. Only the last one grows.
     tails: Vec<Tail>,
     /// Taken by a leader; stays here until it is in the file, also when the write fails.
     writing: Vec<Arc<Tail>>,
+    /// Emptied buffers.
+    spare: Vec<Vec<u8>>,
     /// A segment with writes that were not synced.
     unsynced: Option<Arc<Segment>>,
     /// Segments made since the log was opened, and how many of their names are durable.
     made: u64,
     names_durable: u64,
     leader: bool,
+    /// Rounds begun so far.
+    round: u64,
+    /// What the round under way makes durable; nothing when it only writes.
+    goal: LogPos,
     poison: Option<Error>,
 }
 
@@ -87,7 +124,9 @@ pub(crate) struct Log {
     medium: Arc<dyn Medium>,
     store: StoreUuid,
     state: Mutex<State>,
-    led: Condvar,
+    /// Those who wait for the end of a round, by its number's parity: who shares the round under way is woken when it is
+    /// done, and of those who wait for the next one only its leader.
+    led: [Condvar; 2],
     segments: RwLock<BTreeMap<LogPos, Arc<Segment>>>,
     syncs: AtomicU64,
 }
@@ -144,7 +183,7 @@ impl Log {
             if state.buffered() < BUFFER_BYTES {
                 break;
             }
-            state = if state.leader { self.wait(state) } else { self.lead(state, false)? };
+            state = if state.leader { self.wait(state, LogPos(0)) } else { self.lead(state, false)? };
         }
         let mut header = RecordHeader {
             kind: record.kind,
@@ -183,7 +222,7 @@ impl Log {
             if let Some(poison) = &state.poison {
                 return Err(poison.clone());
             }
-            state = if state.leader { self.wait(state) } else { self.lead(state, true)? };
+            state = if state.leader { self.wait(state, upto) } else { self.lead(state, true)? };
         }
     }
 
@@ -231,6 +270,8 @@ impl Log {
         {
             let mut state = self.state.lock();
             state.durable = state.durable.max(upto);
+            // Who was to lead the next round may have nothing left to lead it for.
+            self.wake_all();
         }
         let released: Vec<_> = {
             let mut segments = self.segments.write();
@@ -248,15 +289,24 @@ impl Log {
         bytes
     }
 
-    fn wait<'a>(&self, mut state: MutexGuard<'a, State>) -> MutexGuard<'a, State> {
-        self.led.wait(&mut state);
+    /// Waits until the round under way is over or, when that does not make `upto` durable, until the next is to be led or
+    /// is over.
+    fn wait<'a>(&self, mut state: MutexGuard<'a, State>, upto: LogPos) -> MutexGuard<'a, State> {
+        let round = state.round + u64::from(upto > state.goal);
+        self.led[round as usize % 2].wait(&mut state);
         state
+    }
+
+    fn wake_all(&self) {
+        for condvar in &self.led {
+            condvar.notify_all();
+        }
     }
 
     /// Makes the open segment take `bytes` more, reserving space and starting a segment as needed.
     fn make_room(&self, state: &mut State, bytes: u64) -> Result<()> {
-        if let Some(open) = &state.open
-            && state.end.0 - open.segment.base.0 + bytes > SEGMENT_BYTES
+        if let Some(segment) = &state.open
+            && state.end.0 - segment.base.0 + bytes > SEGMENT_BYTES
         {
             state.open = None;
         }
@@ -274,18 +324,19 @@ impl Log {
                     return Err(no_room(e));
                 }
             };
-            let segment = Arc::new(Segment { number, base: state.end, file });
+            let segment = Arc::new(Segment::new(number, state.end, file, first));
             self.segments.write().insert(segment.base, segment.clone());
             let header = SegmentHeader { store: self.store, number, base: state.end };
             state.tails.push(Tail { segment: segment.clone(), base: state.end, bytes: header.encode().to_vec() });
             state.end = state.end.plus(SegmentHeader::BYTES);
-            state.open = Some(Open { segment, allocated: first });
+            state.open = Some(segment);
         }
-        if let Some(open) = &mut state.open {
-            let need = state.end.0 - open.segment.base.0 + bytes;
-            if need > open.allocated {
-                let more = allocate(&*open.segment.file, open.allocated, need - open.allocated);
-                open.allocated += more.map_err(no_room)?;
+        if let Some(segment) = &state.open {
+            let need = state.end.0 - segment.base.0 + bytes;
+            let allocated = segment.allocated.load(Ordering::Relaxed);
+            if need > allocated {
+                let more = allocate(&*segment.file, allocated, need - allocated).map_err(no_room)?;
+                segment.allocated.store(allocated + more, Ordering::Relaxed);
             }
         }
         Ok(())
@@ -294,6 +345,8 @@ impl Log {
     /// Writes everything buffered, and syncs it if asked to. The caller has seen that there is no leader.
     fn lead<'a>(&'a self, mut state: MutexGuard<'a, State>, sync: bool) -> Result<MutexGuard<'a, State>> {
         state.leader = true;
+        state.round += 1;
+        state.goal = if sync { state.end } else { LogPos(0) };
         let taken = std::mem::take(&mut state.tails);
         state.writing.extend(taken.into_iter().map(Arc::new));
         let tails = state.writing.clone();
@@ -307,13 +360,16 @@ impl Log {
 
         let mut state = self.state.lock();
         state.leader = false;
-        self.led.notify_all();
+        let [shared, next] = [0, 1].map(|i| &self.led[(state.round + i) as usize % 2]);
+        shared.notify_all();
+        next.notify_one();
         match outcome {
             Ok(()) => {
                 if let Some(last) = tails.last() {
                     state.unsynced = Some(last.segment.clone());
                 }
                 state.writing.clear();
+                state.keep_buffers(tails);
                 if sync {
                     state.unsynced = None;
                     state.durable = state.durable.max(goal);
@@ -329,6 +385,7 @@ impl Log {
                     e,
                 );
                 state.poison = Some(poison.clone());
+                self.wake_all();
                 Err(poison)
             }
         }
@@ -348,10 +405,12 @@ impl Log {
             let offset = tail.base.0 - tail.segment.base.0;
             if sync && i + 1 == tails.len() {
                 self.syncs.fetch_add(1, Ordering::Relaxed);
+                tail.segment.write_ahead(offset, tail.bytes.len() as u64);
                 tail.segment.file.write_sync(&tail.bytes, offset)?;
                 unsynced = None;
             } else {
                 tail.segment.file.write_at(&tail.bytes, offset).map_err(WriteSyncError::Write)?;
+                tail.segment.file.start_writeback(offset, tail.bytes.len() as u64);
                 unsynced = Some(tail.segment.clone());
             }
         }
@@ -411,7 +470,7 @@ impl Log {
                 unneeded.push(number);
                 continue;
             };
-            let segment = Arc::new(Segment { number, base, file });
+            let segment = Arc::new(Segment::new(number, base, file, 0));
             end = replay(&store, &segment, &data, apply)?;
             kept.insert(base, segment.clone());
             last = Some(segment);
@@ -448,17 +507,20 @@ impl Log {
             next_number,
             tails: Vec::new(),
             writing: Vec::new(),
+            spare: Vec::new(),
             unsynced: None,
             made: 0,
             names_durable: 0,
             leader: false,
+            round: 0,
+            goal: LogPos(0),
             poison: None,
         };
         Ok(Self {
             medium,
             store,
             state: Mutex::new(state),
-            led: Condvar::new(),
+            led: Default::default(),
             segments: RwLock::new(kept),
             syncs: AtomicU64::new(0),
         })
@@ -476,12 +538,25 @@ impl State {
             + self.writing.iter().map(|t| t.bytes.len()).sum::<usize>()
     }
 
+    /// Keeps the memory of buffers that have been written.
+    fn keep_buffers(&mut self, written: Vec<Arc<Tail>>) {
+        for Tail { mut bytes, .. } in written.into_iter().filter_map(Arc::into_inner) {
+            if self.spare.len() < SPARE_BUFFERS && bytes.capacity() <= SPARE_BYTES {
+                bytes.clear();
+                self.spare.push(bytes);
+            }
+        }
+    }
+
     /// The tail that takes the next record.
     fn tail(&mut self) -> Result<&mut Tail> {
-        let Some(open) = &self.open else { return Err(Error::new(ErrorKind::Closed, "the log has no open segment")) };
-        let fits = self.tails.last().is_some_and(|t| t.segment.number == open.segment.number && t.end() == self.end);
+        let Some(segment) = &self.open else {
+            return Err(Error::new(ErrorKind::Closed, "the log has no open segment"));
+        };
+        let fits = self.tails.last().is_some_and(|t| t.segment.number == segment.number && t.end() == self.end);
         if !fits {
-            self.tails.push(Tail { segment: open.segment.clone(), base: self.end, bytes: Vec::new() });
+            let bytes = self.spare.pop().unwrap_or_default();
+            self.tails.push(Tail { segment: segment.clone(), base: self.end, bytes });
         }
         self.tails.last_mut().ok_or_else(|| Error::new(ErrorKind::Closed, "the log has no tail"))
     }

@@ -30,6 +30,10 @@ pub trait File: Send + Sync {
     /// Writes all of `data` at `offset`. Not durable before [`File::sync`].
     fn write_at(&self, data: &[u8], offset: u64) -> io::Result<()>;
 
+    /// Lets the medium begin to put these bytes on disk, so that a later [`File::sync`] finds little left to do. Says
+    /// nothing about what is durable, and returns without waiting for the disk where it can.
+    fn start_writeback(&self, _offset: u64, _len: u64) {}
+
     /// Makes everything written so far durable (`fdatasync`).
     fn sync(&self) -> io::Result<()>;
 

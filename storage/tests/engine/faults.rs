@@ -36,6 +36,38 @@ fn a_failed_sync_poisons_until_reopened_and_reads_go_on() {
 }
 
 #[test]
+fn a_failed_sync_is_told_to_everyone_who_waits_for_it() {
+    let medium = SimMedium::new();
+    let (store, _, id) = store_with_disk(&medium);
+    let (told, tells) = std::sync::mpsc::channel();
+    let first = medium.syncs();
+    let mut syncs = 0;
+    medium.set_faults(Box::new(move |_, event| {
+        syncs += u64::from(event == Event::Sync);
+        // Long enough for others to queue up behind this round.
+        std::thread::sleep(std::time::Duration::from_millis(1));
+        (syncs > 5).then_some(5)
+    }));
+    for thread in 0..16 {
+        let (disk, told) = (store.disk(id).unwrap(), told.clone());
+        std::thread::spawn(move || {
+            let failed = loop {
+                if let Err(e) = disk.write(thread % BLOCKS * BLOCK_SIZE as u64, &expand(7)).and_then(|()| disk.flush())
+                {
+                    break e;
+                }
+            };
+            told.send(failed).unwrap();
+        });
+    }
+    for _ in 0..16 {
+        let failed = tells.recv_timeout(std::time::Duration::from_secs(60)).expect("a writer was never told");
+        assert!(matches!(failed.kind(), ErrorKind::Poisoned | ErrorKind::Io), "{failed:?}");
+    }
+    assert!(medium.syncs() > first + 5);
+}
+
+#[test]
 fn a_full_medium_refuses_new_writes_and_keeps_old_ones() {
     let medium = SimMedium::new();
     let (store, _, id) = store_with_disk(&medium);
