@@ -6,6 +6,7 @@
 use crate::block::{BLOCK_BYTES, BLOCK_SIZE, BlockId, GroupId, LogPos, PackId};
 use crate::error::{Error, ErrorKind, Result};
 use serde::{Deserialize, Serialize};
+use std::sync::Arc;
 
 /// The version in every file's header. A store of another version is refused, never guessed at.
 pub const VERSION: u32 = 1;
@@ -197,7 +198,7 @@ impl RecordHeader {
 
     /// Decodes the record that starts at `bytes[0]`; returns it with its checksum table. `None`: there is no whole, intact
     /// header and table of this store here. Whether it is at the right position is for the caller to see.
-    pub fn decode(store: &StoreUuid, bytes: &[u8]) -> Option<(Self, Vec<u32>)> {
+    pub fn decode(store: &StoreUuid, bytes: &[u8]) -> Option<(Self, Arc<[u32]>)> {
         if bytes.len() < Self::BYTES || u32_at(bytes, 0) != RECORD_MAGIC {
             return None;
         }

@@ -16,6 +16,8 @@
 //!
 //! Space is reserved before a record is accepted, so a full file system refuses new writes rather than lose old ones.
 
+mod replay;
+
 use crate::block::LogPos;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::{RecordHeader, RecordKind, SegmentHeader, StoreUuid};
@@ -24,6 +26,8 @@ use parking_lot::{Condvar, Mutex, MutexGuard, RwLock};
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+
+pub(crate) use replay::Replayed;
 
 /// The log's directory on the medium.
 pub(crate) const DIR: &str = "log";
@@ -137,9 +141,6 @@ pub(crate) struct Appended {
     pub record: LogPos,
     pub payload: LogPos,
 }
-
-/// Takes a recovered record: header, checksums, where its payload is, the payload.
-pub(crate) type Apply<'a> = dyn FnMut(&RecordHeader, Vec<u32>, LogPos, &[u8]) -> Result<()> + 'a;
 
 /// A record to append. Its checksum table is computed by the caller, outside of the log's lock.
 pub(crate) struct Record<'a> {
@@ -430,77 +431,16 @@ impl Log {
         segment.file.sync().map_err(WriteSyncError::Sync)
     }
 
-    /// Reads the log from `start` on, calls `apply` with each whole record, and returns the log, ready for more.
-    /// `next_number` is above every segment that was ever released.
-    ///
-    /// The end is the first record that is not whole. It is an unfinished write, unless something says that the log had
-    /// been durable beyond it: a later record by its `durable` field, or a later segment by being there, since a segment
-    /// is begun only when the one before is durable. Then it is damage, and an error, since acknowledged writes are lost;
-    /// with `salvage` it is the end all the same.
-    pub fn recover(
-        medium: Arc<dyn Medium>,
-        store: StoreUuid,
-        start: LogPos,
-        next_number: u64,
-        salvage: bool,
-        apply: &mut Apply<'_>,
-    ) -> Result<Self> {
-        let (found, next_number) = list_segments(&*medium, &store, start, next_number)?;
-        let mut end = start;
-        let mut kept = BTreeMap::new();
-        let mut unneeded = Vec::new();
-        let note = |e: Error| {
-            if !salvage {
-                return Err(e);
-            }
-            tracing::error!("going on all the same: {e}");
-            Ok(())
-        };
-        let mut last: Option<Arc<Segment>> = None;
-        // One buffer for all: fresh memory for each segment would cost more than reading it.
-        let mut data = Vec::new();
-        for Found { number, base, file } in found {
-            read_all(number, &*file, &mut data)?;
-            let Some(base) = base.filter(|base| *base == end) else {
-                // Either begins behind the end, or has lost its header.
-                let testimony = latest_durable(&store, &data, 0).max(base).unwrap_or(start);
-                if testimony > end {
-                    note(damaged(end, number, testimony))?;
-                }
-                unneeded.push(number);
-                continue;
-            };
-            let segment = Arc::new(Segment::new(number, base, file, 0));
-            end = replay(&store, &segment, &data, apply)?;
-            kept.insert(base, segment.clone());
-            last = Some(segment);
-        }
-        if let Some(segment) = &last {
-            if !unneeded.is_empty() {
-                // The buffer may hold one of those.
-                read_all(segment.number, &*segment.file, &mut data)?;
-            }
-            let valid = (end.0 - segment.base.0) as usize;
-            if let Some(testimony) = latest_durable(&store, &data, valid)
-                && testimony > end
-            {
-                note(damaged(end, segment.number, testimony))?;
-            }
-            // What the page cache has need not be on disk, not even when a sync says so, if an earlier sync failed.
-            // Writing it again makes the sync mean something. Segments before the last were durable when it was begun.
-            let cannot = |e| Error::io("cannot make the recovered log durable", e);
-            segment.file.write_at(&data[..valid], 0).map_err(cannot)?;
-            // Records from now on go to a new segment: what is reserved in this one would only take space.
-            segment.file.truncate(valid as u64).map_err(cannot)?;
-            segment.file.sync().map_err(cannot)?;
-        }
-        for number in &unneeded {
-            medium.remove(&file_name(*number)).map_err(|e| Error::io("cannot remove a log segment", e))?;
-        }
-        if !unneeded.is_empty() || last.is_some() {
-            medium.sync_dir(DIR).map_err(|e| Error::io("cannot sync the log's directory", e))?;
-        }
-        let state = State {
+    /// The number the next segment will have.
+    pub fn next_number(&self) -> u64 {
+        self.state.lock().next_number
+    }
+}
+
+impl State {
+    /// A log whose records end here, all of them durable.
+    fn new(end: LogPos, next_number: u64) -> Self {
+        Self {
             end,
             durable: end,
             open: None,
@@ -515,24 +455,9 @@ impl Log {
             round: 0,
             goal: LogPos(0),
             poison: None,
-        };
-        Ok(Self {
-            medium,
-            store,
-            state: Mutex::new(state),
-            led: Default::default(),
-            segments: RwLock::new(kept),
-            syncs: AtomicU64::new(0),
-        })
+        }
     }
 
-    /// The number the next segment will have.
-    pub fn next_number(&self) -> u64 {
-        self.state.lock().next_number
-    }
-}
-
-impl State {
     fn buffered(&self) -> usize {
         self.tails.iter().map(|t| t.bytes.len()).sum::<usize>()
             + self.writing.iter().map(|t| t.bytes.len()).sum::<usize>()
@@ -574,114 +499,4 @@ fn allocate(file: &dyn File, offset: u64, need: u64) -> std::io::Result<u64> {
 
 fn file_name(number: u64) -> String {
     format!("{DIR}/{number:016x}.log")
-}
-
-fn parse_name(name: &str) -> Option<u64> {
-    u64::from_str_radix(name.strip_suffix(".log")?, 16).ok()
-}
-
-/// A segment's file, as found when opening; `base` is `None` when the header cannot be read.
-struct Found {
-    number: u64,
-    base: Option<LogPos>,
-    file: Arc<dyn File>,
-}
-
-/// The segments from `start` on, in order; those before it were released and are removed. Also the next free number.
-fn list_segments(
-    medium: &dyn Medium,
-    store: &StoreUuid,
-    start: LogPos,
-    mut next_number: u64,
-) -> Result<(Vec<Found>, u64)> {
-    let mut found = Vec::new();
-    for (name, _) in medium.list(DIR).map_err(|e| Error::io("cannot list the log", e))? {
-        let Some(number) = parse_name(&name) else { continue };
-        next_number = next_number.max(number + 1);
-        let cannot = |e| Error::io(format!("cannot open log segment {number:016x}"), e);
-        let file = medium.open(&file_name(number), Mode::Modify).map_err(cannot)?;
-        let mut head = [0; SegmentHeader::BYTES as usize];
-        let header = match file.read_at(&mut head, 0) {
-            Ok(()) => SegmentHeader::decode(&head)?,
-            Err(e) if e.kind() == std::io::ErrorKind::UnexpectedEof => None,
-            Err(e) => return Err(cannot(e)),
-        };
-        match header {
-            Some(h) if h.store != *store || h.number != number => {
-                return Err(Error::damaged(format!("log segment {number:016x} belongs to another store or place")));
-            }
-            Some(h) if h.base < start => {
-                medium.remove(&file_name(number)).map_err(|e| Error::io("cannot remove an old log segment", e))?;
-            }
-            header => found.push(Found { number, base: header.map(|h| h.base), file }),
-        }
-    }
-    found.sort_by_key(|f| f.number);
-    Ok((found, next_number))
-}
-
-fn damaged(end: LogPos, segment: u64, testimony: LogPos) -> Error {
-    Error::damaged(format!(
-        "the log is damaged at position {}, as segment {segment:016x} shows: writes up to {} had been made durable; \
-         restore the state directory from a backup, or go on without them by `miosa store repair`",
-        end.0, testimony.0
-    ))
-}
-
-fn read_all(number: u64, file: &dyn File, data: &mut Vec<u8>) -> Result<()> {
-    let cannot = |e| Error::io(format!("cannot read log segment {number:016x}"), e);
-    data.resize(file.file_bytes().map_err(cannot)? as usize, 0);
-    file.read_at(data, 0).map_err(cannot)
-}
-
-/// Is the payload what the checksum table says?
-fn intact(header: &RecordHeader, checksums: &[u32], payload: &[u8]) -> bool {
-    match header.kind {
-        RecordKind::Zero => true,
-        RecordKind::Transaction => checksums == [crc32c::crc32c(payload)],
-        RecordKind::Write => {
-            let blocks = payload.chunks(crate::block::BLOCK_SIZE).map(crc32c::crc32c);
-            blocks.eq(checksums.iter().copied())
-        }
-    }
-}
-
-/// The whole, intact record at `at`, if there is one, with where its payload begins.
-fn record_at(store: &StoreUuid, data: &[u8], at: usize) -> Option<(RecordHeader, Vec<u32>, usize)> {
-    let (header, checksums) = RecordHeader::decode(store, data.get(at..)?)?;
-    let payload_at = at + header.payload_offset();
-    let payload = data.get(payload_at..payload_at + header.payload as usize)?;
-    intact(&header, &checksums, payload).then_some((header, checksums, payload_at))
-}
-
-/// Applies a segment's records; returns where they end.
-fn replay(store: &StoreUuid, segment: &Segment, data: &[u8], apply: &mut Apply<'_>) -> Result<LogPos> {
-    let mut at = SegmentHeader::BYTES as usize;
-    while let Some((header, checksums, payload_at)) = record_at(store, data, at) {
-        if header.pos != segment.base.plus(at as u64) {
-            break;
-        }
-        let payload = &data[payload_at..payload_at + header.payload as usize];
-        apply(&header, checksums, segment.base.plus(payload_at as u64), payload)?;
-        at += header.record_bytes() as usize;
-    }
-    Ok(segment.base.plus(at as u64))
-}
-
-/// The furthest durable position that any intact record from `from` bytes on testifies to.
-fn latest_durable(store: &StoreUuid, data: &[u8], from: usize) -> Option<LogPos> {
-    let magic = RecordHeader::magic();
-    let mut found = None;
-    let mut at = from;
-    while let Some(skip) = data.get(at..).and_then(|rest| rest.windows(4).position(|w| w == magic)) {
-        at += skip;
-        match record_at(store, data, at) {
-            Some((header, ..)) => {
-                found = found.max(Some(header.durable));
-                at += header.record_bytes() as usize;
-            }
-            None => at += 1,
-        }
-    }
-    found
 }

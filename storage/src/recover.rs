@@ -1,11 +1,11 @@
 //! Opening a store: the catalogue's checkpoint, and the log from there on.
 
-use crate::block::{DiskId, LogPos, SnapshotId, Source};
+use crate::block::{DiskId, SnapshotId, Source};
 use crate::catalogue::{Batch, Catalogue, Table};
 use crate::disk::Device;
 use crate::error::{Error, ErrorKind, Result};
-use crate::format::{RecordHeader, RecordKind, StoreHeader, StoreUuid};
-use crate::log::{self, Log};
+use crate::format::{RecordKind, StoreHeader, StoreUuid};
+use crate::log::{self, Log, Replayed};
 use crate::medium::{Medium, Mode};
 use crate::overlay::{Content, Extent};
 use crate::pack::{self, Counters};
@@ -137,32 +137,19 @@ fn load(
     let next_pack = remove_unfinished_packs(&*medium, &*catalogue)?.max(checkpoint.next_pack);
 
     let mut next_id = checkpoint.next_id;
-    let log = Log::recover(
-        medium,
-        uuid,
-        checkpoint.log_start,
-        checkpoint.next_segment,
-        salvage_log,
-        &mut |header, checksums, payload_pos, payload| {
-            apply(&mut registry, &mut next_id, header, checksums, payload_pos, payload)
-        },
-    )?;
+    let log = Log::recover(medium, uuid, checkpoint.log_start, checkpoint.next_segment, salvage_log, &mut |record| {
+        apply(&mut registry, &mut next_id, record)
+    })?;
     let counters = Counters { group: AtomicU64::new(checkpoint.next_group), pack: AtomicU64::new(next_pack) };
     Ok(Recovered { uuid, catalogue, registry, log, counters, next_id })
 }
 
 /// One record of the log.
-fn apply(
-    registry: &mut Registry,
-    next_id: &mut u64,
-    header: &RecordHeader,
-    checksums: Vec<u32>,
-    payload_pos: LogPos,
-    payload: &[u8],
-) -> Result<()> {
+fn apply(registry: &mut Registry, next_id: &mut u64, record: Replayed) -> Result<()> {
+    let Replayed { header, checksums, payload, transaction } = record;
     let content = match header.kind {
         RecordKind::Transaction => {
-            let ops: Vec<Op> = postcard::from_bytes(payload)
+            let ops: Vec<Op> = postcard::from_bytes(&transaction)
                 .map_err(|e| Error::damaged(format!("the transaction at log position {}: {e}", header.pos.0)))?;
             for op in &ops {
                 *next_id = (*next_id).max(match op {
@@ -174,7 +161,7 @@ fn apply(
             return registry.apply(ops, header.pos.plus(header.record_bytes()));
         }
         RecordKind::Zero => Content::Zero,
-        RecordKind::Write => Content::Data { payload: payload_pos, crcs: checksums.into(), first: 0 },
+        RecordKind::Write => Content::Data { payload, crcs: checksums, first: 0 },
     };
     let device = registry.device(Source::Disk(DiskId(header.disk))).map_err(|_| {
         Error::damaged(format!(
