@@ -162,7 +162,7 @@ fn axes(report: &mut Report) {
     measure(report, "fragments, sealed", axis("fragments, sealed", sealed));
     let unsealed = counts.map(|n| (n.to_string(), Shape { unsealed_fragments: n, ..Shape::default() })).into();
     measure(report, "fragments, unsealed", axis("fragments, unsealed", unsealed));
-    let bytes = [0, 256, 1024];
+    let bytes = [0, 256, 1024, 4096];
     let bytes = bytes.map(|n| (format!("{n} MiB"), Shape { unsealed_bytes: n * MIB, ..Shape::default() })).into();
     measure(report, "unsealed", axis("unsealed", bytes));
     let depths = [1, 100, 10_000].map(|n| (n.to_string(), Shape { depth: n, ..Shape::default() })).into();

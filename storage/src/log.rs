@@ -164,6 +164,12 @@ impl Log {
         oldest.map_or(0, |oldest| self.end().0 - oldest.0)
     }
 
+    /// Has something been appended since the log was opened that is not released?
+    pub fn holds_new_records(&self) -> bool {
+        let made = self.state.lock().made;
+        made > 0 && self.live_bytes() > 0
+    }
+
     /// Syncs done so far: what a group commit costs.
     pub fn syncs(&self) -> u64 {
         self.syncs.load(Ordering::Relaxed)

@@ -329,6 +329,8 @@ impl Drop for PackWriter {
 impl Writing {
     fn write_buffer(&mut self) -> Result<()> {
         self.file.write_at(&self.buffer, self.written).map_err(|e| cannot_write(self.pack, e))?;
+        // Bit by bit: a whole pack that goes to disk at its sync holds up the log's syncs.
+        self.file.start_writeback(self.written, self.buffer.len() as u64);
         self.written += self.buffer.len() as u64;
         self.buffer.clear();
         Ok(())

@@ -270,7 +270,14 @@ impl Store {
     /// Stops the background work and makes everything written durable. Handles stay usable for reading.
     pub fn close(&self) -> Result<()> {
         self.inner().sealer.stop();
-        self.flush()
+        self.flush()?;
+        // A record behind all others says that they were durable: if they are damaged later, the next start can tell.
+        if self.inner().log.holds_new_records()
+            && let Err(e) = self.begin().commit_durable()
+        {
+            tracing::warn!("the log is closed without a last record: {e}");
+        }
+        Ok(())
     }
 }
 

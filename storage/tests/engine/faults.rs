@@ -2,8 +2,8 @@
 
 use crate::ops::{BLOCKS, Run, contents, expand, open, read_all};
 use storage::catalogue::MemCatalogue;
-use storage::medium::Medium;
 use storage::medium::sim::{Event, SimMedium};
+use storage::medium::{Medium, Mode};
 use storage::{BLOCK_SIZE, DiskId, ErrorKind, Store};
 
 fn store_with_disk(medium: &SimMedium) -> (Store, MemCatalogue, DiskId) {
@@ -127,6 +127,48 @@ fn every_call_fails_once_and_nothing_acknowledged_is_lost() {
             }
         }
     }
+}
+
+/// After a close, nothing that was acknowledged can be taken for an unfinished write, the last record and the header of the
+/// only segment included.
+#[test]
+fn damage_anywhere_in_a_closed_log_is_told() {
+    let medium = SimMedium::new();
+    let (store, catalogue, id) = store_with_disk(&medium);
+    let disk = store.disk(id).unwrap();
+    disk.write(0, &expand(7)).unwrap();
+    disk.flush().unwrap();
+    disk.write(BLOCK_SIZE as u64, &expand(8)).unwrap();
+    disk.flush().unwrap();
+    store.close().unwrap();
+    drop((disk, store));
+    let logs = medium.list("log").unwrap();
+    assert_eq!(logs.len(), 1);
+    let name = format!("log/{}", logs[0].0);
+    let mut bytes = vec![0; logs[0].1 as usize];
+    medium.open(&name, Mode::Read).unwrap().read_at(&mut bytes, 0).unwrap();
+    // The last record only testifies.
+    let acknowledged = bytes.windows(4).rposition(|w| w == b"LORG").unwrap() as u64;
+    assert!(acknowledged > 2 * BLOCK_SIZE as u64);
+    for byte in (0..acknowledged).step_by(29) {
+        let copy = medium.after_power_loss(0);
+        assert!(copy.flip_bit(&name, byte, (byte % 8) as u8));
+        let opened = open(&copy, &catalogue.after_power_loss(copy.clone()));
+        let error = opened.err().unwrap_or_else(|| panic!("damage at byte {byte} of the log was not noticed"));
+        assert!(matches!(error.kind(), ErrorKind::Damaged | ErrorKind::UnsupportedVersion), "{error:?}");
+    }
+}
+
+#[test]
+fn opening_and_closing_leaves_no_more_segments_behind() {
+    let medium = SimMedium::new();
+    let (store, catalogue, _) = store_with_disk(&medium);
+    store.close().unwrap();
+    drop(store);
+    for _ in 0..3 {
+        open(&medium, &catalogue).unwrap().close().unwrap();
+    }
+    assert_eq!(medium.list("log").unwrap().len(), 1);
 }
 
 /// A flipped bit in any file is either harmless or an error.
