@@ -11,13 +11,16 @@
 //! queue and connection, ends a queue's thread for good when a kick was already consumed, and lets a ring be
 //! reconfigured while it is served.
 //!
-//! One queue serves its requests in order, one after the other; a guest gets parallelism from several queues.
+//! One queue serves its requests in order, one after the other; a guest gets parallelism from several queues. What is in
+//! flight when this process dies is in a table that the VMM holds (`inflight`).
 
+mod inflight;
 mod memory;
 mod request;
 mod ring;
 
 use super::{Error, Result};
+use inflight::Inflight;
 use memory::GuestRam;
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -114,6 +117,11 @@ impl VhostUserServer {
         &self.socket
     }
 
+    /// Whether a VMM is connected and has begun to talk.
+    pub fn is_connected(&self) -> bool {
+        self.shared.connection.lock().as_ref().is_some_and(|connection| connection.greeted.load(Ordering::Relaxed))
+    }
+
     /// Disconnects the VMM if there is one, waits until no request is being carried out and removes the socket.
     pub fn stop(mut self) {
         self.shut_down();
@@ -205,14 +213,16 @@ impl Acceptor {
         let session = Session::new(self.disk.clone(), self.serial).map_err(ProtocolError::ReqHandlerError)?;
         let session = Arc::new(std::sync::Mutex::new(session));
         let clone = stream.try_clone().map_err(ProtocolError::ReqHandlerError)?;
-        *self.shared.connection.lock() = Some(Connection { stream: clone, session: session.clone() });
+        let greeted = Arc::new(AtomicBool::new(false));
+        *self.shared.connection.lock() =
+            Some(Connection { stream: clone, session: session.clone(), greeted: greeted.clone() });
         let mut messages = BackendReqHandler::from_stream(stream, session);
         let outcome = loop {
             if self.shared.stopping.load(Ordering::SeqCst) {
                 break Ok(());
             }
             match messages.handle_request() {
-                Ok(()) => {}
+                Ok(()) => greeted.store(true, Ordering::Relaxed),
                 Err(ProtocolError::Disconnected | ProtocolError::PartialMessage | ProtocolError::SocketBroken(_)) => {
                     break Ok(());
                 }
@@ -232,6 +242,8 @@ struct Connection {
     stream: UnixStream,
     /// Locked for the length of one message, and to end.
     session: Arc<std::sync::Mutex<Session>>,
+    /// It has sent a message: a connection alone can be one that its VMM has forgotten.
+    greeted: Arc<AtomicBool>,
 }
 
 impl Connection {
@@ -249,6 +261,7 @@ struct Session {
     serial: [u8; SERIAL_BYTES],
     acked_features: u64,
     ram: Option<Arc<GuestRam>>,
+    inflight: Option<Inflight>,
     rings: Vec<Ring>,
 }
 
@@ -257,7 +270,7 @@ const PROTOCOL_FEATURES: u64 = VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits()
 impl Session {
     fn new(disk: Disk, serial: [u8; SERIAL_BYTES]) -> io::Result<Self> {
         let rings = (0..usize::from(QUEUES)).map(Ring::new).collect::<io::Result<_>>()?;
-        Ok(Self { disk, serial, acked_features: 0, ram: None, rings })
+        Ok(Self { disk, serial, acked_features: 0, ram: None, inflight: None, rings })
     }
 
     fn features(&self) -> u64 {
@@ -320,8 +333,11 @@ impl Session {
     fn start_ring(&mut self, index: usize) -> ProtocolResult<()> {
         let write_through = !self.has_acked(VIRTIO_BLK_F_FLUSH);
         let (disk, serial) = (&self.disk, self.serial);
+        let table = self.inflight.as_ref().and_then(|inflight| inflight.queue(index));
         self.rings[index]
-            .start(self.ram.as_ref(), || BlockDevice::new(disk.clone(), serial, write_through))
+            .start(self.ram.as_ref(), self.acked_features, table, || {
+                BlockDevice::new(disk.clone(), serial, write_through)
+            })
             .map_err(ProtocolError::ReqHandlerError)
     }
 }
@@ -467,6 +483,7 @@ impl VhostUserBackendReqHandlerMut for Session {
         Ok(VhostUserProtocolFeatures::CONFIG
             | VhostUserProtocolFeatures::MQ
             | VhostUserProtocolFeatures::REPLY_ACK
+            | VhostUserProtocolFeatures::INFLIGHT_SHMFD
             | VhostUserProtocolFeatures::RESET_DEVICE)
     }
 
@@ -504,12 +521,21 @@ impl VhostUserBackendReqHandlerMut for Session {
         not_offered()
     }
 
-    fn get_inflight_fd(&mut self, _inflight: &VhostUserInflight) -> ProtocolResult<(VhostUserInflight, File)> {
-        not_offered()
+    fn get_inflight_fd(&mut self, inflight: &VhostUserInflight) -> ProtocolResult<(VhostUserInflight, File)> {
+        let (queues, entries) = (inflight.num_queues, inflight.queue_size);
+        let (bytes, file) = Inflight::create(queues, entries).map_err(ProtocolError::ReqHandlerError)?;
+        // The VMM sets it when it is to be used.
+        Ok((VhostUserInflight::new(bytes, 0, queues, entries), file))
     }
 
-    fn set_inflight_fd(&mut self, _inflight: &VhostUserInflight, _file: File) -> ProtocolResult<()> {
-        not_offered()
+    fn set_inflight_fd(&mut self, inflight: &VhostUserInflight, file: File) -> ProtocolResult<()> {
+        if self.any_running() {
+            return Err(Frozen.into());
+        }
+        let (offset, bytes) = (inflight.mmap_offset, inflight.mmap_size);
+        let table = Inflight::map(file, offset, bytes, inflight.num_queues, inflight.queue_size);
+        self.inflight = Some(table.map_err(ProtocolError::ReqHandlerError)?);
+        Ok(())
     }
 
     fn get_max_mem_slots(&mut self) -> ProtocolResult<u64> {

@@ -194,6 +194,12 @@ impl Disk {
         self.store.log.flush(self.store.log.end())
     }
 
+    /// Sees that every write that completed before this call survives the death of this process, though not of the host:
+    /// for users that go on without it, and whose flushes are their own affair.
+    pub fn hand_over(&self) -> Result<()> {
+        self.store.log.hand_over(self.store.log.end())
+    }
+
     /// Tells that `len` bytes from `offset` on are not needed: whole blocks read as zeroes, parts of blocks stay.
     pub fn discard(&self, offset: u64, len: u64) -> Result<()> {
         self.check_writable()?;

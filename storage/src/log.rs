@@ -219,6 +219,23 @@ impl Log {
         }
     }
 
+    /// Sees that everything before `upto` is in the files, where it survives this process. Not a sync: it does not survive
+    /// the host.
+    pub fn hand_over(&self, upto: LogPos) -> Result<()> {
+        let mut state = self.state.lock();
+        loop {
+            let kept = state.writing.first().map(|tail| tail.base).or(state.tails.first().map(|tail| tail.base));
+            if kept.is_none_or(|kept| kept >= upto) {
+                return Ok(());
+            }
+            if let Some(poison) = &state.poison {
+                return Err(poison.clone());
+            }
+            // Any round's end will do, so nobody who waits for the next round to be led is woken in its place.
+            state = if state.leader { self.wait(state, LogPos(0)) } else { self.lead(state, false)? };
+        }
+    }
+
     /// Makes everything before `upto` durable; see the module.
     pub fn flush(&self, upto: LogPos) -> Result<()> {
         let mut state = self.state.lock();

@@ -15,7 +15,9 @@ use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};
 use std::time::{Duration, Instant};
-use vhost::vhost_user::message::{VhostUserConfigFlags, VhostUserProtocolFeatures, VhostUserVirtioFeatures};
+use vhost::vhost_user::message::{
+    VhostUserConfigFlags, VhostUserInflight, VhostUserProtocolFeatures, VhostUserVirtioFeatures,
+};
 use vhost::vhost_user::{Frontend, VhostUserFrontend};
 use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
 use virtio_bindings::virtio_blk::{VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT};
@@ -44,11 +46,13 @@ pub struct Settings {
     pub event_idx: bool,
     /// Feature bits of virtio-blk to leave out.
     pub without: u64,
+    /// Hold a table of requests in flight for the device.
+    pub inflight: bool,
 }
 
 impl Default for Settings {
     fn default() -> Self {
-        Self { queues: 1, ring_size: 64, slot_bytes: 1 << 20, event_idx: true, without: 0 }
+        Self { queues: 1, ring_size: 64, slot_bytes: 1 << 20, event_idx: true, without: 0, inflight: false }
     }
 }
 
@@ -59,6 +63,8 @@ pub struct Driver {
     pub config: Vec<u8>,
     pub queues: Vec<Queue>,
     pub memory_file: File,
+    /// The table of requests in flight, where the device made one.
+    pub inflight: Option<(VhostUserInflight, File)>,
     memory: Arc<GuestMemoryMmap<()>>,
     settings: Settings,
 }
@@ -77,8 +83,9 @@ fn negotiate(socket: &Path, settings: Settings) -> io::Result<(Frontend, u64, Ve
     assert!(features & (1 << VIRTIO_F_VERSION_1) != 0, "a modern device");
     assert!(features & (1 << VIRTIO_RING_F_INDIRECT_DESC) != 0, "indirect descriptors");
     assert!(features & VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits() != 0);
-    let wanted =
+    let mut wanted =
         VhostUserProtocolFeatures::CONFIG | VhostUserProtocolFeatures::MQ | VhostUserProtocolFeatures::REPLY_ACK;
+    wanted.set(VhostUserProtocolFeatures::INFLIGHT_SHMFD, settings.inflight);
     // get_protocol_features looks at what was acknowledged.
     frontend.set_features(features).map_err(protocol)?;
     let protocol_features = frontend.get_protocol_features().map_err(protocol)?;
@@ -101,8 +108,14 @@ impl Driver {
         let offset = FileOffset::new(memory_file.try_clone()?, 0);
         let ranges = [(GuestAddress(GUEST_BASE), bytes as usize, Some(offset))];
         let memory = Arc::new(GuestMemoryMmap::<()>::from_ranges_with_files(ranges).map_err(protocol)?);
-        let mut driver = Self { frontend, features, config, queues: Vec::new(), memory_file, memory, settings };
+        let mut driver =
+            Self { frontend, features, config, queues: Vec::new(), memory_file, inflight: None, memory, settings };
         driver.share_memory()?;
+        if settings.inflight {
+            let wanted = VhostUserInflight::new(0, 0, settings.queues as u16, settings.ring_size);
+            driver.inflight = Some(driver.frontend.get_inflight_fd(&wanted).map_err(protocol)?);
+        }
+        driver.share_inflight()?;
         for index in 0..settings.queues {
             let queue = Queue::new(driver.memory.clone(), GUEST_BASE + part * index as u64, settings)?;
             driver.start(index, &queue, 0)?;
@@ -115,12 +128,18 @@ impl Driver {
     pub fn reconnect(&mut self, socket: &Path) -> io::Result<()> {
         (self.frontend, self.features, self.config) = negotiate(socket, self.settings)?;
         self.share_memory()?;
+        self.share_inflight()?;
         let queues = std::mem::take(&mut self.queues);
         for (index, queue) in queues.iter().enumerate() {
             self.start(index, queue, queue.raw.load(queue.raw.used + 2))?;
         }
         self.queues = queues;
         Ok(())
+    }
+
+    fn share_inflight(&mut self) -> io::Result<()> {
+        let Some((described, file)) = &self.inflight else { return Ok(()) };
+        self.frontend.set_inflight_fd(described, file.as_raw_fd()).map_err(protocol)
     }
 
     fn host(&self) -> u64 {

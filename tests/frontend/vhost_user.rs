@@ -204,8 +204,13 @@ fn a_vmm_that_does_not_read_its_answers_cannot_hold_the_server() {
 
 #[test]
 fn a_driver_that_reconnects_loses_no_request() {
+    reconnect_under_load(false);
+    reconnect_under_load(true);
+}
+
+fn reconnect_under_load(inflight: bool) {
     let mut setup = serve(64 * MIB);
-    let settings = Settings { queues: 2, ring_size: 256, slot_bytes: 64 << 10, ..Settings::default() };
+    let settings = Settings { queues: 2, ring_size: 256, slot_bytes: 64 << 10, inflight, ..Settings::default() };
     let mut driver = setup.connect(settings);
     let data = |round: u64, queue: usize, i: u64| pattern(round * 1000 + queue as u64 * 100 + i, 64 << 10);
     let sector = |queue: usize, i: u64| (queue as u64 * 64 + i) * 128;
@@ -225,6 +230,113 @@ fn a_driver_that_reconnects_loses_no_request() {
             }
             for i in 0..queue.depth() as u64 {
                 assert!(queue.read(sector(index, i), 64 << 10).unwrap() == (OK, data(round, index, i)));
+            }
+        }
+    }
+}
+
+#[test]
+fn what_was_in_flight_is_carried_out_oldest_first_and_nothing_else() {
+    let mut setup = serve(16 * MIB);
+    let mut driver = setup.connect(Settings { inflight: true, ..Settings::default() });
+    check_alive(&mut driver.queues[0], 1);
+    let base = driver.queues[0].raw().load(driver.queues[0].raw().used + 2);
+    setup.server.stop();
+    // A device that completes out of order died over these: the second was answered, the others were not; and by its
+    // counters it had taken the third before the first. Both write to the same place, so the last one is seen.
+    let queue = &mut driver.queues[0];
+    let heads: Vec<u16> = [(8, 11), (16, 12), (8, 13), (32, 14)]
+        .map(|(sector, seed)| queue.submit(VIRTIO_BLK_T_OUT, sector, &pattern(seed, 4096), 0).unwrap() * 4)
+        .to_vec();
+    let raw = queue.raw();
+    let slot = raw.used + 4 + 8 * u64::from(base % raw.size);
+    raw.put(slot, &u32::from(heads[1]).to_le_bytes());
+    raw.put(slot + 4, &1_u32.to_le_bytes());
+    raw.store(raw.used + 2, base.wrapping_add(1));
+    let (_, file) = driver.inflight.as_ref().unwrap();
+    let entry = |head: u16| 16 + 16 * u64::from(head);
+    let put = |at: u64, bytes: &[u8]| std::os::unix::fs::FileExt::write_all_at(file, bytes, at).unwrap();
+    // The last batch is what it had answered and not yet noted.
+    put(12, &heads[1].to_le_bytes());
+    for (head, counter) in [(heads[0], 102_u64), (heads[1], 101), (heads[2], 100)] {
+        put(entry(head), &[1]);
+        put(entry(head) + 8, &counter.to_le_bytes());
+    }
+    let untouched = pattern(7, 4096);
+    setup.disk.write(16 * 512, &untouched).unwrap();
+    setup.server = VhostUserServer::start(setup.disk.clone(), &setup.socket).unwrap();
+    driver.reconnect(&setup.socket).unwrap();
+    let queue = &mut driver.queues[0];
+    let order: Vec<u16> = (0..4).map(|_| queue.complete().unwrap().slot * 4).collect();
+    // The one that was not taken at all comes last, and none comes twice.
+    assert_eq!(order, [heads[1], heads[2], heads[0], heads[3]]);
+    assert!(queue.read(8, 4096).unwrap() == (OK, pattern(11, 4096)));
+    assert!(queue.read(32, 4096).unwrap() == (OK, pattern(14, 4096)));
+    assert!(queue.read(16, 4096).unwrap() == (OK, untouched), "an answered request is not carried out again");
+    check_alive(queue, 2);
+}
+
+/// Serves a store until it is killed: the other process of the next test.
+fn serve_until_killed(dir: &Path) -> ! {
+    let store = storage::Store::open(&dir.join("store"), storage::Options::default()).unwrap();
+    let disk = store.disk(store.disks()[0].id).unwrap();
+    let _server = VhostUserServer::start(disk, &dir.join("disk.sock")).unwrap();
+    loop {
+        std::thread::park();
+    }
+}
+
+#[test]
+fn a_server_that_is_killed_loses_nothing_that_its_driver_was_told() {
+    if let Some(dir) = std::env::var_os("MIOSA_TEST_SERVE") {
+        serve_until_killed(Path::new(&dir));
+    }
+    let test = TestStore::new();
+    test.create("disk", 64 * MIB);
+    let TestStore { store, dir } = test;
+    store.close().unwrap();
+    drop(store);
+    let dir = dir.path();
+    let spawn = || {
+        let _ = std::fs::remove_file(dir.join("disk.sock"));
+        let child = std::process::Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", "vhost_user::a_server_that_is_killed_loses_nothing_that_its_driver_was_told"])
+            .env("MIOSA_TEST_SERVE", dir)
+            .stdout(std::process::Stdio::null())
+            .spawn()
+            .unwrap();
+        let mut child = Running(child);
+        while UnixStream::connect(dir.join("disk.sock")).is_err() {
+            assert!(child.0.try_wait().unwrap().is_none(), "the server ended");
+            std::thread::yield_now();
+        }
+        child
+    };
+    let mut server = spawn();
+    let settings = Settings { queues: 2, ring_size: 256, slot_bytes: 16 << 10, inflight: true, ..Settings::default() };
+    let mut driver = Driver::connect(&dir.join("disk.sock"), settings).unwrap();
+    let data = |round: u64, queue: usize, i: u64| pattern(round * 10_000 + queue as u64 * 1000 + i, 16 << 10);
+    let sector = |queue: usize, i: u64| (queue as u64 * 1024 + i) * 32;
+    for round in 0..6 {
+        for (index, queue) in driver.queues.iter_mut().enumerate() {
+            for i in 0..queue.depth() as u64 {
+                queue.submit(VIRTIO_BLK_T_OUT, sector(index, i), &data(round, index, i), 0).unwrap();
+            }
+            // Answered, and never flushed.
+            for _ in 0..10 * round {
+                assert_eq!(queue.complete().unwrap().status, OK);
+            }
+        }
+        server.0.kill().unwrap();
+        server.0.wait().unwrap();
+        server = spawn();
+        driver.reconnect(&dir.join("disk.sock")).unwrap();
+        for (index, queue) in driver.queues.iter_mut().enumerate() {
+            for _ in 10 * round..queue.depth() as u64 {
+                assert_eq!(queue.complete().unwrap().status, OK);
+            }
+            for i in 0..queue.depth() as u64 {
+                assert!(queue.read(sector(index, i), 16 << 10).unwrap() == (OK, data(round, index, i)), "{round} {i}");
             }
         }
     }

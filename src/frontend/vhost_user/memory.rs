@@ -16,7 +16,10 @@ use std::io;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use vhost::vhost_user::message::VhostUserMemoryRegion;
-use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap};
+use vm_memory::{
+    AtomicAccess, Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion,
+    GuestRegionMmap, MmapRegion, VolatileMemory,
+};
 
 /// Mappings that can exist at a time; a VMM has at most 8.
 const MAX_MAPPINGS: usize = 4096;
@@ -113,6 +116,32 @@ extern "C" fn on_sigbus(signal: libc::c_int, info: *mut libc::siginfo_t, context
             // as it would have without this handler.
             let _ = unsafe { sigaction(Signal::SIGBUS, &default) };
         }
+    }
+}
+
+/// Memory that is shared with a VMM and is not its guest's. An access outside of it, or to what was taken away, does
+/// nothing and reads as zero.
+pub(super) struct SharedRegion {
+    // Dropped first, before `mapping` unmaps what it points to.
+    _slot: SlotGuard,
+    mapping: MmapRegion<()>,
+}
+
+impl SharedRegion {
+    /// Maps `len` bytes at `offset` of a file.
+    pub(super) fn map(file: File, offset: u64, len: usize) -> io::Result<Self> {
+        let mapping = MmapRegion::from_file(FileOffset::new(file, offset), len).map_err(io::Error::other)?;
+        Ok(Self { _slot: SlotGuard::new(mapping.as_ptr() as usize, len)?, mapping })
+    }
+
+    /// Reads after all that was read before.
+    pub(super) fn load<T: AtomicAccess + Default>(&self, at: usize) -> T {
+        self.mapping.as_volatile_slice().load(at, Ordering::Acquire).unwrap_or_default()
+    }
+
+    /// Writes after all that was written before, as seen by whoever looks when this process is dead.
+    pub(super) fn store<T: AtomicAccess>(&self, at: usize, value: T) {
+        let _ = self.mapping.as_volatile_slice().store(value, at, Ordering::Release);
     }
 }
 

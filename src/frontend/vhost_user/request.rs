@@ -297,9 +297,14 @@ impl BlockDevice {
         Ok(0)
     }
 
-    /// Ends a request that changed the disk.
+    /// Ends a request that changed the disk. The guest goes on when this process dies, and never knows: what it was told is
+    /// written must not be in this process alone.
     fn written(&self) -> Result<u32, Failure> {
-        if self.write_through { self.flush() } else { Ok(0) }
+        if self.write_through {
+            return self.flush();
+        }
+        self.disk.hand_over().map_err(|e| Failure::Storage("write", e))?;
+        Ok(0)
     }
 
     fn check_writable(&self) -> Result<(), Failure> {

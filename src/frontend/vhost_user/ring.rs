@@ -4,11 +4,12 @@
 //! has taken it back. There is no lock to hold and nothing that could be resized under a running queue. The one
 //! exception is the call descriptor, which VMMs exchange at run time (they mask interrupts that way).
 //!
-//! Requests of one ring complete in the order they were made available. That is what makes a daemon restart invisible
-//! without a shared in-flight table: a VMM that reconnects resumes from the ring's used index, which is then exactly
-//! the first request that was not answered. A daemon that dies stops answering before its sockets close; one that stops
-//! a server has to do it in that order too.
+//! Requests of one ring complete in the order they were made available. A VMM that reconnects resumes from the ring's used
+//! index. With a table of requests in flight (`inflight`), those come first, whoever had taken them; without one, the
+//! order makes the used index exactly the first request that was not answered. A daemon that dies stops answering before
+//! its sockets close; one that stops a server has to do it in that order too.
 
+use super::inflight::QueueTable;
 use super::memory::GuestRam;
 use super::request::BlockDevice;
 use nix::errno::Errno;
@@ -17,11 +18,13 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use parking_lot::Mutex;
 use std::fs::File;
 use std::io::{self, Read, Write};
+use std::ops::Deref;
 use std::os::fd::{AsFd, AsRawFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
-use virtio_queue::{Queue, QueueOwnedT, QueueT};
+use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
+use vm_memory::{Address, Bytes, GuestAddress, GuestMemory, GuestMemoryBackend, GuestRegionMmap};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 /// The largest ring a driver may ask for.
@@ -103,6 +106,8 @@ impl Ring {
     pub(super) fn start(
         &mut self,
         ram: Option<&Arc<GuestRam>>,
+        features: u64,
+        mut inflight: Option<QueueTable>,
         device: impl FnOnce() -> BlockDevice,
     ) -> io::Result<()> {
         let (State::Stopped(queue), Some(kick), Some(ram)) = (&mut self.state, &self.kick, ram) else { return Ok(()) };
@@ -117,6 +122,12 @@ impl Ring {
         // The used index is the guest's to keep over a reconnection; the available index came by SET_VRING_BASE.
         let used = queue.used_idx(ram.memory(), Ordering::Acquire).map_err(io::Error::other)?;
         queue.set_next_used(used.0);
+        let unfinished = inflight.as_mut().map(|table| table.unfinished(features, used.0)).unwrap_or_default();
+        if !unfinished.is_empty() {
+            tracing::debug!(queue = self.index, requests = unfinished.len(), "taking up what was in flight");
+            // Taken off the ring, and not answered.
+            queue.set_next_avail(used.0.wrapping_add(unfinished.len() as u16));
+        }
         let stop = Arc::new(Stop { flag: AtomicBool::new(false), event: EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)? });
         let kick = kick.try_clone()?;
         let queue = std::mem::replace(queue, new_queue()?);
@@ -127,6 +138,8 @@ impl Ring {
             call: self.call.clone(),
             ram: ram.clone(),
             device: device(),
+            inflight,
+            unfinished,
             stop: stop.clone(),
         };
         let worker = std::thread::Builder::new().name(format!("vblk-q{}", self.index)).spawn(move || worker.run())?;
@@ -202,11 +215,17 @@ struct Worker {
     call: CallSlot,
     ram: Arc<GuestRam>,
     device: BlockDevice,
+    inflight: Option<QueueTable>,
+    /// Heads of requests to be carried out before those on the ring.
+    unfinished: Vec<u16>,
     stop: Arc<Stop>,
 }
 
 impl Worker {
     fn run(mut self) -> Queue {
+        if let Err(error) = self.resubmit() {
+            tracing::warn!(queue = self.index, %error, "requests that were in flight cannot be taken up");
+        }
         loop {
             // First, then wait: a kick may have come before the thread was there.
             if let Err(error) = self.drain() {
@@ -260,23 +279,85 @@ impl Worker {
                     return Ok(());
                 }
                 let head = chain.head_index();
-                let written = self.device.execute(&ram, chain);
+                if let Some(table) = &mut self.inflight {
+                    table.begin(head);
+                }
+                self.carry_out(&ram, chain)?;
                 if ram.is_lost() {
                     return Ok(());
-                }
-                // Refuses a head outside of the ring: such a request cannot be answered.
-                match self.queue.add_used(memory, head, written) {
-                    Ok(()) => {}
-                    Err(virtio_queue::Error::InvalidDescriptorIndex) => continue,
-                    Err(error) => return Err(error),
-                }
-                if self.queue.needs_notification(memory)? {
-                    signal(&self.call);
                 }
             }
             if !self.queue.enable_notification(memory)? {
                 return Ok(());
             }
         }
+    }
+
+    /// Carries one request out and answers it.
+    fn carry_out<M>(&mut self, ram: &GuestRam, chain: DescriptorChain<M>) -> Result<(), virtio_queue::Error>
+    where
+        M: Deref,
+        M::Target: GuestMemory,
+    {
+        let (memory, head) = (ram.memory(), chain.head_index());
+        let written = self.device.execute(ram, chain);
+        if ram.is_lost() {
+            return Ok(());
+        }
+        if let Some(table) = &self.inflight {
+            table.answering(head);
+        }
+        // Refuses a head outside of the ring: such a request cannot be answered.
+        match self.queue.add_used(memory, head, written) {
+            Ok(()) => {}
+            Err(virtio_queue::Error::InvalidDescriptorIndex) => {
+                if let Some(table) = &self.inflight {
+                    table.give_up(head);
+                }
+                return Ok(());
+            }
+            Err(error) => return Err(error),
+        }
+        if let Some(table) = &self.inflight {
+            table.answered(head, self.queue.next_used());
+        }
+        if self.queue.needs_notification(memory)? {
+            signal(&self.call);
+        }
+        Ok(())
+    }
+
+    /// Carries out what was in flight, oldest first. Its heads may have left the ring by now, so they are put on one of
+    /// our own, behind the guest's memory.
+    fn resubmit(&mut self) -> Result<(), virtio_queue::Error> {
+        let heads = std::mem::take(&mut self.unfinished);
+        if heads.is_empty() {
+            return Ok(());
+        }
+        let ram = self.ram.clone();
+        let behind = GuestAddress(ram.memory().last_addr().0.next_multiple_of(4096).saturating_add(4096));
+        let bytes = (6 + 2 * heads.len()).next_multiple_of(4096);
+        let other = |_| virtio_queue::Error::AddressOverflow;
+        let region = GuestRegionMmap::<()>::from_range(behind, bytes, None).map_err(other)?;
+        let memory = ram.memory().insert_region(Arc::new(region)).map_err(|_| virtio_queue::Error::AddressOverflow)?;
+        let mut ring = vec![0_u16.to_le(), (heads.len() as u16).to_le()];
+        ring.extend(heads.iter().map(|head| head.to_le()));
+        for (at, word) in ring.into_iter().enumerate() {
+            memory.write_obj(word, behind.unchecked_add(2 * at as u64)).map_err(virtio_queue::Error::GuestMemory)?;
+        }
+        let mut own = Queue::new(MAX_RING_SIZE)?;
+        own.try_set_size(self.queue.size())?;
+        own.try_set_desc_table_address(GuestAddress(self.queue.desc_table()))?;
+        own.try_set_avail_ring_address(behind)?;
+        own.try_set_used_ring_address(GuestAddress(self.queue.used_ring()))?;
+        own.set_ready(true);
+        for chain in own.iter(&memory)? {
+            if self.stop.flag.load(Ordering::Acquire) {
+                // Still in the table, for whoever starts the ring next.
+                return Ok(());
+            }
+            self.carry_out(&ram, chain)?;
+        }
+        Ok(())
     }
 }
