@@ -37,6 +37,8 @@ impl StateDir {
     /// The layout under `root`.
     pub fn new(root: impl Into<PathBuf>) -> Self {
         let root = root.into();
+        // Machines look for their sockets by these paths, whatever directory the next daemon is started in.
+        let root = std::path::absolute(&root).unwrap_or(root);
         Self { socket: root.join("miosa.sock"), root }
     }
 

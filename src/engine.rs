@@ -26,6 +26,7 @@ mod sandbox;
 mod session;
 mod setup;
 mod snapshots;
+mod survivor;
 mod template;
 
 use std::collections::BTreeMap;
@@ -37,7 +38,7 @@ use std::time::Duration;
 
 use jiff::Timestamp;
 use storage::{SnapshotId, Source, Store};
-use tokio::sync::{Notify, Semaphore};
+use tokio::sync::{Notify, OnceCell, Semaphore};
 use vmm::Vmm;
 use vmm::image::ImageConfig;
 
@@ -64,10 +65,12 @@ pub use vmm::{DirEntry, FileKind, FileStat, TreeSummary};
 /// Settings of the engine that do not change while it runs.
 #[derive(Debug, Clone)]
 pub struct Settings {
-    /// Directory of sessions' sockets and logs; emptied at start.
+    /// Directory of sessions' sockets and logs; at the start all goes that belongs to no machine that lives.
     pub run_root: PathBuf,
-    /// How machines are accelerated.
-    pub accel: vmm::Accel,
+    /// How machines are accelerated; none: with KVM where that works, which is tried once.
+    pub accel: Option<vmm::Accel>,
+    /// Where it is kept whether KVM works.
+    pub probe_dir: PathBuf,
     /// Network of machines.
     pub network: vmm::Network,
     /// Added to the guest kernel's command line.
@@ -90,7 +93,8 @@ impl Default for Settings {
     fn default() -> Self {
         Self {
             run_root: PathBuf::from("run"),
-            accel: vmm::Accel::Tcg,
+            accel: None,
+            probe_dir: PathBuf::from("boot"),
             network: vmm::Network::User,
             kernel_args: Vec::new(),
             guest: GuestSetup::default(),
@@ -128,6 +132,7 @@ pub(crate) struct Shared {
     builds: template::Builds,
     pub(crate) boots: Semaphore,
     pub(crate) metrics: Metrics,
+    acceleration: OnceCell<vmm::Acceleration>,
     closing: AtomicBool,
     seal_wanted: Notify,
 }
@@ -147,6 +152,22 @@ impl Shared {
     /// Asks for what was written to be packed, some time soon.
     pub(crate) fn want_seal(&self) {
         self.seal_wanted.notify_one();
+    }
+
+    /// What machines run with: as told, or found out by the first who asks.
+    pub(crate) async fn acceleration(&self, boot: &BootFiles) -> &vmm::Acceleration {
+        let find = || async {
+            let found = match self.settings.accel {
+                Some(accel) => vmm::Acceleration { accel, reason: "as the daemon was told".into() },
+                None => {
+                    let (run_root, probe_dir) = (&self.settings.run_root, &self.settings.probe_dir);
+                    self.vmm.probe_kvm(&boot.kernel, &boot.initramfs, run_root, probe_dir).await
+                }
+            };
+            tracing::info!(accel = found.accel.name(), reason = found.reason, "machines' accelerator");
+            found
+        };
+        self.acceleration.get_or_init(find).await
     }
 
     fn check_open(&self) -> Result<()> {
@@ -246,6 +267,7 @@ impl Engine {
             builds: template::Builds::default(),
             boots,
             metrics: Metrics::default(),
+            acceleration: OnceCell::new(),
             closing: AtomicBool::new(false),
             seal_wanted: Notify::new(),
         });
@@ -302,6 +324,7 @@ impl Engine {
                 started_at: None,
                 ready_at: None,
                 boot_ms: None,
+                accel: None,
                 destroyed_at: None,
                 total_runtime_ms: 0,
             };
@@ -403,18 +426,39 @@ impl Engine {
         self.detached(async move { sandbox.fork(request).await }).await
     }
 
+    /// What machines run with and why. Finds out if nobody has yet, which can take as long as a boot; fails if there is
+    /// nothing to boot.
+    pub async fn acceleration(&self) -> Result<vmm::Acceleration> {
+        let boot = self.shared.templates.boot_files().await?;
+        Ok(self.shared.acceleration(&boot).await.clone())
+    }
+
     /// Ends the engine: no new operations, running sandboxes are stopped in an orderly way (those that do not make it
     /// by the deadline are killed; what they flushed is kept), the store is closed.
     pub async fn shutdown(&self, deadline: Duration) -> Result<()> {
+        self.close(deadline, |sandbox| async move { sandbox.shut_down().await }).await
+    }
+
+    /// Ends the engine for the next one to go on: sessions stay, their machines wait for their disks. Machines that
+    /// cannot outlive the daemon are stopped, as in [`Engine::shutdown`].
+    pub async fn leave(&self, deadline: Duration) -> Result<()> {
+        self.close(deadline, |sandbox| async move { sandbox.leave().await }).await
+    }
+
+    async fn close<F: Future<Output = ()> + Send + 'static>(
+        &self,
+        deadline: Duration,
+        end: impl Fn(Arc<Sandbox>) -> F,
+    ) -> Result<()> {
         self.shared.closing.store(true, Ordering::Release);
-        let mut stops = tokio::task::JoinSet::new();
+        let mut ends = tokio::task::JoinSet::new();
         for sandbox in self.shared.registry.sandboxes() {
-            stops.spawn(async move { sandbox.shut_down().await });
+            ends.spawn(end(sandbox));
         }
-        let all = async { while stops.join_next().await.is_some() {} };
+        let all = async { while ends.join_next().await.is_some() {} };
         if tokio::time::timeout(deadline, all).await.is_err() {
             tracing::warn!("some sandboxes did not stop in time; their machines are killed");
-            stops.abort_all();
+            ends.abort_all();
             for sandbox in self.shared.registry.sandboxes() {
                 sandbox.kill_machine().await;
             }

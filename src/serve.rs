@@ -1,8 +1,9 @@
 //! The daemon: puts store, front end, machines, engine and API together, and takes them apart again in order.
 //!
 //! One daemon a state directory, held by a lock on a file. At the end (SIGTERM, SIGINT): no new operations, running
-//! sandboxes are stopped and flushed, the store is closed, the socket goes. A second signal ends the daemon at once;
-//! what was flushed is in the store, and the next start puts the rest right.
+//! sandboxes are stopped and flushed, the store is closed, the socket goes. With SIGUSR2 it ends for another to take its
+//! place: sessions are left as they are, for the next daemon to go on with. A second signal ends the daemon at once; what
+//! was flushed is in the store, and the next start puts the rest right.
 
 mod disks;
 mod images;
@@ -140,9 +141,11 @@ async fn serve(config: &Config, state: &StateDir, store: storage::Store) -> Resu
     let settings = Settings {
         run_root: state.run(),
         accel: match config.accel {
-            AccelArg::Tcg => vmm::Accel::Tcg,
-            AccelArg::Kvm => vmm::Accel::Kvm,
+            AccelArg::Auto => None,
+            AccelArg::Tcg => Some(vmm::Accel::Tcg),
+            AccelArg::Kvm => Some(vmm::Accel::Kvm),
         },
+        probe_dir: config.cache_dir.clone(),
         network: match config.network {
             NetworkArg::User => vmm::Network::User,
             NetworkArg::None => vmm::Network::None,
@@ -177,6 +180,7 @@ async fn listen(config: &Config, state: &StateDir, engine: Arc<Engine>, users_di
     let failed = |e: std::io::Error| Error::file("listen on", &socket, &e);
     let mut terminate = signal(SignalKind::terminate()).map_err(failed)?;
     let mut interrupt = signal(SignalKind::interrupt()).map_err(failed)?;
+    let mut replace = signal(SignalKind::user_defined2()).map_err(failed)?;
     let defaults = Defaults {
         cpus: config.default_cpus,
         memory_mib: config.default_memory.0,
@@ -207,18 +211,22 @@ async fn listen(config: &Config, state: &StateDir, engine: Arc<Engine>, users_di
     // Nobody listens for this unless systemd started us.
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
 
-    tokio::select! {
-        _ = terminate.recv() => {}
-        _ = interrupt.recv() => {}
-    }
+    let leaves = tokio::select! {
+        _ = terminate.recv() => false,
+        _ = interrupt.recv() => false,
+        _ = replace.recv() => true,
+    };
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
-    tracing::info!("stopping: running sandboxes are paused");
+    let (deadline, sandboxes) =
+        (config.stop_timeout.0 + CLOSING, if leaves { "left to the next daemon" } else { "paused" });
+    tracing::info!("stopping: running sandboxes are {sandboxes}");
+    let closing = async { if leaves { engine.leave(deadline).await } else { engine.shutdown(deadline).await } };
     // Connections end after what they are at; what comes from now on is refused by the engine.
     let _ = end.send(true);
     // Before the store is closed: what their users were told is written is made durable.
     let _ = tokio::task::spawn_blocking(move || users_disks.detach_all()).await;
     let closed = tokio::select! {
-        closed = engine.shutdown(config.stop_timeout.0 + CLOSING) => closed.map_err(Error::from),
+        closed = closing => closed.map_err(Error::from),
         _ = terminate.recv() => Err(Error::new(4, "killed", "ended before everything was stopped".to_owned())),
         _ = interrupt.recv() => Err(Error::new(4, "killed", "ended before everything was stopped".to_owned())),
     };

@@ -140,6 +140,14 @@ impl Lab {
         pids.filter(is_ours).collect()
     }
 
+    /// As a power cut for all of them; returns when they are gone.
+    fn kill_machines(&self) {
+        for pid in self.machines() {
+            kill(Pid::from_raw(pid), Signal::SIGKILL).unwrap();
+        }
+        until("the machines to be gone", || self.machines().is_empty());
+    }
+
     fn kill_daemon(&mut self) {
         self.daemon.kill().unwrap();
         self.daemon.wait().unwrap();
@@ -151,7 +159,11 @@ impl Lab {
     }
 
     fn end_daemon(&mut self) -> Option<i32> {
-        kill(Pid::from_raw(i32::try_from(self.daemon.id()).unwrap()), Signal::SIGTERM).unwrap();
+        self.signal_daemon(Signal::SIGTERM)
+    }
+
+    fn signal_daemon(&mut self, signal: Signal) -> Option<i32> {
+        kill(Pid::from_raw(i32::try_from(self.daemon.id()).unwrap()), signal).unwrap();
         self.daemon.wait().unwrap().code()
     }
 }
@@ -229,11 +241,11 @@ fn the_whole_story() {
     lab.json(&["sandbox", "fork", "left", "--name", "later"]);
     assert_eq!(lab.sh("later", "sha256sum -c /workspace/sum"), "/workspace/blob: OK\n");
 
-    // The daemon is killed: what was synced is there, nobody is running, and all can be used.
+    // Daemon and machines are killed: what was synced is there, nobody is running, and all can be used.
     lab.sh("right", "echo synced > /workspace/kept; sync");
     lab.kill_daemon();
+    lab.kill_machines();
     lab.start_daemon();
-    assert!(lab.machines().is_empty());
     for name in ["work", "restored", "left", "right", "later"] {
         assert_eq!(lab.state(name), "paused", "{name}");
     }
@@ -247,9 +259,91 @@ fn the_whole_story() {
     assert_eq!(lab.end_daemon(), Some(0));
 }
 
+/// The host's fio and the libraries it needs, as a tar archive for a guest.
+fn fio(dir: &Path) -> PathBuf {
+    let (tree, tar) = (dir.join("fio"), dir.join("fio.tar"));
+    std::fs::create_dir(&tree).unwrap();
+    let listed = Command::new("ldd").arg("/usr/bin/fio").output().expect("this test needs ldd and /usr/bin/fio");
+    assert!(listed.status.success());
+    let listed = String::from_utf8(listed.stdout).unwrap();
+    let libraries = listed.split_whitespace().filter(|word| word.starts_with('/'));
+    for file in libraries.chain(["/usr/bin/fio"]) {
+        std::fs::copy(file, tree.join(Path::new(file).file_name().unwrap())).unwrap();
+    }
+    let packed = Command::new("tar").arg("-cf").arg(&tar).arg("-C").arg(dir).arg("fio").status().unwrap();
+    assert!(packed.success());
+    tar
+}
+
+#[test]
+fn a_guest_does_not_notice_that_its_daemon_is_killed_and_replaced() {
+    let mut lab = Lab::new(&["--default-cpus", "2"]);
+    lab.json(&["sandbox", "create", "--name", "one", "--timeout", "5h", "--wait"]);
+    lab.json(&["sandbox", "create", "--name", "fleeting", "--non-persistent", "--wait"]);
+    let tar = fio(lab.dir.path());
+    lab.json(&["sandbox", "write-file", "one", "/opt/fio.tar", tar.to_str().unwrap()]);
+    // Writes, flushes, reads and compares until it is told to stop; each time round is a line.
+    let load = "cd /opt && tar -xf fio.tar && rm fio.tar && cat > load <<'END'
+        while [ ! -e /run/stop ]; do
+            fio/ld-linux-x86-64.so.2 --library-path fio fio/fio --name=v --filename=/workspace/v --size=24m \\
+                --rw=randwrite --bsrange=4k-64k --direct=1 --ioengine=libaio --iodepth=16 --numjobs=1 --fsync=32 \\
+                --randseed=$(date +%N) --verify=crc32c --verify_fatal=1 --output=/run/fio.log || break
+            echo verified >> /run/rounds
+        done
+        echo ended >> /run/rounds
+END
+        touch /run/rounds
+        (setsid sh load < /dev/null > /run/load.log 2>&1 &)
+        (setsid sh -c 'n=0; while :; do n=$((n+1)); echo $n > /run/n; mv /run/n /run/count; done' < /dev/null > /dev/null 2>&1 &)
+        sleep 1";
+    lab.sh("one", load);
+    let machines = lab.machines();
+    let said = |lab: &Lab| {
+        lab.sh("one", "cat /run/rounds /run/load.log; cat /run/fio.log 2>/dev/null | grep -i verif || true")
+    };
+    let rounds = |lab: &Lab| lab.sh("one", "grep -c verified /run/rounds || true").trim().parse::<u32>().unwrap();
+    let count = |lab: &Lab| lab.sh("one", "cat /run/count").trim().parse::<u64>().unwrap();
+    for restart in 0..5 {
+        let (done, counted) = (rounds(&lab), count(&lab));
+        lab.kill_daemon();
+        // Long enough for requests to pile up, and sometimes for the machine to try in vain.
+        std::thread::sleep(Duration::from_millis(700 * restart));
+        lab.start_daemon();
+        assert_eq!(lab.machines(), machines, "the same machines go on");
+        until("the load to go on", || rounds(&lab) > done || lab.sh("one", "cat /run/rounds").contains("ended"));
+        assert!(!lab.sh("one", "cat /run/rounds").contains("ended"), "restart {restart}: {}", said(&lab));
+        assert!(count(&lab) > counted);
+        assert_eq!((lab.state("one").as_str(), lab.state("fleeting").as_str()), ("running", "running"));
+    }
+    // A daemon that makes room for another one leaves them too.
+    assert_eq!(lab.signal_daemon(Signal::SIGUSR2), Some(0));
+    assert_eq!(lab.machines(), machines);
+    lab.start_daemon();
+    lab.sh("one", "touch /run/stop");
+    until("the load to end", || lab.sh("one", "cat /run/rounds").contains("ended"));
+    let (all, last) = (rounds(&lab), said(&lab));
+    assert!(all >= 6 && last.trim_end().lines().all(|line| line == "verified" || line == "ended"), "{last}");
+    let complaints = lab.sh("one", "dmesg | grep -iE 'i/o error|blk_update|ext4-fs error|buffer i/o' || true");
+    assert_eq!(complaints, "");
+    // Its console goes on, its clock too, and it ends as any other.
+    lab.sh("one", "echo heard > /dev/ttyS0");
+    let id = lab.json(&["sandbox", "show", "one"])["id"].as_str().unwrap().to_owned();
+    let console = lab.dir.path().join("run").join(&id).join("console.log");
+    until("the console", || std::fs::read_to_string(&console).unwrap().contains("heard"));
+    let left = lab.json(&["sandbox", "show", "one"])["timeout_remaining_ms"].as_u64().unwrap();
+    assert!(left < 5 * 3_600_000, "{left}");
+    lab.sh("one", "sha256sum /workspace/v > /workspace/sum");
+    assert_eq!(lab.json(&["sandbox", "stop", "one"])["state"], "paused");
+    assert_eq!(lab.sh("one", "sha256sum -c /workspace/sum"), "/workspace/v: OK\n");
+    lab.json(&["sandbox", "destroy", "one"]);
+    lab.json(&["sandbox", "destroy", "fleeting"]);
+    assert!(lab.machines().is_empty());
+    assert_eq!(std::fs::read_dir(lab.dir.path().join("run")).unwrap().count(), 0, "no socket or record is left");
+}
+
 #[test]
 fn what_was_synced_survives_the_death_of_qemu() {
-    let lab = Lab::new(&[]);
+    let lab = Lab::new(&["--accel", "tcg"]);
     lab.json(&["sandbox", "create", "--name", "one", "--wait"]);
     lab.sh("one", "for i in $(seq 200); do echo $i > /workspace/f$i; done; sync");
     let pids = lab.machines();
@@ -283,7 +377,7 @@ fn a_timeout_pauses_and_an_orderly_end_keeps_everything() {
 
 #[test]
 fn disks_through_fuse_hold_the_same_promises() {
-    let lab = Lab::new(&["--disk-frontend", "fuse"]);
+    let mut lab = Lab::new(&["--disk-frontend", "fuse"]);
     lab.json(&["sandbox", "create", "--name", "one", "--wait"]);
     lab.sh(
         "one",
@@ -294,4 +388,17 @@ fn disks_through_fuse_hold_the_same_promises() {
     for name in ["one", "two"] {
         assert_eq!(lab.sh(name, "sha256sum -c /workspace/sum"), "/workspace/blob: OK\n", "{name}");
     }
+    // The files go with the daemon, so the machines cannot go on: as after a power cut.
+    lab.sh("one", "echo synced > /workspace/kept; sync");
+    lab.kill_daemon();
+    lab.start_daemon();
+    assert!(lab.machines().is_empty());
+    assert_eq!((lab.state("one").as_str(), lab.state("two").as_str()), ("paused", "paused"));
+    assert_eq!(lab.sh("one", "cat /workspace/kept"), "synced\n");
+    // In order, they are stopped in order, whoever is to come after.
+    lab.sh("one", "echo unsynced > /workspace/kept");
+    assert_eq!(lab.signal_daemon(Signal::SIGUSR2), Some(0));
+    assert!(lab.machines().is_empty());
+    lab.start_daemon();
+    assert_eq!(lab.sh("one", "cat /workspace/kept"), "unsynced\n");
 }

@@ -15,5 +15,7 @@ mod snapshots;
 mod states;
 #[path = "lifecycle/support.rs"]
 mod support;
+#[path = "lifecycle/survival.rs"]
+mod survival;
 #[path = "lifecycle/timeouts.rs"]
 mod timeouts;

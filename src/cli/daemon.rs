@@ -38,9 +38,10 @@ pub(super) fn print_systemd_unit(config: &Config, file: Option<&Path>) -> Result
          Restart=on-failure\n\
          TimeoutStartSec=infinity\n\
          TimeoutStopSec={stop}\n\
-         # Machines are the daemon's to end.\n\
+         # Machines are the daemon's to end: at a stop it does, at a restart it leaves them to its successor.\n\
          KillMode=process\n\
          Delegate=yes\n\
+         RestartKillSignal=SIGUSR2\n\
          LimitNOFILE=1048576\n\
          TasksMax=infinity\n\
          UMask=0077\n\

@@ -101,7 +101,7 @@ impl Default for Config {
             cache_dir: default_cache_dir(),
             agent: None,
             disk_frontend: DiskFrontendArg::VhostUser,
-            accel: AccelArg::Tcg,
+            accel: AccelArg::Auto,
             network: NetworkArg::User,
             default_memory: Mib(2_048),
             default_cpus: 1,
@@ -344,6 +344,8 @@ pub enum DiskFrontendArg {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum AccelArg {
+    /// KVM where a guest boots with it, which is tried once, and else tcg
+    Auto,
     /// QEMU's translator, which works everywhere
     Tcg,
     /// The kernel's virtualisation

@@ -20,6 +20,11 @@ pub trait AttachedDisk: Send + Sync + 'static {
     /// How the machine finds it.
     fn attachment(&self) -> DiskAttachment;
 
+    /// Whether a machine has it open, as far as can be told.
+    fn is_connected(&self) -> bool {
+        true
+    }
+
     /// Ends the service. When this returns, no write is in flight: all that a machine was told is written is in the
     /// store (if not yet durable). Called once the machine is gone.
     fn detach(self: Box<Self>);

@@ -217,6 +217,7 @@ impl Sandbox {
                 started_at: None,
                 ready_at: None,
                 boot_ms: None,
+                accel: None,
                 destroyed_at: None,
                 total_runtime_ms: 0,
                 ..parent.clone()

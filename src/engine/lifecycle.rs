@@ -12,7 +12,8 @@
 //!                │ └────────────────────────────────┼───┘
 //!                ▼                                  │
 //!            destroyed ◄── destroy, from every state (and, for a non-persistent sandbox, wherever a persistent one
-//!                          would become paused by stop, timeout, loss of its machine, or a restart of the daemon)
+//!                          would become paused by stop, timeout, loss of its machine, or a restart of the daemon
+//!                          that its machine did not outlive; one that did is running again)
 //! ```
 //!
 //! A sandbox is driven by one owner at a time (see `sandbox`), so a transition in progress (`creating`,
@@ -93,11 +94,13 @@ pub enum Request {
     MachineLost,
     /// The daemon starts and finds this record; no machine of before is left.
     DaemonRestarted,
+    /// The daemon starts and has taken over the machine of before.
+    Adopted,
 }
 
 impl Request {
     /// Every request and event, for tables and tests.
-    pub const ALL: [Request; 14] = [
+    pub const ALL: [Request; 15] = [
         Request::Resume,
         Request::Use,
         Request::Stop,
@@ -112,6 +115,7 @@ impl Request {
         Request::Expired,
         Request::MachineLost,
         Request::DaemonRestarted,
+        Request::Adopted,
     ];
 }
 
@@ -148,7 +152,9 @@ pub fn decide(state: State, request: Request, persistent: bool) -> Decision {
     match (request, state) {
         (Request::Destroy, Destroyed) => Stay,
         (Request::DaemonRestarted | Request::MachineLost | Request::Expired, Destroyed) => Stay,
-        (Request::Started | Request::StartFailed | Request::CheckpointDone, Destroyed) => Refuse(Refusal::Stale),
+        (Request::Started | Request::StartFailed | Request::CheckpointDone | Request::Adopted, Destroyed) => {
+            Refuse(Refusal::Stale)
+        }
         (_, Destroyed) => Refuse(Refusal::Destroyed),
 
         (Request::Resume | Request::Use, Running) => Stay,
@@ -197,6 +203,9 @@ pub fn decide(state: State, request: Request, persistent: bool) -> Decision {
         (Request::DaemonRestarted, Creating | Running | Snapshotting) => Next(at_rest),
         (Request::DaemonRestarted, Paused | Error) if persistent => Stay,
         (Request::DaemonRestarted, Paused | Error) => Next(Destroyed),
+
+        (Request::Adopted, Creating | Running | Snapshotting) => Next(Running),
+        (Request::Adopted, Paused | Error) => Refuse(Refusal::Stale),
     }
 }
 
@@ -206,7 +215,7 @@ mod tests {
 
     /// One row a request; columns creating, running, snapshotting, paused, error, destroyed.
     /// `rest` stands for paused, or destroyed when the sandbox is not persistent.
-    const TABLE: [(Request, [&str; 6]); 14] = [
+    const TABLE: [(Request, [&str; 6]); 15] = [
         (Request::Resume, ["wait", "stay", "wait", "creating", "creating", "gone"]),
         (Request::Use, ["wait", "stay", "wait", "creating", "creating", "gone"]),
         (Request::Stop, ["wait", "rest", "wait", "stay", "rest", "gone"]),
@@ -221,6 +230,7 @@ mod tests {
         (Request::Expired, ["wait", "rest", "wait", "stay", "stay", "stay"]),
         (Request::MachineLost, ["wait", "rest", "rest", "stay", "stay", "stay"]),
         (Request::DaemonRestarted, ["rest", "rest", "rest", "stay-or-destroyed", "stay-or-destroyed", "stay"]),
+        (Request::Adopted, ["running", "running", "running", "stale", "stale", "stale"]),
     ];
 
     fn expected(cell: &str, persistent: bool) -> Decision {

@@ -111,6 +111,9 @@ pub struct SandboxRecord {
     /// From the start of the machine to the agent's answer.
     #[serde(default)]
     pub boot_ms: Option<u64>,
+    /// What ran the guest's instructions in the present or last session.
+    #[serde(default)]
+    pub accel: Option<vmm::Accel>,
     /// When it was destroyed.
     #[serde(default)]
     pub destroyed_at: Option<Timestamp>,

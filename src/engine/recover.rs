@@ -1,78 +1,61 @@
 //! What the engine does before it serves: finish what a previous daemon left.
 //!
-//! 1. Machines of before are killed: nobody serves their disks. What they flushed is in the store.
-//! 2. Records are read; each sandbox asks the table about [`Request::DaemonRestarted`]: a session that was going becomes
-//!    `paused`, a non-persistent sandbox is destroyed.
-//! 3. Disks and snapshots of the engine's own naming that no record names are deleted: an import that was cut off.
+//! 1. Records are read. Sandboxes with a session whose machine lives, and whose disk can be shown to it again, are
+//!    survivors: see [`super::survivor`]. Those in which a template was built are not: their builds are over.
+//! 2. All other machines are killed: nobody serves their disks. What they flushed is in the store.
+//! 3. Each other sandbox asks the table about [`Request::DaemonRestarted`]: a session that was going becomes `paused`, a
+//!    non-persistent sandbox is destroyed.
+//! 4. Disks and snapshots of the engine's own naming that no record names are deleted: an import that was cut off.
 //!    Those that users of the store made are theirs.
+//! 5. Survivors are taken over, each by its owner, while the engine already serves; who uses one waits for that.
 //!
 //! Each step can be cut off and done again.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use jiff::Timestamp;
+use storage::{SnapshotId, Store};
 
 use super::Shared;
 use super::error::{Error, Result};
 use super::lifecycle::{Decision, Request, State, decide};
 use super::records::{Record, SandboxRecord, SnapshotRecord, StepRecord, TemplateRecord, is_own_name, load_all};
 use super::sandbox::Sandbox;
+use super::survivor::{LOST, Survivor};
+use super::template::is_bench;
 
 pub(super) async fn run(shared: &Arc<Shared>) -> Result<()> {
     let run_root = shared.settings.run_root.clone();
-    for reaped in shared.vmm.reap_orphans(&run_root).await? {
+    let mut sandboxes: Vec<SandboxRecord> = shared.with_store(load_all).await?;
+    let mut survivors = find_survivors(shared, &sandboxes).await?;
+    let keep: Vec<PathBuf> = survivors.keys().map(|id| run_root.join(id)).collect();
+    for reaped in shared.vmm.reap_orphans(&run_root, &keep).await? {
         tracing::info!(pid = reaped.pid, killed = reaped.killed, "a machine of an earlier daemon");
     }
-    let records = shared.with_store(move |store| {
-        empty_directory(&run_root)
+    let going_on: BTreeSet<String> = survivors.keys().cloned().collect();
+    let put_right = shared.with_store(move |store| {
+        empty_directory(&run_root, &keep)
             .map_err(|e| Error::internal(format!("could not empty the directory {}: {e}", run_root.display())))?;
-        let mut sandboxes: Vec<SandboxRecord> = load_all(store)?;
         let snapshots: Vec<SnapshotRecord> = load_all(store)?;
         let templates: Vec<TemplateRecord> = load_all(store)?;
         let steps: Vec<StepRecord> = load_all(store)?;
-        let mut tx = store.begin();
-        let mut changed = false;
-        for record in &mut sandboxes {
-            if let Decision::Next(next) = decide(record.state, Request::DaemonRestarted, record.persistent) {
-                tracing::info!(sandbox = %record.id, from = record.state.name(), to = next.name(), "left by an earlier daemon");
-                record.last_error = Some("the daemon ended while the sandbox had a session; what it had flushed is kept".into());
-                record.unclean |= record.state != State::Paused;
-                record.state = next;
-                if next == State::Destroyed {
-                    record.destroyed_at = Some(Timestamp::now());
-                    record.last_error = None;
-                }
-                tx.put_record(SandboxRecord::KIND, &record.id, record.encode()?);
-                changed = true;
-            }
-        }
-        let disks: BTreeSet<_> = sandboxes.iter().filter(|r| r.state != State::Destroyed).map(|r| r.disk).collect();
-        for disk in store.disks().into_iter().filter(|d| is_own_name(&d.name) && !disks.contains(&d.id)) {
-            tracing::info!(disk = %disk.name, "deleting a disk that no sandbox has");
-            tx.delete_disk(disk.id);
-            changed = true;
-        }
-        let states: BTreeSet<_> = snapshots
-            .iter()
-            .map(|r| r.snapshot)
-            .chain(templates.iter().map(|r| r.snapshot))
-            .chain(steps.iter().map(|r| r.snapshot))
-            .collect();
-        for state in store.snapshots().into_iter().filter(|s| is_own_name(&s.name) && !states.contains(&s.id)) {
-            tracing::info!(snapshot = %state.name, "deleting a state that no snapshot or template has");
-            tx.delete_snapshot(state.id);
-            changed = true;
-        }
-        if changed {
-            tx.commit_durable()?;
-        }
+        let states = snapshots.iter().map(|r| r.snapshot).chain(templates.iter().map(|r| r.snapshot));
+        let states = states.chain(steps.iter().map(|r| r.snapshot)).collect();
+        put_right(store, &mut sandboxes, &going_on, &states)?;
         Ok((sandboxes, snapshots, templates))
     });
-    let (sandboxes, snapshots, templates) = records.await?;
+    let (sandboxes, snapshots, templates) = put_right.await?;
     for record in sandboxes {
         let live = record.state != State::Destroyed;
-        shared.registry.restore(Sandbox::new(shared.clone(), record), live);
+        let sandbox = Sandbox::new(shared.clone(), record);
+        if let Some(survivor) = survivors.remove(sandbox.id()) {
+            // Locked before anybody can find it.
+            let (sandbox, owner) = (sandbox.clone(), sandbox.own().await);
+            tokio::spawn(async move { sandbox.adopt(owner, survivor).await });
+        }
+        shared.registry.restore(sandbox, live);
     }
     for record in snapshots {
         shared.registry.insert_snapshot(record);
@@ -83,12 +66,72 @@ pub(super) async fn run(shared: &Arc<Shared>) -> Result<()> {
     Ok(())
 }
 
+/// By the ids of their sandboxes.
+async fn find_survivors(shared: &Arc<Shared>, sandboxes: &[SandboxRecord]) -> Result<BTreeMap<String, Survivor>> {
+    let run_root = &shared.settings.run_root;
+    let live: BTreeSet<PathBuf> = shared.vmm.survivors(run_root).await?.into_iter().collect();
+    let goes_on = |r: &&SandboxRecord| {
+        let in_session = matches!(r.state, State::Creating | State::Running | State::Snapshotting);
+        in_session && !is_bench(r) && live.contains(&run_root.join(&r.id))
+    };
+    let wanted: Vec<SandboxRecord> = sandboxes.iter().filter(goes_on).cloned().collect();
+    let finding = shared.clone();
+    let find = move || {
+        let found = wanted.iter().filter_map(|record| Some((record.id.clone(), Survivor::find(&finding, record)?)));
+        found.collect()
+    };
+    tokio::task::spawn_blocking(find).await.map_err(|e| Error::internal(format!("looking for survivors: {e}")))
+}
+
+/// Brings records and the store to what is there now, in one transaction. `states` are those that have a record.
+fn put_right(
+    store: &Store,
+    sandboxes: &mut [SandboxRecord],
+    going_on: &BTreeSet<String>,
+    states: &BTreeSet<SnapshotId>,
+) -> Result<()> {
+    let mut tx = store.begin();
+    let mut changed = false;
+    for record in sandboxes.iter_mut().filter(|record| !going_on.contains(&record.id)) {
+        if let Decision::Next(next) = decide(record.state, Request::DaemonRestarted, record.persistent) {
+            tracing::info!(sandbox = %record.id, from = record.state.name(), to = next.name(), "left by an earlier daemon");
+            record.last_error = Some(LOST.into());
+            record.unclean |= record.state != State::Paused;
+            record.state = next;
+            if next == State::Destroyed {
+                record.destroyed_at = Some(Timestamp::now());
+                record.last_error = None;
+            }
+            tx.put_record(SandboxRecord::KIND, &record.id, record.encode()?);
+            changed = true;
+        }
+    }
+    let disks: BTreeSet<_> = sandboxes.iter().filter(|r| r.state != State::Destroyed).map(|r| r.disk).collect();
+    for disk in store.disks().into_iter().filter(|d| is_own_name(&d.name) && !disks.contains(&d.id)) {
+        tracing::info!(disk = %disk.name, "deleting a disk that no sandbox has");
+        tx.delete_disk(disk.id);
+        changed = true;
+    }
+    for state in store.snapshots().into_iter().filter(|s| is_own_name(&s.name) && !states.contains(&s.id)) {
+        tracing::info!(snapshot = %state.name, "deleting a state that no snapshot or template has");
+        tx.delete_snapshot(state.id);
+        changed = true;
+    }
+    if changed {
+        tx.commit_durable()?;
+    }
+    Ok(())
+}
+
 /// Sockets and logs of sessions that are over. Only what is inside is removed, and links are not followed.
-fn empty_directory(dir: &std::path::Path) -> std::io::Result<()> {
+fn empty_directory(dir: &std::path::Path, keep: &[PathBuf]) -> std::io::Result<()> {
     use std::os::unix::fs::DirBuilderExt;
     std::fs::DirBuilder::new().recursive(true).mode(0o700).create(dir)?;
     for entry in std::fs::read_dir(dir)? {
         let entry = entry?;
+        if keep.contains(&entry.path()) {
+            continue;
+        }
         if entry.file_type()?.is_dir() {
             std::fs::remove_dir_all(entry.path())?;
         } else {

@@ -198,36 +198,21 @@ impl Sandbox {
     /// Starts a session; the state is `creating`.
     async fn begin_session(self: &Arc<Self>, owner: &mut OwnerGuard) -> Result<()> {
         self.shared.check_open().inspect_err(|_| self.publish(|r| r.state = State::Paused))?;
-        owner.sessions_begun += 1;
+        let number = self.next_session(owner);
         self.publish(|r| {
             r.last_error = None;
             r.started_at = Some(Timestamp::now());
             r.ready_at = None;
         });
         let begun = match self.save().await {
-            Ok(()) => Session::begin(&self.shared, &self.record(), owner.sessions_begun).await,
+            Ok(()) => Session::begin(&self.shared, &self.record(), number).await,
             Err(error) => Err(error),
         };
         match begun {
             Ok(session) => {
                 self.shared.metrics.booted(session.boot);
                 self.decide(Request::Started)?;
-                self.publish(|r| {
-                    r.state = State::Running;
-                    // Until an orderly end says otherwise.
-                    r.unclean = true;
-                    r.ready_at = Some(Timestamp::now());
-                    r.boot_ms = Some(session.boot.as_millis() as u64);
-                });
-                {
-                    let mut face = self.face.write();
-                    face.session_began = Some(session.began);
-                    face.deadline = session.deadline();
-                }
-                self.touch();
-                session.supervise(self.clone());
-                owner.session = Some(session);
-                self.save_or_warn().await;
+                self.begun(owner, session).await;
                 Ok(())
             }
             Err(error) => {
@@ -241,6 +226,33 @@ impl Sandbox {
                 Err(error)
             }
         }
+    }
+
+    /// The number of a session that is to begin.
+    pub(super) fn next_session(&self, owner: &mut OwnerGuard) -> u64 {
+        owner.sessions_begun += 1;
+        owner.sessions_begun
+    }
+
+    /// There is a session from now on.
+    pub(super) async fn begun(self: &Arc<Self>, owner: &mut OwnerGuard, session: Session) {
+        self.publish(|r| {
+            r.state = State::Running;
+            // Until an orderly end says otherwise.
+            r.unclean = true;
+            r.ready_at.get_or_insert_with(Timestamp::now);
+            r.boot_ms = Some(session.boot.as_millis() as u64);
+            r.accel = Some(session.accel);
+        });
+        {
+            let mut face = self.face.write();
+            face.session_began = Some(session.began);
+            face.deadline = session.deadline();
+        }
+        self.touch();
+        session.supervise(self.clone());
+        owner.session = Some(session);
+        self.save_or_warn().await;
     }
 
     pub(super) async fn stop(self: &Arc<Self>) -> Result<SandboxView> {

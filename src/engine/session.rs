@@ -7,13 +7,14 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use storage::Disk;
 use tokio::sync::watch;
 use tokio::time::Instant;
-use vmm::{Agent, ExecRequest, ExitReason, Identity, Machine, MachineSpec};
+use vmm::{Accel, Agent, ExecRequest, ExitReason, Identity, Machine, MachineSpec};
 
 use super::Shared;
 use super::attach::AttachedDisk;
 use super::error::{Error, Kind, Result};
 use super::records::{NetworkPolicy, SandboxRecord, slug};
 use super::sandbox::Sandbox;
+use super::survivor::{SessionRecord, write_deadline};
 
 /// Between two attempts to end a session whose time is up.
 const EXPIRY_PAUSE: Duration = Duration::from_millis(100);
@@ -41,12 +42,15 @@ pub(super) struct Session {
     pub(super) began: Instant,
     /// From the call to the agent's answer.
     pub(super) boot: Duration,
+    /// What runs the guest's instructions.
+    pub(super) accel: Accel,
 }
 
 impl Session {
     /// Starts a machine on the sandbox's disk. On failure nothing is left of it.
     pub(super) async fn begin(shared: &Arc<Shared>, record: &SandboxRecord, number: u64) -> Result<Session> {
         let boot_files = shared.templates.boot_files().await?;
+        let accel = shared.acceleration(&boot_files).await.accel;
         let _slot = shared.boots.acquire().await.map_err(|_| Error::internal("no machine can be started any more"))?;
         // The deadline of the session counts from here, not from when it waited for others.
         let began = Instant::now();
@@ -54,13 +58,22 @@ impl Session {
         let run_dir = shared.settings.run_root.join(&record.id);
         let (id, dir, front) = (record.id.clone(), run_dir.clone(), shared.disks.clone());
         let disk_id = record.disk;
+        let timeout = record.timeout_ms.map(|ms| began + Duration::from_millis(ms));
         let (disk, attached) = shared
             .with_store(move |store| {
                 let disk = store.disk(disk_id)?;
                 private_dir(&dir)
                     .map_err(|e| Error::internal(format!("could not make the directory {}: {e}", dir.display())))?;
                 let attached = front.attach(&id, &dir, disk.clone())?;
-                Ok((disk, attached))
+                let noted =
+                    SessionRecord::new(began, attached.attachment(), accel).and_then(|r| r.write(&dir, timeout));
+                match noted {
+                    Ok(()) => Ok((disk, attached)),
+                    Err(error) => {
+                        attached.detach();
+                        Err(error)
+                    }
+                }
             })
             .await?;
         let spec = MachineSpec {
@@ -71,7 +84,7 @@ impl Session {
             kernel: boot_files.kernel,
             initramfs: boot_files.initramfs,
             disk: attached.attachment(),
-            accel: shared.settings.accel,
+            accel,
             hostname: slug(&record.name),
             network: match record.network_policy {
                 NetworkPolicy::Allow => shared.settings.network,
@@ -88,17 +101,7 @@ impl Session {
             }
         };
         let boot = began.elapsed();
-        let timeout = record.timeout_ms.map(|ms| began + Duration::from_millis(ms));
-        let session = Session {
-            number,
-            machine,
-            attached: Some(attached),
-            disk,
-            run_dir,
-            deadline: watch::Sender::new(timeout),
-            began,
-            boot,
-        };
+        let session = Session::of(number, machine, attached, disk, run_dir, (began, timeout), boot, accel);
         if let Err(error) = session.settle(shared, record).await {
             // The machine is up but not usable.
             if let Err(also) = session.end(shared, Ending::Kill).await {
@@ -109,8 +112,23 @@ impl Session {
         Ok(session)
     }
 
+    #[allow(clippy::too_many_arguments, reason = "the parts of one whole, put together in two places")]
+    pub(super) fn of(
+        number: u64,
+        machine: Arc<dyn Machine>,
+        attached: Box<dyn AttachedDisk>,
+        disk: Disk,
+        run_dir: PathBuf,
+        (began, deadline): (Instant, Option<Instant>),
+        boot: Duration,
+        accel: Accel,
+    ) -> Session {
+        let deadline = watch::Sender::new(deadline);
+        Session { number, machine, attached: Some(attached), disk, run_dir, deadline, began, boot, accel }
+    }
+
     /// Gives the guest what makes it this sandbox and no other.
-    async fn settle(&self, shared: &Shared, record: &SandboxRecord) -> Result<()> {
+    pub(super) async fn settle(&self, shared: &Shared, record: &SandboxRecord) -> Result<()> {
         let agent = self.machine.agent();
         let identity = Identity {
             machine_id: record.machine_id.clone(),
@@ -138,7 +156,31 @@ impl Session {
 
     /// Moves that.
     pub(super) fn set_deadline(&self, deadline: Instant) {
+        if let Err(error) = write_deadline(&self.run_dir, Some(deadline)) {
+            tracing::warn!(%error, "the next daemon would not know of a session's new end");
+        }
         self.deadline.send_replace(Some(deadline));
+    }
+
+    /// Whether the machine goes on if the daemon ends.
+    pub(super) fn outlives_the_daemon(&self) -> bool {
+        self.attached.as_ref().is_some_and(|attached| attached.attachment().outlives_its_server())
+    }
+
+    /// Whether the machine has its disk open.
+    pub(super) fn is_connected(&self) -> bool {
+        self.attached.as_ref().is_some_and(|attached| attached.is_connected())
+    }
+
+    /// Lets go of the machine, which waits for its disk until the next daemon shows it again. What it was told is written
+    /// is made durable.
+    pub(super) async fn leave(mut self, shared: &Shared) -> Result<()> {
+        self.machine.leave().await;
+        if let Some(attached) = self.attached.take() {
+            detach(attached).await;
+        }
+        let disk = self.disk.clone();
+        shared.with_store(move |_| Ok(disk.flush()?)).await
     }
 
     /// A client of the guest's agent.
@@ -222,7 +264,7 @@ pub(super) fn describe_loss(how: &ExitReason) -> Option<String> {
     }
 }
 
-async fn detach(attached: Box<dyn AttachedDisk>) {
+pub(super) async fn detach(attached: Box<dyn AttachedDisk>) {
     if let Err(error) = tokio::task::spawn_blocking(move || attached.detach()).await {
         tracing::error!(%error, "detaching a disk did not end");
     }

@@ -21,7 +21,7 @@ use vmm::image::{ImageFormat, ReadyImage};
 
 use super::error::{Error, Kind, Result};
 use super::recipe::Recipe;
-use super::records::{Record, StepRecord, TemplateRecord, check_name, load_all, new_id};
+use super::records::{Record, SandboxRecord, StepRecord, TemplateRecord, check_name, load_all, new_id};
 use super::{Engine, Shared};
 use crate::sparse::{data_runs, next_data};
 
@@ -210,10 +210,26 @@ impl Engine {
     }
 }
 
+/// Tags a sandbox in which a template is built.
+const BENCH_TAG: &str = "template-build";
+
+/// Whether a template is built in this sandbox: it ends with its build.
+pub(super) fn is_bench(record: &SandboxRecord) -> bool {
+    !record.persistent && record.tags.iter().any(|tag| tag == BENCH_TAG)
+}
+
+async fn find_acceleration(shared: Arc<Shared>) {
+    if let Ok(boot) = shared.templates.boot_files().await {
+        shared.acceleration(&boot).await;
+    }
+}
+
 /// Makes a template whose name is claimed.
 async fn build_claimed(engine: &Arc<Engine>, request: BuildRequest, progress: Progress) -> Result<TemplateRecord> {
     let shared = &engine.shared;
     shared.templates.prepare_boot_files(progress.clone()).await?;
+    // While an image is made, so that the first sandbox does not wait for it.
+    tokio::spawn(find_acceleration(shared.clone()));
     match request.source {
         ImageSource::Recipe(recipe) => build::run(engine, &request.name, *recipe, request.no_cache, &progress).await,
         ImageSource::File { path, format, disk_bytes } => {

@@ -55,6 +55,10 @@ impl AttachedDisk for VhostUserDisk {
         DiskAttachment::VhostUserBlk { socket: self.0.socket().to_owned() }
     }
 
+    fn is_connected(&self) -> bool {
+        self.0.is_connected()
+    }
+
     fn detach(self: Box<Self>) {
         self.0.stop();
     }

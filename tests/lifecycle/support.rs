@@ -1,8 +1,8 @@
 //! An engine of one's own, and short words for what tests do with it.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use async_trait::async_trait;
@@ -15,6 +15,7 @@ use miosa::engine::{
 };
 use storage::{Disk, DiskId, Options, Store};
 use tempfile::TempDir;
+use vmm::fake::StepHook;
 use vmm::{DiskAttachment, FakeVmm};
 
 /// What the template's disk holds at its start, and at its end.
@@ -27,6 +28,9 @@ pub struct World {
     pub store: Store,
     pub vmm: Arc<FakeVmm>,
     pub dir: TempDir,
+    /// Shows disks; knows which.
+    pub front: Arc<NoFrontend>,
+    run_root: PathBuf,
     /// What it came from, which knows nothing of its own end.
     pub _before: Option<Box<World>>,
 }
@@ -47,20 +51,39 @@ impl World {
     }
 
     pub async fn open(dir: TempDir, settings: Settings) -> World {
-        let store = Store::open(&dir.path().join("store"), Options::default()).unwrap();
         let vmm = Arc::new(FakeVmm::new(dir.path().join("guests")));
+        let run_root = dir.path().join("run");
+        World::open_over(dir, settings, vmm, run_root).await
+    }
+
+    /// An engine that may find machines.
+    async fn open_over(dir: TempDir, settings: Settings, vmm: Arc<FakeVmm>, run_root: PathBuf) -> World {
+        let store = Store::open(&dir.path().join("store"), Options::default()).unwrap();
+        let front = Arc::new(NoFrontend::default());
         let parts = Parts {
             store: store.clone(),
             vmm: vmm.clone(),
-            disks: Arc::new(NoFrontend),
+            disks: front.clone(),
             templates: Arc::new(NoImages),
-            settings: Settings { run_root: dir.path().join("run"), ..settings },
+            settings: Settings { run_root: run_root.clone(), ..settings },
         };
         let engine = Engine::open(parts).await.unwrap();
-        World { engine, store, vmm, dir, _before: None }
+        World { engine, store, vmm, dir, front, run_root, _before: None }
     }
 
-    /// As after `kill -9` and a new start: nothing is stopped, and the new engine has a copy of what is on disk.
+    /// As after `kill -9` of the daemon alone and a new start: as [`World::crash`], and its machines go on.
+    pub async fn replace(self) -> World {
+        self.store.flush().unwrap();
+        let copy = tempfile::tempdir().unwrap();
+        copy_dir(&self.dir.path().join("store"), &copy.path().join("store"));
+        let (vmm, run_root) = (self.vmm.clone(), self.run_root.clone());
+        let mut next = World::open_over(copy, Settings::default(), vmm, run_root).await;
+        next._before = Some(Box::new(self));
+        next
+    }
+
+    /// As after `kill -9` of daemon and machines, and a new start: nothing is stopped, and the new engine has a copy of
+    /// what is on disk.
     pub async fn crash(self) -> World {
         self.store.flush().unwrap();
         let copy = tempfile::tempdir().unwrap();
@@ -89,6 +112,10 @@ impl World {
 
     pub fn state(&self, key: &str) -> State {
         self.engine.show(key).unwrap().record.state
+    }
+
+    pub fn run_dir(&self, id: &str) -> PathBuf {
+        self.run_root.join(id)
     }
 
     pub fn disk(&self, id: DiskId) -> Disk {
@@ -175,26 +202,54 @@ pub fn refused<T: std::fmt::Debug>(outcome: Result<T>) -> Kind {
     outcome.expect_err("was not refused").kind()
 }
 
-struct NoFrontend;
+/// Shows disks to nobody, as a front end whose machines can wait for it would.
+#[derive(Default)]
+pub struct NoFrontend {
+    /// Ids of what is shown now.
+    pub shown: Arc<Mutex<BTreeSet<String>>>,
+    /// Told before each step, as machines tell theirs.
+    pub hook: Mutex<Option<StepHook>>,
+}
+
+impl NoFrontend {
+    fn step(&self, name: &'static str) {
+        let hook = self.hook.lock().unwrap().clone();
+        if let Some(hook) = hook {
+            hook(name);
+        }
+    }
+}
 
 impl DiskFrontend for NoFrontend {
-    fn attach(&self, _: &str, run_dir: &Path, disk: Disk) -> Result<Box<dyn AttachedDisk>> {
+    fn attach(&self, id: &str, run_dir: &Path, disk: Disk) -> Result<Box<dyn AttachedDisk>> {
         assert!(run_dir.is_dir());
-        Ok(Box::new(NoFrontendDisk { path: run_dir.join("disk"), _disk: disk }))
+        self.step("attach");
+        assert!(self.shown.lock().unwrap().insert(id.to_owned()), "{id} is shown twice");
+        let hook = self.hook.lock().unwrap().clone();
+        let (id, shown) = (id.to_owned(), self.shown.clone());
+        Ok(Box::new(NoFrontendDisk { socket: run_dir.join("disk"), id, shown, hook, _disk: disk }))
     }
 }
 
 struct NoFrontendDisk {
-    path: PathBuf,
+    socket: PathBuf,
+    id: String,
+    shown: Arc<Mutex<BTreeSet<String>>>,
+    hook: Option<StepHook>,
     _disk: Disk,
 }
 
 impl AttachedDisk for NoFrontendDisk {
     fn attachment(&self) -> DiskAttachment {
-        DiskAttachment::RawFile { path: self.path.clone() }
+        DiskAttachment::VhostUserBlk { socket: self.socket.clone() }
     }
 
-    fn detach(self: Box<Self>) {}
+    fn detach(self: Box<Self>) {
+        if let Some(hook) = &self.hook {
+            hook("detach");
+        }
+        self.shown.lock().unwrap().remove(&self.id);
+    }
 }
 
 struct NoImages;

@@ -7,6 +7,7 @@
 use std::collections::{HashMap, VecDeque};
 use std::os::unix::net::UnixStream;
 use std::path::{Component, Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
@@ -17,7 +18,9 @@ use parking_lot::Mutex;
 use tokio::time::Instant;
 
 use crate::machine::Exit;
-use crate::{Agent, BootTiming, Error, ErrorKind, ExitReason, Machine, MachineSpec, Reaped, Result, Vmm};
+use crate::{
+    Accel, Acceleration, Agent, BootTiming, Error, ErrorKind, ExitReason, Machine, MachineSpec, Reaped, Result, Vmm,
+};
 
 /// What one start of a fake machine does.
 #[derive(Clone, Debug, Default)]
@@ -36,16 +39,26 @@ pub struct Script {
     pub hang_at_shutdown: bool,
 }
 
-/// A [`Vmm`] whose machines are threads of this process.
+/// A [`Vmm`] whose machines are threads of this process. An engine that is opened with the `FakeVmm` of another, after that
+/// one left its machines or as if it had been killed, can adopt them.
 pub struct FakeVmm {
     root: PathBuf,
     state: Arc<Mutex<State>>,
 }
 
+/// Is told of each step of each machine before it happens. It may block: then the step does not happen, as if whoever
+/// wanted it had died.
+pub type StepHook = Arc<dyn Fn(&'static str) + Send + Sync>;
+
+type SharedHook = Arc<Mutex<Option<StepHook>>>;
+
 #[derive(Default)]
 struct State {
+    hook: SharedHook,
     scripts: VecDeque<Script>,
     machines: HashMap<String, Weak<FakeMachine>>,
+    /// Those that run, or did.
+    guests: HashMap<String, Arc<FakeGuest>>,
     starts: u64,
 }
 
@@ -60,6 +73,11 @@ impl FakeVmm {
         self.state.lock().scripts.push_back(script);
     }
 
+    /// Has the steps of all machines told from now on: `start`, `greet`, `clock`, `freeze`, `thaw`, `shutdown`.
+    pub fn on_step(&self, hook: StepHook) {
+        *self.state.lock().hook.lock() = Some(hook);
+    }
+
     /// The directory that is the root file system of the machine with this id.
     pub fn root_of(&self, id: &str) -> PathBuf {
         self.root.join(id)
@@ -72,7 +90,7 @@ impl FakeVmm {
 
     /// The running machine with this id.
     pub fn machine(&self, id: &str) -> Option<Arc<FakeMachine>> {
-        self.state.lock().machines.get(id).and_then(Weak::upgrade).filter(|machine| machine.exit.told().is_none())
+        self.state.lock().machines.get(id).and_then(Weak::upgrade).filter(|machine| machine.guest.exit.told().is_none())
     }
 }
 
@@ -80,15 +98,15 @@ impl FakeVmm {
 impl Vmm for FakeVmm {
     async fn start(&self, spec: MachineSpec, deadline: Duration) -> Result<Arc<dyn Machine>> {
         let started = Instant::now();
-        let script = {
+        let (script, hook) = {
             let mut state = self.state.lock();
             state.starts += 1;
-            state.scripts.pop_front().unwrap_or_default()
+            (state.scripts.pop_front().unwrap_or_default(), state.hook.clone())
         };
+        step(&hook, "start").await;
         if let Some(error) = script.fail_start {
             return Err(error);
         }
-        let boot_timeout = || Error::new(ErrorKind::BootTimeout, "the fake guest did not answer in time");
         if script.hang_at_boot || script.boot_delay > deadline {
             tokio::time::sleep(deadline).await;
             return Err(boot_timeout());
@@ -97,45 +115,63 @@ impl Vmm for FakeVmm {
 
         let root = self.root_of(&spec.id);
         std::fs::create_dir_all(root.join("workspace")).map_err(|e| Error::io(root.display(), e))?;
-        let failed = |e: std::io::Error| Error::new(ErrorKind::StartFailed, format!("fake machine: {e}"));
-        let (host, guest) = UnixStream::pair().map_err(failed)?;
-        let guest = Arc::new(guest);
-        let exit = Arc::new(Exit::new());
-        let system = Arc::new(FakeGuest {
+        let guest = Arc::new(FakeGuest {
             root,
             children: Children::of_process(),
-            pipe: guest.clone(),
-            exit: exit.clone(),
+            pipe: Mutex::default(),
+            exit: Exit::new(),
+            owner: AtomicU64::new(0),
+            hook: hook.clone(),
             fail_freeze: script.fail_freeze,
             hang_at_shutdown: script.hang_at_shutdown,
             seen: Mutex::new(Seen { hostname: spec.hostname, ..Seen::default() }),
         });
-        let server = Server::new(system.clone(), guest.try_clone().map_err(failed)?).map_err(failed)?;
-        let served = guest.clone();
-        let serve = move || server.serve(&*served, || true);
-        std::thread::Builder::new().name("fake-guest".into()).spawn(serve).map_err(failed)?;
-
-        host.set_nonblocking(true).map_err(failed)?;
-        let host = tokio::net::UnixStream::from_std(host).map_err(failed)?;
-        let agent = Agent::over(host, deadline).await.map_err(|_| boot_timeout())?;
-        let agent_ms = started.elapsed().as_millis() as u64;
-        let timing = BootTiming { process_ms: 0, agent_ms };
-        let machine = Arc::new(FakeMachine { agent, exit, system, timing });
+        // Where a daemon that dies leaves a machine that it has not heard of.
+        self.state.lock().guests.insert(spec.id.clone(), guest.clone());
+        step(&hook, "greet").await;
+        let machine = FakeMachine::take(&guest, started, deadline).await?;
         if let Some(after) = script.die_after {
-            let machine = Arc::downgrade(&machine);
+            let guest = guest.clone();
             tokio::spawn(async move {
                 tokio::time::sleep(after).await;
-                if let Some(machine) = machine.upgrade() {
-                    machine.die("scripted");
-                }
+                guest.end(ExitReason::Failed { message: "scripted".into() });
             });
         }
-        self.state.lock().machines.insert(spec.id, Arc::downgrade(&machine));
+        let mut state = self.state.lock();
+        state.guests.retain(|_, guest| guest.exit.told().is_none());
+        state.machines.insert(spec.id, Arc::downgrade(&machine));
         Ok(machine)
     }
 
-    async fn reap_orphans(&self, run_root: &Path) -> Result<Vec<Reaped>> {
-        crate::process::reap_orphans(run_root)
+    async fn survivors(&self, run_root: &Path) -> Result<Vec<PathBuf>> {
+        let state = self.state.lock();
+        let live = state.guests.iter().filter(|(_, guest)| guest.exit.told().is_none());
+        Ok(live.map(|(id, _)| run_root.join(id)).collect())
+    }
+
+    async fn adopt(&self, run_dir: &Path, deadline: Duration) -> Result<Option<Arc<dyn Machine>>> {
+        let id = run_dir.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        let guest = self.state.lock().guests.get(&id).cloned().filter(|guest| guest.exit.told().is_none());
+        let Some(guest) = guest else { return Ok(None) };
+        // A real guest's one server does this when it is greeted.
+        guest.seen.lock().frozen = false;
+        let machine = FakeMachine::take(&guest, Instant::now(), deadline).await?;
+        self.state.lock().machines.insert(id, Arc::downgrade(&machine));
+        Ok(Some(machine))
+    }
+
+    async fn reap_orphans(&self, run_root: &Path, keep: &[PathBuf]) -> Result<Vec<Reaped>> {
+        let guests: Vec<_> = self.state.lock().guests.iter().map(|(id, guest)| (id.clone(), guest.clone())).collect();
+        for (id, guest) in guests {
+            if !keep.contains(&run_root.join(id)) {
+                guest.end(ExitReason::Failed { message: "reaped".into() });
+            }
+        }
+        crate::process::reap_orphans(run_root, keep)
+    }
+
+    async fn probe_kvm(&self, _: &Path, _: &Path, _: &Path, _: &Path) -> Acceleration {
+        Acceleration { accel: Accel::Tcg, reason: "machines are fake".into() }
     }
 
     async fn version(&self) -> Result<String> {
@@ -143,43 +179,80 @@ impl Vmm for FakeVmm {
     }
 }
 
+/// Tells of a step, where that may block.
+async fn step(hook: &SharedHook, name: &'static str) {
+    let hook = hook.lock().clone();
+    if let Some(hook) = hook {
+        let _ = tokio::task::spawn_blocking(move || hook(name)).await;
+    }
+}
+
+fn boot_timeout() -> Error {
+    Error::new(ErrorKind::BootTimeout, "the fake guest did not answer in time")
+}
+
 /// A fake machine; tests may make it die and look at what its guest was told.
 pub struct FakeMachine {
     agent: Agent,
-    exit: Arc<Exit>,
-    system: Arc<FakeGuest>,
+    guest: Arc<FakeGuest>,
+    /// Which of the guest's owners this is: only the last one's word counts.
+    owner: u64,
     timing: BootTiming,
 }
 
 impl FakeMachine {
+    /// Takes the guest over from whoever had it.
+    async fn take(guest: &Arc<FakeGuest>, started: Instant, deadline: Duration) -> Result<Arc<FakeMachine>> {
+        let failed = |e: std::io::Error| Error::new(ErrorKind::StartFailed, format!("fake machine: {e}"));
+        let owner = guest.owner.fetch_add(1, Ordering::SeqCst) + 1;
+        let (host, pipe) = UnixStream::pair().map_err(failed)?;
+        let pipe = Arc::new(pipe);
+        if let Some(before) = guest.pipe.lock().replace(pipe.clone()) {
+            let _ = before.shutdown(std::net::Shutdown::Both);
+        }
+        let server = Server::new(guest.clone(), pipe.try_clone().map_err(failed)?).map_err(failed)?;
+        let serve = move || server.serve(&*pipe, || true);
+        std::thread::Builder::new().name("fake-guest".into()).spawn(serve).map_err(failed)?;
+
+        host.set_nonblocking(true).map_err(failed)?;
+        let host = tokio::net::UnixStream::from_std(host).map_err(failed)?;
+        let agent = Agent::over(host, deadline).await.map_err(|_| boot_timeout())?;
+        let timing = BootTiming { process_ms: 0, agent_ms: started.elapsed().as_millis() as u64 };
+        Ok(Arc::new(FakeMachine { agent, guest: guest.clone(), owner, timing }))
+    }
+
+    fn is_owner(&self) -> bool {
+        self.guest.owner.load(Ordering::SeqCst) == self.owner
+    }
+
     /// The machine's process ends by itself.
     pub fn die(&self, why: &str) {
-        self.system.end(ExitReason::Failed { message: why.into() });
+        self.guest.end(ExitReason::Failed { message: why.into() });
     }
 
     /// Whether the file system is frozen now.
     pub fn is_frozen(&self) -> bool {
-        self.system.seen.lock().frozen
+        self.guest.seen.lock().frozen
     }
 
     /// How often it was frozen.
     pub fn freezes(&self) -> u64 {
-        self.system.seen.lock().freezes
+        self.guest.seen.lock().freezes
     }
 
     /// The host name it was given last.
     pub fn hostname(&self) -> String {
-        self.system.seen.lock().hostname.clone()
+        self.guest.seen.lock().hostname.clone()
     }
 
     /// What was last mixed into its random numbers.
     pub fn entropy(&self) -> Vec<u8> {
-        self.system.seen.lock().entropy.clone()
+        self.guest.seen.lock().entropy.clone()
     }
 
     /// The time its clock was set to last, nanoseconds since the Unix epoch.
     pub fn clock(&self) -> Option<u64> {
-        self.system.seen.lock().clock
+        self.guest.seen.lock().clock
     }
 }
 
@@ -192,7 +265,7 @@ impl Machine for FakeMachine {
     async fn shutdown(&self, deadline: Duration) -> Result<ExitReason> {
         let asked = async {
             let _ = self.agent.shutdown(deadline / 2).await;
-            self.exit.wait().await
+            self.guest.exit.wait().await
         };
         match tokio::time::timeout(deadline, asked).await {
             Ok(reason) => Ok(reason),
@@ -201,12 +274,24 @@ impl Machine for FakeMachine {
     }
 
     async fn kill(&self) -> Result<ExitReason> {
-        self.system.end(ExitReason::Killed);
-        Ok(self.exit.wait().await)
+        if self.is_owner() {
+            self.guest.end(ExitReason::Killed);
+        }
+        Ok(self.guest.exit.wait().await)
     }
 
     async fn wait(&self) -> ExitReason {
-        self.exit.wait().await
+        let reason = self.guest.exit.wait().await;
+        if !self.is_owner() {
+            // Whoever asks is taken for dead, and the dead hear nothing.
+            std::future::pending::<()>().await;
+        }
+        reason
+    }
+
+    async fn leave(&self) {
+        let _ = self.guest.owner.compare_exchange(self.owner, self.owner + 1, Ordering::SeqCst, Ordering::SeqCst);
+        self.agent.disconnect();
     }
 
     fn pid(&self) -> Option<i32> {
@@ -224,15 +309,19 @@ impl Machine for FakeMachine {
 
 impl Drop for FakeMachine {
     fn drop(&mut self) {
-        self.system.end(ExitReason::Killed);
+        if self.is_owner() {
+            self.guest.end(ExitReason::Killed);
+        }
     }
 }
 
 struct FakeGuest {
     root: PathBuf,
     children: Children,
-    pipe: Arc<UnixStream>,
-    exit: Arc<Exit>,
+    pipe: Mutex<Option<Arc<UnixStream>>>,
+    exit: Exit,
+    owner: AtomicU64,
+    hook: SharedHook,
     fail_freeze: Option<String>,
     hang_at_shutdown: bool,
     seen: Mutex<Seen>,
@@ -248,9 +337,18 @@ struct Seen {
 }
 
 impl FakeGuest {
+    fn step(&self, name: &'static str) {
+        let hook = self.hook.lock().clone();
+        if let Some(hook) = hook {
+            hook(name);
+        }
+    }
+
     fn end(&self, reason: ExitReason) {
         self.exit.tell(reason);
-        let _ = self.pipe.shutdown(std::net::Shutdown::Both);
+        if let Some(pipe) = self.pipe.lock().as_ref() {
+            let _ = pipe.shutdown(std::net::Shutdown::Both);
+        }
     }
 }
 
@@ -274,6 +372,7 @@ impl System for FakeGuest {
         if let Some(message) = &self.fail_freeze {
             return Err(AgentError::new(GuestErrorKind::Io, message.clone()));
         }
+        self.step("freeze");
         let mut seen = self.seen.lock();
         seen.frozen = true;
         seen.freezes += 1;
@@ -281,11 +380,13 @@ impl System for FakeGuest {
     }
 
     fn thaw(&self) -> Result<(), AgentError> {
+        self.step("thaw");
         self.seen.lock().frozen = false;
         Ok(())
     }
 
     fn set_clock(&self, unix_nanos: u64) -> Result<(), AgentError> {
+        self.step("clock");
         self.seen.lock().clock = Some(unix_nanos);
         Ok(())
     }
@@ -303,6 +404,7 @@ impl System for FakeGuest {
     fn sync(&self) {}
 
     fn shutdown(&self, _grace: Duration) -> Result<(), AgentError> {
+        self.step("shutdown");
         while self.hang_at_shutdown && self.exit.told().is_none() {
             std::thread::sleep(Duration::from_millis(10));
         }

@@ -5,7 +5,8 @@
 //! | [`machine`] | the traits [`Vmm`] and [`Machine`], and what a machine is made of |
 //! | [`agent`] | the async client of the guest agent: programs, files, freeze, clock |
 //! | [`qemu`] | machines as QEMU processes, over [`qmp`] |
-//! | [`process`] | child processes that are never left behind |
+//! | [`process`] | processes that are found again and never left behind |
+//! | `cgroup` | what limits them |
 //! | [`fake`] | a scripted stand-in for tests: real agent protocol, no virtual machine |
 //! | [`image`] | what guests boot: kernel, initramfs, base root file system |
 //!
@@ -13,6 +14,7 @@
 //! is never trusted: its frames, its answers and its console are bounded in size and time.
 
 pub mod agent;
+mod cgroup;
 pub mod error;
 pub mod fake;
 pub mod image;
@@ -24,7 +26,9 @@ pub mod qmp;
 pub use agent::Agent;
 pub use error::{Error, ErrorKind, Result};
 pub use fake::FakeVmm;
-pub use machine::{Accel, BootTiming, DiskAttachment, ExitReason, Machine, MachineSpec, Network, Reaped, Vmm};
+pub use machine::{
+    Accel, Acceleration, BootTiming, DiskAttachment, ExitReason, Machine, MachineSpec, Network, Reaped, Vmm,
+};
 pub use miosa_agent::wire::{
     DirEntry, ErrorKind as GuestErrorKind, ExecRequest, ExitStatus, FileKind, FileStat, GuestInfo, Identity,
     TreeSummary,

@@ -2,11 +2,12 @@
 
 mod exit;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
+use serde::{Deserialize, Serialize};
 use tokio::time::Instant;
 
 use crate::{Agent, Result};
@@ -43,9 +44,11 @@ pub struct MachineSpec {
 }
 
 /// Where a machine's root disk comes from.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum DiskAttachment {
-    /// A vhost-user-blk back end that listens on this socket. The guest survives a restart of the back end.
+    /// A vhost-user-blk back end that listens on this socket and serves at least 8 queues. The guest survives a restart
+    /// of the back end.
     VhostUserBlk {
         /// The socket's path.
         socket: PathBuf,
@@ -57,13 +60,41 @@ pub enum DiskAttachment {
     },
 }
 
+impl DiskAttachment {
+    /// Whether a guest can wait for its disk while whoever serves it is replaced. A file that goes away, as those of a
+    /// FUSE mount do with their server, is an I/O error to the guest.
+    pub fn outlives_its_server(&self) -> bool {
+        matches!(self, DiskAttachment::VhostUserBlk { .. })
+    }
+}
+
 /// What runs the guest's instructions.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum Accel {
     /// QEMU's translator: works everywhere, several times slower.
     Tcg,
     /// The host kernel's KVM. Whether it works is only known by booting a guest.
     Kvm,
+}
+
+impl Accel {
+    /// The name people know it by.
+    pub fn name(self) -> &'static str {
+        match self {
+            Accel::Tcg => "tcg",
+            Accel::Kvm => "kvm",
+        }
+    }
+}
+
+/// What machines are to run with, and why.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Acceleration {
+    /// What was found or told.
+    pub accel: Accel,
+    /// Why, in a sentence for people.
+    pub reason: String,
 }
 
 /// What a guest's network reaches.
@@ -124,13 +155,33 @@ pub trait Vmm: Send + Sync {
     /// end) once `deadline` is over.
     async fn start(&self, spec: MachineSpec, deadline: Duration) -> Result<Arc<dyn Machine>>;
 
-    /// Kills every machine that an earlier daemon left under `run_root` (one directory each, see
-    /// [`MachineSpec::run_dir`]) and removes its record. A process is only killed if it is the very one the record was
-    /// written for. Must not be called while machines of this daemon run there.
+    /// The run directories under `run_root` whose machines are alive: those that [`Vmm::adopt`] can take over.
     ///
     /// # Errors
-    /// `Io` when `run_root` exists but cannot be listed. A single unreadable record is logged and left.
-    async fn reap_orphans(&self, run_root: &std::path::Path) -> Result<Vec<Reaped>>;
+    /// `Io` when `run_root` exists but cannot be listed.
+    async fn survivors(&self, run_root: &Path) -> Result<Vec<PathBuf>>;
+
+    /// Takes over the machine that an earlier daemon started in `run_dir` and that outlived it; `None` when there is
+    /// none. The guest goes on as it was: what it served to the earlier daemon's agent connection is ended, a frozen
+    /// file system is thawed, a boot that was going on is waited for until `deadline`. The machine's disk must be
+    /// served again by then. Unless a machine is returned, its process is gone.
+    ///
+    /// # Errors
+    /// As [`Vmm::start`], when there is a machine and it cannot be taken over; `Io` when it cannot be killed either.
+    async fn adopt(&self, run_dir: &Path, deadline: Duration) -> Result<Option<Arc<dyn Machine>>>;
+
+    /// Kills every machine that an earlier daemon left under `run_root` (one directory each, see
+    /// [`MachineSpec::run_dir`]), but for those whose run directories are in `keep`, and removes its record. A process
+    /// is only killed if it was started for that directory. Must not be called while machines of this daemon run there.
+    ///
+    /// # Errors
+    /// `Io` when `run_root` exists but cannot be listed.
+    async fn reap_orphans(&self, run_root: &Path, keep: &[PathBuf]) -> Result<Vec<Reaped>>;
+
+    /// Whether machines can run with KVM here, which is only known by booting one with this kernel and initramfs, in a
+    /// run directory of its own under `run_root`. The answer is kept in `cache_dir` for as long as kernel, host and VMM
+    /// stay the same.
+    async fn probe_kvm(&self, kernel: &Path, initramfs: &Path, run_root: &Path, cache_dir: &Path) -> Acceleration;
 
     /// Name and version of what runs machines, for `doctor`.
     ///
@@ -139,7 +190,8 @@ pub trait Vmm: Send + Sync {
     async fn version(&self) -> Result<String>;
 }
 
-/// A running machine. Dropping the last handle sends it SIGKILL without waiting; [`Machine::kill`] waits.
+/// A running machine. Dropping the last handle sends it SIGKILL without waiting, unless it was left; [`Machine::kill`]
+/// waits.
 #[async_trait]
 pub trait Machine: Send + Sync {
     /// A client of the guest's agent; clones share one connection.
@@ -161,10 +213,14 @@ pub trait Machine: Send + Sync {
     /// Waits for the machine's end; any number of waiters, at once or later, get the same reason.
     async fn wait(&self) -> ExitReason;
 
+    /// Lets go of the machine for the next daemon to adopt: connections to it are closed, and dropping its handles does
+    /// not end it any more.
+    async fn leave(&self);
+
     /// The process, if the machine is one.
     fn pid(&self) -> Option<i32>;
 
-    /// What the start took.
+    /// What the start took, or taking it over.
     fn boot_timing(&self) -> BootTiming;
 
     /// The last `max_bytes` of the guest's console, control characters removed.

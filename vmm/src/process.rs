@@ -4,6 +4,7 @@
 //! the life of the host: pids come again, but not with the same start time. A process is signalled through a pidfd that
 //! was opened first and checked after, so that what is killed is what was checked.
 
+use std::collections::BTreeSet;
 use std::ffi::OsStr;
 use std::fs;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
@@ -50,9 +51,22 @@ pub struct ProcessId {
 impl ProcessId {
     /// The process that has this pid now; `None` when there is none or it has ended.
     pub fn of(pid: i32) -> Option<ProcessId> {
-        let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-        let (state, start_ticks) = parse_stat(&stat)?;
+        let (state, start_ticks) = parse_stat(&fs::read_to_string(format!("/proc/{pid}/stat")).ok()?)?;
         (state != 'Z' && state != 'X').then_some(ProcessId { pid, start_ticks })
+    }
+
+    /// A child of ours that nobody has waited for, ended or not, and a descriptor of it.
+    ///
+    /// # Errors
+    /// `Io` when the system has no descriptor left.
+    pub(crate) fn of_child(child: &std::process::Child) -> Result<(ProcessId, OwnedFd)> {
+        let pid = child.id() as i32;
+        let what = || format!("process {pid}");
+        let stat = fs::read_to_string(format!("/proc/{pid}/stat")).map_err(|e| Error::io(what(), e))?;
+        let (_, start_ticks) = parse_stat(&stat).ok_or_else(|| Error::io(what(), "its state cannot be read"))?;
+        // Its pid cannot be another's before it was waited for.
+        let handle = pidfd(pid)?.ok_or_else(|| Error::io(what(), "is not there"))?;
+        Ok((ProcessId { pid, start_ticks }, handle))
     }
 
     /// Writes the record of a machine's process.
@@ -122,19 +136,12 @@ impl ProcessId {
         Ok(Some(handle))
     }
 
-    /// A descriptor of exactly this process; `None` when it is gone.
-    fn open(self) -> Result<Option<OwnedFd>> {
-        // SAFETY: plain system call without memory.
-        let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, self.pid, 0) };
-        if fd < 0 {
-            let error = std::io::Error::last_os_error();
-            return match error.raw_os_error() {
-                Some(libc::ESRCH) => Ok(None),
-                _ => Err(Error::io(format!("pidfd of process {}", self.pid), error)),
-            };
-        }
-        // SAFETY: the kernel has just given us this descriptor, and nobody else has it.
-        let handle = unsafe { OwnedFd::from_raw_fd(fd as i32) };
+    /// A descriptor of exactly this process, readable once it has ended; `None` when it is gone.
+    ///
+    /// # Errors
+    /// `Io` when the system has no descriptor left.
+    pub(crate) fn open(self) -> Result<Option<OwnedFd>> {
+        let Some(handle) = pidfd(self.pid)? else { return Ok(None) };
         // Opened first, checked after: while the descriptor is open and the start time matches, it is the one.
         Ok((ProcessId::of(self.pid) == Some(self)).then_some(handle))
     }
@@ -150,61 +157,104 @@ fn boot_id() -> String {
     fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default().trim().to_owned()
 }
 
-/// Kills what the records under `run_root` name and removes the records; see [`crate::Vmm::reap_orphans`].
+/// A descriptor of the process that has this pid; `None` when there is none.
+fn pidfd(pid: i32) -> Result<Option<OwnedFd>> {
+    // SAFETY: plain system call without memory.
+    let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) };
+    if fd < 0 {
+        let error = std::io::Error::last_os_error();
+        return match error.raw_os_error() {
+            Some(libc::ESRCH) => Ok(None),
+            _ => Err(Error::io(format!("pidfd of process {pid}"), error)),
+        };
+    }
+    // SAFETY: the kernel has just given us this descriptor, and nobody else has it.
+    Ok(Some(unsafe { OwnedFd::from_raw_fd(fd as i32) }))
+}
+
+/// The run directories under `run_root` whose records name live processes.
 ///
 /// # Errors
 /// `Io` when `run_root` exists but cannot be listed.
-pub fn reap_orphans(run_root: &Path) -> Result<Vec<Reaped>> {
-    let entries = match fs::read_dir(run_root) {
-        Ok(entries) => entries,
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
-        Err(error) => return Err(Error::io(run_root.display(), error)),
-    };
-    let mut run_dirs: Vec<PathBuf> = entries.flatten().map(|entry| entry.path()).collect();
-    run_dirs.sort();
-    let mut reaped = Vec::new();
-    for run_dir in run_dirs {
-        let killed = match ProcessId::read(&run_dir) {
-            Ok(None) => None,
-            Ok(Some(process)) => match process.kill() {
-                Ok(killed) => Some(Reaped { run_dir: run_dir.clone(), pid: process.pid, killed }),
-                Err(error) => {
-                    tracing::warn!(run_dir = %run_dir.display(), %error, "an orphaned machine cannot be killed");
-                    continue;
-                }
-            },
-            Err(error) => {
-                tracing::warn!(run_dir = %run_dir.display(), %error, "a machine's record cannot be read");
-                continue;
-            }
-        };
-        let _ = fs::remove_file(run_dir.join(RECORD));
-        reaped.extend(killed);
+pub fn recorded_alive(run_root: &Path) -> Result<Vec<PathBuf>> {
+    let alive =
+        |run_dir: &PathBuf| matches!(ProcessId::read(run_dir), Ok(Some(id)) if ProcessId::of(id.pid) == Some(id));
+    Ok(run_dirs(run_root)?.into_iter().filter(alive).collect())
+}
+
+fn run_dirs(run_root: &Path) -> Result<BTreeSet<PathBuf>> {
+    match fs::read_dir(run_root) {
+        Ok(entries) => Ok(entries.flatten().map(|entry| entry.path()).collect()),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(BTreeSet::new()),
+        Err(error) => Err(Error::io(run_root.display(), error)),
     }
-    for (process, run_dir) in unrecorded(run_root) {
-        match process.kill() {
-            Ok(killed) => reaped.push(Reaped { run_dir, pid: process.pid, killed }),
-            Err(error) => tracing::warn!(pid = process.pid, %error, "an orphaned machine cannot be killed"),
+}
+
+/// Kills the machines under `run_root` whose run directories are not in `keep`, and removes their records; see
+/// [`crate::Vmm::reap_orphans`].
+///
+/// # Errors
+/// `Io` when `run_root` exists but cannot be listed.
+pub fn reap_orphans(run_root: &Path, keep: &[PathBuf]) -> Result<Vec<Reaped>> {
+    let mut run_dirs = run_dirs(run_root)?;
+    let started: Vec<_> = started_processes().into_iter().filter(|(_, dir)| dir.parent() == Some(run_root)).collect();
+    // A machine may be left whose directory is not.
+    run_dirs.extend(started.iter().map(|(_, run_dir)| run_dir.clone()));
+    let mut reaped = Vec::new();
+    for run_dir in run_dirs.iter().filter(|run_dir| !keep.contains(run_dir)) {
+        match end(run_dir, &started) {
+            Ok(ended) => reaped.extend(ended),
+            Err(error) => tracing::warn!(run_dir = %run_dir.display(), %error, "an orphaned machine cannot be killed"),
         }
     }
     Ok(reaped)
 }
 
-/// Live processes that were started for a run directory under `run_root`.
-fn unrecorded(run_root: &Path) -> Vec<(ProcessId, PathBuf)> {
+/// Kills the machine of one run directory, however much of it there is, and waits until it is gone.
+///
+/// # Errors
+/// `Io` when it may not be killed or does not go away.
+pub fn reap(run_dir: &Path) -> Result<Option<Reaped>> {
+    end(run_dir, &started_processes())
+}
+
+/// Ends the process that the record names, and those among `started` that were started for this directory: a daemon may
+/// have died before it had written the record, or while it did.
+fn end(run_dir: &Path, started: &[(ProcessId, PathBuf)]) -> Result<Option<Reaped>> {
+    let recorded = ProcessId::read(run_dir).unwrap_or_else(|error| {
+        tracing::warn!(run_dir = %run_dir.display(), %error, "a machine's record cannot be read");
+        None
+    });
+    let mut processes: Vec<ProcessId> = recorded.into_iter().collect();
+    processes.extend(started.iter().filter(|(process, dir)| dir == run_dir && recorded != Some(*process)).map(|s| s.0));
+    let mut reaped = None;
+    for process in processes {
+        let killed = process.kill()?;
+        if killed || reaped.is_none() {
+            reaped = Some(Reaped { run_dir: run_dir.to_owned(), pid: process.pid, killed });
+        }
+    }
+    crate::cgroup::remove_recorded(run_dir);
+    let _ = fs::remove_file(run_dir.join(RECORD));
+    Ok(reaped)
+}
+
+/// Live processes that were started for a run directory.
+fn started_processes() -> Vec<(ProcessId, PathBuf)> {
     let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
     let pids = entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
-    pids.filter_map(|pid: i32| {
-        let process = ProcessId::of(pid)?;
-        let environment = fs::read(format!("/proc/{pid}/environ")).ok()?;
-        let run_dir = environment.split(|byte| *byte == 0).find_map(|variable| {
-            let value = variable.strip_prefix(RUN_DIR_VARIABLE.as_bytes())?.strip_prefix(b"=")?;
-            Some(PathBuf::from(OsStr::from_bytes(value)))
-        })?;
-        // The machine's own process, not one that inherited the variable from a test or shell.
-        (run_dir.parent() == Some(run_root) && pid != std::process::id() as i32).then_some((process, run_dir))
-    })
-    .collect()
+    // Not ourselves, who may have inherited the variable from a test or shell.
+    pids.filter(|pid| *pid != std::process::id() as i32)
+        .filter_map(|pid: i32| {
+            let process = ProcessId::of(pid)?;
+            let environment = fs::read(format!("/proc/{pid}/environ")).ok()?;
+            let run_dir = environment.split(|byte| *byte == 0).find_map(|variable| {
+                let value = variable.strip_prefix(RUN_DIR_VARIABLE.as_bytes())?.strip_prefix(b"=")?;
+                Some(PathBuf::from(OsStr::from_bytes(value)))
+            })?;
+            Some((process, run_dir))
+        })
+        .collect()
 }
 
 #[cfg(test)]
@@ -224,11 +274,12 @@ mod tests {
         let mut child = sleeper();
         let pid = child.id() as i32;
         ProcessId::of(pid).unwrap().write(&run_dir).unwrap();
-        let reaped = reap_orphans(root.path()).unwrap();
+        assert_eq!(reap_orphans(root.path(), std::slice::from_ref(&run_dir)).unwrap(), [], "it is to be kept");
+        let reaped = reap_orphans(root.path(), &[]).unwrap();
         assert_eq!(reaped, [Reaped { run_dir: run_dir.clone(), pid, killed: true }]);
         assert!(!child.wait().unwrap().success());
         assert!(!run_dir.join(RECORD).exists());
-        assert_eq!(reap_orphans(root.path()).unwrap(), []);
+        assert_eq!(reap_orphans(root.path(), &[]).unwrap(), []);
     }
 
     #[test]
@@ -243,8 +294,8 @@ mod tests {
             assert!(std::time::Instant::now() < deadline, "the process never had an environment");
             std::thread::yield_now();
         }
-        assert_eq!(reap_orphans(&root.path().join("other")).unwrap(), []);
-        assert_eq!(reap_orphans(root.path()).unwrap(), [Reaped { run_dir, pid, killed: true }]);
+        assert_eq!(reap_orphans(&root.path().join("other"), &[]).unwrap(), []);
+        assert_eq!(reap_orphans(root.path(), &[]).unwrap(), [Reaped { run_dir, pid, killed: true }]);
         assert!(!child.wait().unwrap().success());
     }
 
@@ -257,7 +308,7 @@ mod tests {
         let pid = child.id() as i32;
         let now = ProcessId::of(pid).unwrap();
         ProcessId { start_ticks: now.start_ticks - 1, ..now }.write(&run_dir).unwrap();
-        assert_eq!(reap_orphans(root.path()).unwrap(), [Reaped { run_dir, pid, killed: false }]);
+        assert_eq!(reap_orphans(root.path(), &[]).unwrap(), [Reaped { run_dir, pid, killed: false }]);
         assert_eq!(child.try_wait().unwrap(), None);
         child.kill().unwrap();
         child.wait().unwrap();
@@ -271,8 +322,8 @@ mod tests {
             fs::create_dir_all(&run_dir).unwrap();
             fs::write(run_dir.join(RECORD), text).unwrap();
         }
-        assert_eq!(reap_orphans(root.path()).unwrap(), []);
-        assert_eq!(reap_orphans(&root.path().join("none")).unwrap(), []);
+        assert_eq!(reap_orphans(root.path(), &[]).unwrap(), []);
+        assert_eq!(reap_orphans(&root.path().join("none"), &[]).unwrap(), []);
     }
 
     #[test]

@@ -1,29 +1,35 @@
 //! Machines as QEMU processes.
 //!
-//! Each machine has three tasks: one keeps the console, one QEMU's complaints, and one, the *watcher*, owns the process,
-//! kills it when told, and says how it ended. Everybody else only holds the means to tell it.
+//! A process outlives the daemon that started it: it has its own session, writes its console and its complaints to files
+//! by itself, and goes on listening when a connection ends. What finds it again is its record in the run directory.
+//! Each machine has one task, the *watcher*, which holds a pidfd, keeps the files short and says how the process ended;
+//! everybody else only sends it signals.
 
 mod command;
 mod console;
+mod probe;
 
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::Stdio;
+use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use async_trait::async_trait;
+use nix::sys::signal::{SigHandler, Signal};
 use serde_json::json;
-use tokio::process::{Child, Command};
+use tokio::io::unix::AsyncFd;
 use tokio::sync::mpsc;
 use tokio::time::Instant;
 
+use crate::cgroup::{self, Cgroups};
 use crate::machine::{Exit, deadline_at};
 use crate::process::{ProcessId, RECORD, RUN_DIR_VARIABLE};
 use crate::qmp::{Qmp, QmpEvent};
-use crate::{Agent, BootTiming, Error, ErrorKind, ExitReason, Machine, MachineSpec, Reaped, Result, Vmm};
+use crate::{Acceleration, Agent, BootTiming, Error, ErrorKind, ExitReason, Machine, MachineSpec, Reaped, Result, Vmm};
 use command::Paths;
-use console::Tail;
 
 /// Bytes of console shown when a boot fails.
 const SHOWN: usize = 1500;
@@ -33,12 +39,18 @@ const POWER_OFF_PATIENCE: Duration = Duration::from_secs(3);
 const DEATH_PATIENCE: Duration = Duration::from_secs(2);
 /// How long a killed process may take to be gone.
 const KILL_PATIENCE: Duration = Duration::from_secs(15);
+/// How often the lengths of a machine's files are looked at.
+const CAP_EVERY: Duration = Duration::from_secs(2);
+/// What a machine's process can write to one file once it runs: its console while no daemon keeps that short. Its disk is
+/// not among them.
+const FILE_BYTES_MAX: u64 = 4 << 20;
 
 /// Starts machines as QEMU processes.
 #[derive(Clone, Debug)]
 pub struct QemuVmm {
     program: PathBuf,
     machine: String,
+    cgroups: Arc<std::sync::OnceLock<Cgroups>>,
 }
 
 impl Default for QemuVmm {
@@ -51,7 +63,7 @@ impl QemuVmm {
     /// The `qemu-system-x86_64` in `PATH`, with machine type `q35`: under TCG its guests answer about 15 % sooner than
     /// those of `pc` (2.46 s against 2.93 s, means of four boots in turns, by `examples/boot.rs`).
     pub fn new() -> QemuVmm {
-        QemuVmm { program: "qemu-system-x86_64".into(), machine: "q35".into() }
+        QemuVmm { program: "qemu-system-x86_64".into(), machine: "q35".into(), cgroups: Arc::default() }
     }
 
     /// Another program.
@@ -80,40 +92,46 @@ impl QemuVmm {
         for stale in [&paths.qmp, &paths.agent] {
             let _ = std::fs::remove_file(stale);
         }
+        let file = |path: &Path| console::create(path).map_err(|e| Error::io(path.display(), e));
+        file(&paths.console)?;
+        let output = file(&paths.output)?;
         let mut command = Command::new(&self.program);
         command.args(command::arguments(spec, &self.machine)).env(RUN_DIR_VARIABLE, &spec.run_dir);
-        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).kill_on_drop(true);
-        // A signal for the daemon's terminal is not for its machines.
-        command.process_group(0);
-        let mut child = command.spawn().map_err(|e| self.missing(&e))?;
-        let (console, complaints) = (Tail::default(), Tail::default());
-        if let Some(stdout) = child.stdout.take() {
-            tokio::spawn(console::record(stdout, console.clone(), Some(paths.console.clone())));
-        }
-        let stderr = child.stderr.take();
-        let recorded = complaints.clone();
-        let heard = tokio::spawn(async move {
-            if let Some(stderr) = stderr {
-                console::record(stderr, recorded, None).await;
+        command.stdin(Stdio::null()).stderr(output.try_clone().map_err(|e| Error::io("qemu.log", e))?).stdout(output);
+        let mut group = self.cgroups.get_or_init(Cgroups::find).make(spec);
+        let doors = group.doors();
+        // SAFETY: between fork and exec only system calls are made, on what was allocated before.
+        unsafe { command.pre_exec(move || prepare(&doors)) };
+        let mut child = match command.spawn() {
+            Ok(child) => child,
+            Err(error) => {
+                group.remove();
+                return Err(self.missing(&error));
             }
-        });
-        let id = child.id().and_then(|pid| ProcessId::of(pid as i32));
-        if let Some(id) = id {
-            id.write(&spec.run_dir)?;
-        }
-        let control = Arc::new(Control {
-            id,
-            kill: tokio::sync::Notify::new(),
-            killed: AtomicBool::new(false),
-            flushed: AtomicBool::new(false),
-            exit: Exit::new(),
-            console,
-            complaints,
-        });
-        let (events, event_receiver) = tokio::sync::oneshot::channel();
-        tokio::spawn(watch(child, control.clone(), event_receiver, heard, spec.run_dir.clone()));
-        Ok(Process { control, paths, events: Some(events) })
+        };
+        let known = ProcessId::of_child(&child).and_then(|(id, handle)| id.write(&spec.run_dir).map(|()| (id, handle)));
+        let (id, handle) = match known {
+            Ok(known) => known,
+            Err(error) => {
+                let _ = child.kill().and_then(|()| child.wait());
+                group.remove();
+                return Err(error);
+            }
+        };
+        Process::watched(id, handle, Some(child), spec.run_dir.clone())
     }
+}
+
+/// What a machine's process does to itself before it becomes QEMU.
+fn prepare(doors: &[std::fs::File]) -> std::io::Result<()> {
+    // A signal for the daemon's terminal is not for its machines.
+    nix::unistd::setsid()?;
+    // A console that is too long is cut off and not the machine's end.
+    // SAFETY: ignoring a signal installs no handler.
+    unsafe { nix::sys::signal::signal(Signal::SIGXFSZ, SigHandler::SigIgn) }?;
+    nix::sys::prctl::set_no_new_privs()?;
+    doors.iter().for_each(|door| cgroup::enter(door.as_fd()));
+    Ok(())
 }
 
 fn make_private(dir: &Path) -> Result<()> {
@@ -127,52 +145,69 @@ fn make_private(dir: &Path) -> Result<()> {
 impl Vmm for QemuVmm {
     async fn start(&self, spec: MachineSpec, deadline: Duration) -> Result<Arc<dyn Machine>> {
         let (started, at) = (Instant::now(), deadline_at(deadline));
-        let mut process = self.spawn(&spec)?;
-        let control = process.control.clone();
-        let up = async {
-            let (qmp, events) = Qmp::connect(&process.paths.qmp, at.saturating_duration_since(Instant::now())).await?;
-            if let Some(sender) = process.events.take() {
-                let _ = sender.send(events);
-            }
-            let process_ms = millis(started);
-            let agent = Agent::connect(&process.paths.agent, at.saturating_duration_since(Instant::now())).await?;
-            Ok((qmp, agent, BootTiming { process_ms, agent_ms: millis(started) }))
-        };
-        let result = tokio::select! {
-            reason = control.exit.wait() => Err(control.start_failed(&reason)),
-            up = up => up,
-        };
-        match result {
-            Ok((qmp, agent, timing)) => {
-                tracing::info!(machine = spec.id, pid = ?process.control.id, ms = timing.agent_ms, "machine is up");
-                let shutting_down = tokio::sync::Mutex::new(());
-                Ok(Arc::new(QemuMachine { process, qmp, agent, timing, shutting_down }))
-            }
-            Err(error) => {
-                // The watcher need not wait for events that cannot come any more.
-                drop(process.events.take());
-                let error = control.boot_failed(error, at).await;
-                control.request_kill();
-                let _ = tokio::time::timeout(KILL_PATIENCE, control.exit.wait()).await;
-                Err(error)
-            }
+        let process = self.spawn(&spec)?;
+        let machine = process.into_machine(started, at).await?;
+        if spec.disk.outlives_its_server() {
+            limit_files(machine.process.control.id);
         }
+        tracing::info!(machine = spec.id, pid = machine.pid(), ms = machine.timing.agent_ms, "machine is up");
+        Ok(Arc::new(machine))
     }
 
-    async fn reap_orphans(&self, run_root: &Path) -> Result<Vec<Reaped>> {
+    async fn survivors(&self, run_root: &Path) -> Result<Vec<PathBuf>> {
         let run_root = run_root.to_owned();
-        tokio::task::spawn_blocking(move || crate::process::reap_orphans(&run_root))
-            .await
-            .map_err(|e| Error::io("reap orphans", e))?
+        blocking(move || crate::process::recorded_alive(&run_root)).await
+    }
+
+    async fn adopt(&self, run_dir: &Path, deadline: Duration) -> Result<Option<Arc<dyn Machine>>> {
+        let (started, at) = (Instant::now(), deadline_at(deadline));
+        let adopted = match Process::recorded(run_dir) {
+            Ok(Some(process)) => process.into_machine(started, at).await.map(Some),
+            Ok(None) => Ok(None),
+            Err(error) => Err(error),
+        };
+        if let Ok(Some(machine)) = adopted {
+            tracing::info!(run_dir = %run_dir.display(), pid = machine.pid(), ms = machine.timing.agent_ms, "machine taken over");
+            return Ok(Some(Arc::new(machine)));
+        }
+        // Whatever there is of it.
+        let left = run_dir.to_owned();
+        blocking(move || crate::process::reap(&left)).await?;
+        adopted.map(|_| None)
+    }
+
+    async fn reap_orphans(&self, run_root: &Path, keep: &[PathBuf]) -> Result<Vec<Reaped>> {
+        let (run_root, keep) = (run_root.to_owned(), keep.to_owned());
+        blocking(move || crate::process::reap_orphans(&run_root, &keep)).await
+    }
+
+    async fn probe_kvm(&self, kernel: &Path, initramfs: &Path, run_root: &Path, cache_dir: &Path) -> Acceleration {
+        probe::kvm(self, kernel, initramfs, run_root, cache_dir).await
     }
 
     async fn version(&self) -> Result<String> {
-        let output = Command::new(&self.program).arg("--version").stdin(Stdio::null()).kill_on_drop(true).output();
+        let mut command = tokio::process::Command::new(&self.program);
+        let output = command.arg("--version").stdin(Stdio::null()).kill_on_drop(true).output();
         match tokio::time::timeout(Duration::from_secs(10), output).await {
             Ok(Ok(output)) => Ok(String::from_utf8_lossy(&output.stdout).lines().next().unwrap_or_default().to_owned()),
             Ok(Err(error)) => Err(self.missing(&error)),
             Err(_) => Err(Error::new(ErrorKind::QemuMissing, format!("{} does not answer", self.program.display()))),
         }
+    }
+}
+
+async fn blocking<T: Send + 'static>(call: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
+    tokio::task::spawn_blocking(call).await.map_err(|e| Error::io("reap machines", e))?
+}
+
+/// Caps what the process can write to a file; see [`console`]. Only once it runs: its memory is a file too.
+fn limit_files(id: ProcessId) {
+    let limit = libc::rlimit { rlim_cur: FILE_BYTES_MAX, rlim_max: FILE_BYTES_MAX };
+    // SAFETY: `limit` lives over the call; nothing is written back.
+    let done = unsafe { libc::prlimit(id.pid, libc::RLIMIT_FSIZE, &raw const limit, std::ptr::null_mut()) };
+    if done != 0 {
+        let error = std::io::Error::last_os_error();
+        tracing::warn!(pid = id.pid, %error, "a machine's console is not capped while no daemon runs");
     }
 }
 
@@ -183,33 +218,32 @@ fn millis(since: Instant) -> u64 {
 /// What the watcher and the machine's handles share.
 #[derive(Debug)]
 struct Control {
-    id: Option<ProcessId>,
-    kill: tokio::sync::Notify,
+    id: ProcessId,
+    paths: Paths,
     /// We asked for its death.
     killed: AtomicBool,
     /// The guest said that its disk is flushed and clean.
     flushed: AtomicBool,
+    /// The next daemon's.
+    left: AtomicBool,
     exit: Exit,
-    console: Tail,
-    complaints: Tail,
 }
 
 impl Control {
-    /// Kills the process now; the watcher reaps it. What has ended by itself keeps its own reason.
+    /// Kills the process now. What has ended by itself keeps its own reason.
     fn request_kill(&self) {
         if self.exit.told().is_some() {
             return;
         }
         self.killed.store(true, Ordering::SeqCst);
         // At once, and not when the watcher gets to run: this is also what happens when handles are dropped.
-        if let Some(id) = self.id {
-            let _ = id.send_kill();
+        if let Err(error) = self.id.send_kill() {
+            tracing::error!(pid = self.id.pid, %error, "a machine cannot be killed");
         }
-        self.kill.notify_one();
     }
 
     fn start_failed(&self, reason: &ExitReason) -> Error {
-        let said = self.complaints.text(SHOWN);
+        let said = console::tail(&self.paths.output, SHOWN);
         let message = match (reason, said.is_empty()) {
             (_, false) => format!("QEMU ended during the start: {said}"),
             (ExitReason::Failed { message }, true) => format!("QEMU ended during the start: {message}"),
@@ -234,37 +268,42 @@ impl Control {
     }
 
     fn console_end(&self) -> String {
-        match self.console.text(SHOWN) {
+        match console::tail(&self.paths.console, SHOWN) {
             text if text.is_empty() => "; its console is empty".into(),
             text => format!("; its console ends with:\n{text}"),
         }
     }
 }
 
-/// Owns the process until its end.
+/// Watches the process until its end.
 async fn watch(
-    mut child: Child,
+    process: AsyncFd<OwnedFd>,
+    child: Option<Child>,
     control: Arc<Control>,
     events: tokio::sync::oneshot::Receiver<mpsc::UnboundedReceiver<QmpEvent>>,
-    heard: tokio::task::JoinHandle<()>,
     run_dir: PathBuf,
 ) {
-    let status = loop {
+    let mut cap = tokio::time::interval(CAP_EVERY);
+    loop {
         tokio::select! {
-            status = child.wait() => break status,
-            () = control.kill.notified() => {
-                let _ = child.start_kill();
-            }
+            _ = process.readable() => break,
+            _ = cap.tick() => for path in [&control.paths.console, &control.paths.output] {
+                if let Err(error) = console::cap(path) {
+                    tracing::debug!(path = %path.display(), %error, "a machine's log could not be kept short");
+                }
+            },
         }
-    };
+    }
+    // Does not wait: it has ended. Only a parent learns how.
+    let status = child.and_then(|mut child| child.wait().ok());
     // The directory may already belong to the machine's next process: only its own record goes, and sockets stay until
     // the next start removes them.
-    if ProcessId::read(&run_dir).is_ok_and(|record| record.is_some() && record == control.id) {
+    if ProcessId::read(&run_dir).is_ok_and(|record| record == Some(control.id)) {
+        cgroup::remove_recorded(&run_dir);
         let _ = std::fs::remove_file(run_dir.join(RECORD));
     }
-    // The process is gone, so both of these end by themselves, unless somebody else holds its pipes.
+    // The process is gone, so this ends by itself.
     let said = async {
-        let _ = heard.await;
         let mut last = None;
         if let Ok(mut events) = events.await {
             while let Some(QmpEvent::Shutdown { reason }) = events.recv().await {
@@ -275,8 +314,9 @@ async fn watch(
     };
     let said = tokio::time::timeout(Duration::from_secs(1), said).await.ok().flatten();
     let failed = || {
-        let status = status.map_or_else(|e| e.to_string(), |status| status.to_string());
-        ExitReason::Failed { message: format!("{status} {}", control.complaints.text(SHOWN)).trim().to_owned() }
+        let status = status.map_or_else(|| "its process is gone".to_owned(), |status| status.to_string());
+        let complaints = console::tail(&control.paths.output, SHOWN);
+        ExitReason::Failed { message: format!("{status} {complaints}").trim().to_owned() }
     };
     let reason = match said.as_deref() {
         _ if control.flushed.load(Ordering::SeqCst) => ExitReason::Shutdown,
@@ -289,17 +329,76 @@ async fn watch(
     control.exit.tell(reason);
 }
 
-/// A started process; dropping it kills it.
+/// A process that runs; dropping it kills it, unless it was left.
 struct Process {
     control: Arc<Control>,
-    paths: Paths,
     /// Hands QEMU's events to the watcher.
     events: Option<tokio::sync::oneshot::Sender<mpsc::UnboundedReceiver<QmpEvent>>>,
 }
 
+impl Process {
+    fn watched(id: ProcessId, handle: OwnedFd, child: Option<Child>, run_dir: PathBuf) -> Result<Process> {
+        let control = Arc::new(Control {
+            id,
+            paths: Paths::of(&run_dir),
+            killed: AtomicBool::new(false),
+            flushed: AtomicBool::new(false),
+            left: AtomicBool::new(false),
+            exit: Exit::new(),
+        });
+        let (events, receiver) = tokio::sync::oneshot::channel();
+        let process = Process { control: control.clone(), events: Some(events) };
+        // SAFETY: an `OwnedFd` names one open descriptor for as long as it lives, which is in the `AsyncFd` from here on.
+        let handle = unsafe { AsyncFd::register_with_interest(handle, tokio::io::Interest::READABLE) }
+            .map_err(|e| Error::io(format!("watch process {}", id.pid), e))?;
+        tokio::spawn(watch(handle, child, control, receiver, run_dir));
+        Ok(process)
+    }
+
+    /// The live process of an earlier daemon's machine.
+    fn recorded(run_dir: &Path) -> Result<Option<Process>> {
+        let Some(id) = ProcessId::read(run_dir)? else { return Ok(None) };
+        let Some(handle) = id.open()? else { return Ok(None) };
+        Process::watched(id, handle, None, run_dir.to_owned()).map(Some)
+    }
+
+    /// Takes control of the process and waits for its guest. If that fails, the process is gone.
+    async fn into_machine(mut self, started: Instant, at: Instant) -> Result<QemuMachine> {
+        let control = self.control.clone();
+        let left = || at.saturating_duration_since(Instant::now());
+        let events = self.events.take();
+        let up = async {
+            let (qmp, received) = Qmp::connect(&control.paths.qmp, left()).await?;
+            if let Some(sender) = events {
+                let _ = sender.send(received);
+            }
+            let process_ms = millis(started);
+            let agent = Agent::connect(&control.paths.agent, left()).await?;
+            Ok((qmp, agent, BootTiming { process_ms, agent_ms: millis(started) }))
+        };
+        let result = tokio::select! {
+            reason = control.exit.wait() => Err(control.start_failed(&reason)),
+            up = up => up,
+        };
+        match result {
+            Ok((qmp, agent, timing)) => {
+                Ok(QemuMachine { process: self, qmp, agent, timing, shutting_down: tokio::sync::Mutex::new(()) })
+            }
+            Err(error) => {
+                let error = control.boot_failed(error, at).await;
+                control.request_kill();
+                let _ = tokio::time::timeout(KILL_PATIENCE, control.exit.wait()).await;
+                Err(error)
+            }
+        }
+    }
+}
+
 impl Drop for Process {
     fn drop(&mut self) {
-        self.control.request_kill();
+        if !self.control.left.load(Ordering::SeqCst) {
+            self.control.request_kill();
+        }
     }
 }
 
@@ -368,8 +467,14 @@ impl Machine for QemuMachine {
         self.process.control.exit.wait().await
     }
 
+    async fn leave(&self) {
+        self.process.control.left.store(true, Ordering::SeqCst);
+        self.agent.disconnect();
+        self.qmp.close().await;
+    }
+
     fn pid(&self) -> Option<i32> {
-        self.process.control.id.map(|id| id.pid)
+        Some(self.process.control.id.pid)
     }
 
     fn boot_timing(&self) -> BootTiming {
@@ -377,6 +482,6 @@ impl Machine for QemuMachine {
     }
 
     fn console_tail(&self, max_bytes: usize) -> String {
-        self.process.control.console.text(max_bytes)
+        console::tail(&self.process.control.paths.console, max_bytes)
     }
 }

@@ -112,6 +112,16 @@ impl Qmp {
     }
 }
 
+impl Qmp {
+    /// Closes the connection, so that another client can take the socket over. Calls fail from here on.
+    pub async fn close(&self) {
+        self.reader.abort();
+        self.calls.lock().closed = true;
+        self.calls.lock().waiting.clear();
+        let _ = self.writer.lock().await.shutdown().await;
+    }
+}
+
 impl Drop for Qmp {
     fn drop(&mut self) {
         self.reader.abort();

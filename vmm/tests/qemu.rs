@@ -423,7 +423,7 @@ async fn nothing_is_left_behind() {
     while record.exists() {
         tokio::task::yield_now().await;
     }
-    assert_eq!(vmm.reap_orphans(&lab.run_root()).await.unwrap(), []);
+    assert_eq!(vmm.reap_orphans(&lab.run_root(), &[]).await.unwrap(), []);
 
     // A guest that never answers: its console is in the error.
     let spec =
@@ -447,6 +447,16 @@ async fn nothing_is_left_behind() {
         tokio::task::yield_now().await;
     }
 
+    // Its groups went with it; while it lives it is in them, if there are any.
+    let machine = lab.boot().await;
+    let groups = std::fs::read_to_string(lab.spec.run_dir.join("cgroups")).unwrap();
+    for group in groups.lines().map(Path::new).filter(|group| group.exists()) {
+        let procs = std::fs::read_to_string(group.join("cgroup.procs")).unwrap();
+        assert_eq!(procs.trim(), machine.pid().unwrap().to_string(), "{}", group.display());
+    }
+    machine.kill().await.unwrap();
+    assert!(groups.lines().all(|group| !Path::new(group).exists()), "{groups}");
+
     // The daemon was killed: the next one finds what it left, and kills it.
     let machine = lab.boot().await;
     let pid = machine.pid().unwrap();
@@ -454,11 +464,122 @@ async fn nothing_is_left_behind() {
         let machine = machine.clone();
         tokio::spawn(async move { machine.wait().await })
     };
-    let reaped = vmm.reap_orphans(&lab.run_root()).await.unwrap();
+    let reaped = vmm.reap_orphans(&lab.run_root(), &[]).await.unwrap();
     assert_eq!(reaped.iter().map(|r| (r.pid, r.killed)).collect::<Vec<_>>(), [(pid, true)]);
     assert!(matches!(waiting.await.unwrap(), ExitReason::Failed { .. }));
     assert!(!alive(pid));
-    assert_eq!(vmm.reap_orphans(&lab.run_root()).await.unwrap(), []);
+    assert_eq!(vmm.reap_orphans(&lab.run_root(), &[]).await.unwrap(), []);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_machine_is_left_and_taken_over() {
+    let lab = Lab::new("adopted");
+    let vmm = QemuVmm::new();
+    let run_dir = &lab.spec.run_dir;
+    assert!(vmm.adopt(run_dir, PATIENCE).await.unwrap().is_none(), "there is none");
+    let mut machine = lab.boot().await;
+    let pid = machine.pid().unwrap();
+    let count = "n=0; while :; do n=$((n+1)); echo $n > /run/count.new; mv /run/count.new /run/count; done";
+    stdout(&machine.agent(), &format!("(setsid sh -c '{count}' < /dev/null > /dev/null 2>&1 &)")).await;
+    let counted = |agent: Agent| async move {
+        stdout(&agent, "until test -e /run/count; do sleep 0.1; done; cat /run/count").await.parse::<u64>().unwrap()
+    };
+    let mut before = counted(machine.agent()).await;
+    for round in 0..3 {
+        // What belongs to the connection ends with it.
+        let mut tied = machine.agent().exec(sh("echo here; exec sleep 616161")).await.unwrap();
+        assert_eq!(tied.next_event().await.unwrap(), Some(ExecEvent::Stdout("here\n".into())));
+        machine.agent().freeze(Duration::from_secs(60)).await.unwrap();
+        machine.leave().await;
+        assert_eq!(tied.next_event().await.unwrap_err().kind, ErrorKind::AgentLost);
+        drop(machine);
+        machine = vmm.adopt(run_dir, PATIENCE).await.unwrap().unwrap();
+        assert_eq!(machine.pid(), Some(pid));
+        let agent = machine.agent();
+        stdout(&agent, &format!("echo {round} > /workspace/thawed; echo round {round} > /dev/ttyS0")).await;
+        while !stdout(&agent, "pgrep -f 'sleep 61616[1]' || true").await.is_empty() {}
+        while counted(agent.clone()).await <= before {}
+        before = counted(agent).await;
+        assert!(machine.console_tail(1000).contains(&format!("round {round}")), "the console goes on");
+    }
+    // A console that was flooded is started over under the guest's writes. (Its serial port is too slow to wait for.)
+    let console = run_dir.join("console.log");
+    let mut flood = std::fs::File::options().append(true).open(&console).unwrap();
+    std::io::Write::write_all(&mut flood, &vec![b'x'; 2 << 20]).unwrap();
+    while std::fs::metadata(&console).unwrap().len() > 1 << 20 {
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    stdout(&machine.agent(), "echo told > /dev/ttyS0").await;
+    while !machine.console_tail(1000).contains("told") {
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    let limits = std::fs::read_to_string(format!("/proc/{pid}/limits")).unwrap();
+    let disk_is_a_file = matches!(lab.spec.disk, DiskAttachment::RawFile { .. });
+    let of_files = limits.lines().find(|line| line.starts_with("Max file size")).unwrap();
+    assert!(disk_is_a_file && of_files.contains("unlimited"), "{of_files}");
+
+    // Dead when it is to be taken over: nothing is left of it.
+    machine.leave().await;
+    nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), nix::sys::signal::Signal::SIGKILL).unwrap();
+    while alive(pid) {
+        tokio::task::yield_now().await;
+    }
+    assert!(vmm.adopt(run_dir, PATIENCE).await.unwrap().is_none());
+    // One that does not answer is killed.
+    let machine = lab.boot().await;
+    let pid = machine.pid().unwrap();
+    machine.leave().await;
+    drop(machine);
+    nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), nix::sys::signal::Signal::SIGSTOP).unwrap();
+    assert!(vmm.adopt(run_dir, Duration::from_secs(1)).await.is_err());
+    while alive(pid) {
+        tokio::task::yield_now().await;
+    }
+    // One whose record was not written whole.
+    let machine = lab.boot().await;
+    let pid = machine.pid().unwrap();
+    machine.leave().await;
+    drop(machine);
+    std::fs::write(run_dir.join(vmm::process::RECORD), "12").unwrap();
+    assert!(vmm.adopt(run_dir, PATIENCE).await.is_err());
+    while alive(pid) {
+        tokio::task::yield_now().await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn kvm_is_used_only_where_a_guest_boots_with_it() {
+    let lab = Lab::new("probe");
+    let images = images();
+    let (run_root, kept) = (lab.run_root(), lab.dir.path().join("boot"));
+    std::fs::create_dir(&kept).unwrap();
+    let vmm = QemuVmm::new();
+    let probe = async || vmm.probe_kvm(&images.kernel.vmlinuz, &images.initramfs, &run_root, &kept).await;
+    let found = probe().await;
+    eprintln!("{found:?}");
+    assert!(!run_root.join("kvm-probe").exists());
+    let answer = kept.join("kvm-probe.json");
+    if !answer.exists() {
+        // There is nothing to try here, which is the same answer as fast again.
+        assert_eq!(found.accel, Accel::Tcg);
+        assert_eq!(probe().await, found);
+        return;
+    }
+    // What it says is what happens: a guest boots with it, or does not.
+    let spec = MachineSpec { accel: Accel::Kvm, ..lab.spec.clone() };
+    let booted = vmm.start(spec, Duration::from_secs(15)).await;
+    assert_eq!(booted.is_ok(), found.accel == Accel::Kvm, "{:?}", booted.err());
+    drop(booted);
+    // Asked again, it is not tried again; for another host it is.
+    let text = std::fs::read_to_string(&answer).unwrap();
+    std::fs::write(&answer, text.replace("\"found\": \"", "\"found\": \"kept: ")).unwrap();
+    assert!(probe().await.reason.starts_with("kept: "));
+    std::fs::write(&answer, text.replace("\"host\": \"", "\"host\": \"other ")).unwrap();
+    let again = probe().await;
+    assert_eq!(again.accel, found.accel);
+    assert!(!std::fs::read_to_string(&answer).unwrap().contains("other "));
+    std::fs::write(&answer, "{ half").unwrap();
+    assert_eq!(probe().await.accel, found.accel);
 }
 
 /// Kills a process that a test started when the test ends, however it ends.
@@ -477,7 +598,7 @@ fn back_end(disk: &Path, socket: &Path) -> KillOnDrop {
     let mut command = Command::new("qemu-storage-daemon");
     command.arg("--blockdev").arg(format!("driver=file,node-name=disk,filename={}", disk.display()));
     let address = format!("addr.type=unix,addr.path={}", socket.display());
-    command.arg("--export").arg(format!("type=vhost-user-blk,id=e,node-name=disk,writable=on,{address}"));
+    command.arg("--export").arg(format!("type=vhost-user-blk,id=e,node-name=disk,writable=on,num-queues=8,{address}"));
     let mut child = command.spawn().unwrap();
     while !socket.exists() {
         assert_eq!(child.try_wait().unwrap(), None, "the back end ended");

@@ -272,7 +272,7 @@ impl Bench {
             env: recipe.env.clone(),
             network_policy: NetworkPolicy::Allow,
             metadata: serde_json::Map::new(),
-            tags: vec!["template-build".to_owned()],
+            tags: vec![super::BENCH_TAG.to_owned()],
             start: true,
             wait: false,
         };

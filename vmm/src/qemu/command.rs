@@ -9,18 +9,24 @@ use serde_json::json;
 
 use crate::{Accel, DiskAttachment, Error, ErrorKind, MachineSpec, Network, Result};
 
+/// Queues of a disk: one a virtual CPU, and enough for any load from here on.
+const QUEUES_MAX: u32 = 8;
+
 /// The sockets and files of a machine.
 #[derive(Clone, Debug)]
 pub(super) struct Paths {
     pub(super) qmp: PathBuf,
     pub(super) agent: PathBuf,
+    /// The guest's console.
     pub(super) console: PathBuf,
+    /// What QEMU itself says.
+    pub(super) output: PathBuf,
 }
 
 impl Paths {
     pub(super) fn of(run_dir: &Path) -> Paths {
         let at = |name| run_dir.join(name);
-        Paths { qmp: at("qmp.sock"), agent: at("agent.sock"), console: at("console.log") }
+        Paths { qmp: at("qmp.sock"), agent: at("agent.sock"), console: at("console.log"), output: at("qemu.log") }
     }
 }
 
@@ -102,7 +108,7 @@ pub(super) fn arguments(spec: &MachineSpec, machine: &str) -> Vec<OsString> {
     add("append", kernel_command_line(spec));
     add("display", "none".into());
     add("sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny".into());
-    add("chardev", "stdio,id=console,signal=off".into());
+    add("chardev", format!("file,id=console,path={},append=on", escaped(&paths.console)));
     add("serial", "chardev:console".into());
     add("chardev", format!("socket,id=qmp,path={},server=on,wait=off", escaped(&paths.qmp)));
     add("mon", "chardev=qmp,mode=control".into());
@@ -121,7 +127,8 @@ pub(super) fn arguments(spec: &MachineSpec, machine: &str) -> Vec<OsString> {
         DiskAttachment::VhostUserBlk { socket } => {
             // The guest waits while its back end restarts.
             add("chardev", format!("socket,id=disk,path={},reconnect=1", escaped(socket)));
-            add("device", "vhost-user-blk-pci,chardev=disk,num-queues=1".into());
+            let queues = spec.cpus.min(QUEUES_MAX);
+            add("device", format!("vhost-user-blk-pci,chardev=disk,num-queues={queues}"));
         }
         DiskAttachment::RawFile { path } => {
             let direct = can_be_direct(path);
