@@ -6,6 +6,7 @@
 mod archives;
 mod args;
 mod backend;
+mod commands;
 mod contents;
 mod daemon;
 mod disk;

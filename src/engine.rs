@@ -13,6 +13,7 @@
 mod activity;
 pub mod attach;
 mod checkpoint;
+mod commands;
 pub mod error;
 mod files;
 mod guest;
@@ -60,7 +61,7 @@ pub use template::{
     BASE, BootFiles, BuildRequest, BuildStatus, BuildView, ImageSource, Progress, TemplateBuilder, TemplateUsage,
 };
 pub use vmm::agent::ExecEvent;
-pub use vmm::{DirEntry, FileKind, FileStat, TreeSummary};
+pub use vmm::{CommandStatus, DirEntry, FileKind, FileStat, TreeSummary};
 
 /// Settings of the engine that do not change while it runs.
 #[derive(Debug, Clone)]

@@ -147,6 +147,52 @@ fn a_command_is_a_line_for_a_shell_or_a_program_with_arguments() {
 }
 
 #[test]
+fn a_detached_command_goes_on_and_its_output_is_kept() {
+    let d = Daemon::start();
+    let id = sandbox(&d);
+    let commands = format!("/sandboxes/{id}/commands");
+    let run = |body| post(&d, &commands, &body);
+    let ran = run(json!({ "command": "cat; pwd", "stdin": "in ", "cwd": ".", "timeout_seconds": 60 })).data();
+    assert!(ran["stdout"].as_str().unwrap().starts_with("in /"), "{ran}");
+    assert_eq!(get(&d, &commands).data(), json!([]), "one that is waited for is not listed");
+
+    let line = "echo out; echo err >&2; until [ -e go ]; do sleep 0.05; done; printf 'last\\377'; exit 3";
+    let started = run(json!({ "command": line, "detached": true, "name": "web" })).data();
+    let command = format!("{commands}/{}", started["id"].as_str().unwrap());
+    assert_eq!((&started["status"], &started["name"]), (&"running".into(), &"web".into()));
+    let by_pid = get(&d, &format!("{commands}/{}", started["pid"])).data();
+    assert_eq!(by_pid["id"], started["id"]);
+    assert_eq!(get(&d, &commands).data().as_array().unwrap().len(), 1);
+    run(json!({ "command": "touch go" })).data();
+    let events = get(&d, &format!("{command}/logs?follow=true"));
+    assert!(events.head.contains("text/event-stream"), "{}", events.head);
+    let text = String::from_utf8(events.body).unwrap();
+    assert!(text.contains("{\"line\":\"out\"}") && text.contains("event: exit\ndata: {\"exit_code\":3,"), "{text}");
+    let logs = get(&d, &format!("{command}/logs")).data();
+    assert_eq!((&logs["stdout"], &logs["stderr"]), (&"out\nlast\u{fffd}".into(), &"err\n".into()));
+    assert_eq!((&logs["status"], &logs["exit_code"], &logs["output_bytes"]), (&"exited".into(), &3.into(), &13.into()));
+
+    let stubborn = run(json!({ "command": "trap '' INT; sleep 600", "detached": true })).data();
+    let stubborn = format!("{commands}/{}", stubborn["id"].as_str().unwrap());
+    let kill = |body| post(&d, &format!("{stubborn}/kill"), &body);
+    assert_eq!(kill(json!({ "signal": "int" })).data()["status"], "running");
+    assert_eq!(kill(json!({ "signal": "SIGNONE" })).code(), "invalid_input");
+    let killed = kill(json!({})).data();
+    assert_eq!((&killed["status"], &killed["signal"]), (&"exited".into(), &15.into()));
+
+    assert_eq!(get(&d, &format!("{commands}/cmd-none")).code(), "exec_not_found");
+    assert_eq!(run(json!({ "command": ["no-such-program"], "detached": true })).code(), "command_not_found");
+    let fed = run(json!({ "command": "cat", "stdin": "x", "detached": true }));
+    assert_eq!((fed.status, fed.code().as_str()), (422, "unsupported_option"));
+    assert_eq!(run(json!({ "command": "true", "tty": true })).code(), "unsupported_option");
+    // They end with the session, and looking starts none.
+    post(&d, &format!("/sandboxes/{id}/stop"), &json!({})).data();
+    assert_eq!(get(&d, &commands).data(), json!([]));
+    assert_eq!(get(&d, &command).code(), "exec_not_found");
+    assert_eq!(get(&d, &format!("/sandboxes/{id}")).data()["state"], "paused");
+}
+
+#[test]
 fn what_is_not_done_is_refused_and_not_ignored() {
     let d = Daemon::start();
     let id = sandbox(&d);

@@ -217,6 +217,12 @@ impl Client {
         Ok(Events { download: Download { body: response.into_body(), archive: false }, pending: BytesMut::new() })
     }
 
+    /// `GET`, answered with server-sent events.
+    pub async fn watch(&self, path: &str) -> Result<Events> {
+        let response = self.send(Method::GET, path, empty(), "application/json").await?;
+        Ok(Events { download: Download { body: response.into_body(), archive: false }, pending: BytesMut::new() })
+    }
+
     async fn json<T: DeserializeOwned>(&self, method: Method, path: &str, body: Option<&impl Serialize>) -> Result<T> {
         let body = match body {
             Some(body) => encode(body)?,

@@ -5,6 +5,7 @@
 
 mod answer;
 mod auth;
+mod commands;
 mod exec;
 mod files;
 mod idempotency;
@@ -58,6 +59,7 @@ pub fn router(engine: Arc<Engine>, disks: Arc<Disks>, defaults: Defaults) -> Rou
         .merge(sandboxes::routes())
         .merge(snapshots::routes())
         .merge(exec::routes())
+        .merge(commands::routes())
         .merge(files::routes())
         .merge(templates::routes())
         .merge(super::archives::routes(disks.clone(), Some(engine.clone())))

@@ -434,6 +434,123 @@ pub struct ExecBody {
     pub other: Map<String, Value>,
 }
 
+/// Asks for a command to be run as the SDK's commands are: waited for, or detached.
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
+#[allow(missing_docs)]
+pub struct CommandRequestBody {
+    pub command: Command,
+    /// Relative ones are below `/workspace`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cwd: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub env: Option<BTreeMap<String, String>>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub user: Option<String>,
+    /// Run as root, which is what happens without a user.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub sudo: Option<bool>,
+    /// It is killed after so long.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub timeout_seconds: Option<f64>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub stdin: Option<String>,
+    /// Answer once it has been started; it goes on by itself.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub detached: bool,
+    /// What a detached command is called in lists.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub name: Option<String>,
+    /// Whatever else the request has; see [`unsupported`].
+    #[serde(flatten)]
+    #[schema(ignore)]
+    pub other: Map<String, Value>,
+}
+
+/// A command that was run, or one that runs.
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
+#[serde(untagged)]
+#[allow(missing_docs)]
+pub enum RanBody {
+    Ran(ExecResult),
+    Started(CommandBody),
+}
+
+/// A detached command.
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
+#[allow(missing_docs)]
+pub struct CommandBody {
+    pub id: String,
+    /// Its process in the guest; calls take it in place of the id.
+    pub pid: i32,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub name: Option<String>,
+    /// The beginning of it.
+    pub command: String,
+    /// `running` or `exited`.
+    pub status: String,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub exit_code: Option<i32>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub signal: Option<i32>,
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub timed_out: bool,
+    /// By the guest's clock.
+    #[schema(value_type = String, format = DateTime)]
+    pub started_at: Timestamp,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<String>, format = DateTime)]
+    pub ended_at: Option<Timestamp>,
+    /// Bytes it has written.
+    pub output_bytes: u64,
+    /// How many of them, the first ones, are not kept any more.
+    pub dropped_bytes: u64,
+}
+
+impl From<crate::engine::CommandStatus> for CommandBody {
+    fn from(status: crate::engine::CommandStatus) -> Self {
+        let time = |nanos: u64| Timestamp::from_nanosecond(i128::from(nanos)).unwrap_or_default();
+        let exit = status.ended.map(|(_, exit)| exit);
+        Self {
+            id: status.id,
+            pid: status.pid,
+            name: status.name,
+            command: status.command,
+            status: if exit.is_some() { "exited" } else { "running" }.to_owned(),
+            exit_code: exit.map(|e| exit_code(e.code, e.signal, e.timed_out)),
+            signal: exit.and_then(|e| e.signal),
+            timed_out: exit.is_some_and(|e| e.timed_out),
+            started_at: time(status.started_nanos),
+            ended_at: status.ended.map(|(nanos, _)| time(nanos)),
+            output_bytes: status.output_bytes,
+            dropped_bytes: status.dropped_bytes,
+        }
+    }
+}
+
+/// What is kept of a detached command's output.
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
+#[allow(missing_docs)]
+pub struct CommandLogsBody {
+    pub stdout: String,
+    pub stderr: String,
+    #[serde(flatten)]
+    pub command: CommandBody,
+}
+
+/// Asks for a detached command to be signalled.
+#[derive(Debug, Clone, Default, Serialize, Deserialize, ToSchema)]
+#[serde(default)]
+#[allow(missing_docs)]
+pub struct KillBody {
+    /// Such as `INT`, `SIGINT` or `2`. Without: SIGTERM and, five seconds later, SIGKILL.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub signal: Option<String>,
+    /// Whatever else the request has; see [`unsupported`].
+    #[serde(flatten)]
+    #[schema(ignore)]
+    pub other: Map<String, Value>,
+}
+
 /// What a command did.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[allow(missing_docs)]

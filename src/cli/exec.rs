@@ -19,6 +19,9 @@ use crate::api::types::{Command, ErrorBody, ExecBody, ExecResult, ExitEvent, Std
 const MAX_DOCUMENT: usize = 64 << 20;
 
 pub(super) async fn run(client: &Client, out: Out, args: ExecArgs) -> Result<ExitCode> {
+    if args.detached {
+        return super::commands::start(client, out, args).await.map(|()| ExitCode::SUCCESS);
+    }
     let with_stdin = !std::io::stdin().is_terminal();
     let sandbox = args.target.sandbox;
     let body = ExecBody {
@@ -41,9 +44,7 @@ pub(super) async fn run(client: &Client, out: Out, args: ExecArgs) -> Result<Exi
                 }
             }
             "stdout" | "stderr" => {
-                let bytes = BASE64
-                    .decode(data["base64"].as_str().unwrap_or_default())
-                    .map_err(|e| Failure::new(4, "bad_answer", format!("output that cannot be decoded: {e}")))?;
+                let bytes = bytes_of(&data)?;
                 match (out.json, name.as_str()) {
                     (true, _) => kept.add(&name, &bytes),
                     (false, "stdout") => pass_on(std::io::stdout().lock(), &bytes)?,
@@ -61,9 +62,7 @@ pub(super) async fn run(client: &Client, out: Out, args: ExecArgs) -> Result<Exi
                 return Ok(ExitCode::from(u8::try_from(code).unwrap_or(u8::MAX)));
             }
             "error" => {
-                let status = data["status"].as_u64().and_then(|s| u16::try_from(s).ok()).unwrap_or(500);
-                let body: ErrorBody = serde_json::from_value(data["error"].clone()).unwrap_or_default();
-                return Err(Failure::refused(status, body));
+                return Err(refusal(&data));
             }
             _ => {}
         }
@@ -72,7 +71,21 @@ pub(super) async fn run(client: &Client, out: Out, args: ExecArgs) -> Result<Exi
         .hint("see whether the daemon still runs, and what the command did: miosa sandbox show SANDBOX"))
 }
 
-fn pass_on(mut to: impl Write, bytes: &[u8]) -> Result<()> {
+/// The bytes of an event of output.
+pub(super) fn bytes_of(data: &Value) -> Result<Vec<u8>> {
+    BASE64
+        .decode(data["base64"].as_str().unwrap_or_default())
+        .map_err(|e| Failure::new(4, "bad_answer", format!("output that cannot be decoded: {e}")))
+}
+
+/// What an `error` event says.
+pub(super) fn refusal(data: &Value) -> Failure {
+    let status = data["status"].as_u64().and_then(|s| u16::try_from(s).ok()).unwrap_or(500);
+    let body: ErrorBody = serde_json::from_value(data["error"].clone()).unwrap_or_default();
+    Failure::refused(status, body)
+}
+
+pub(super) fn pass_on(mut to: impl Write, bytes: &[u8]) -> Result<()> {
     to.write_all(bytes)?;
     Ok(to.flush()?)
 }

@@ -50,6 +50,8 @@ pub enum Kind {
     GuestDiskFull,
     /// The guest has no such program (or working directory, or user).
     CommandNotFound,
+    /// No detached command of that id runs or is remembered.
+    ExecNotFound,
     /// The program could not be started in the guest.
     CommandFailed,
     /// The guest's agent did not answer in time.
@@ -100,6 +102,7 @@ impl Kind {
             Kind::GuestFile => "file_error",
             Kind::GuestDiskFull => "guest_disk_full",
             Kind::CommandNotFound => "command_not_found",
+            Kind::ExecNotFound => "exec_not_found",
             Kind::CommandFailed => "command_failed",
             Kind::AgentTimeout => "agent_timeout",
             Kind::MachineUnavailable => "machine_unavailable",
@@ -122,7 +125,8 @@ impl Kind {
             | Kind::SnapshotNotFound
             | Kind::TemplateNotFound
             | Kind::FileNotFound
-            | Kind::DiskNotFound => 404,
+            | Kind::DiskNotFound
+            | Kind::ExecNotFound => 404,
             Kind::SandboxDestroyed => 410,
             Kind::SnapshotAmbiguous
             | Kind::DiskAmbiguous

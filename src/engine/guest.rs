@@ -39,6 +39,25 @@ pub struct ExecSpec {
     pub stdin: bool,
 }
 
+impl ExecSpec {
+    pub(super) fn into_request(self, sandbox: &Sandbox) -> ExecRequest {
+        // Of several with one name, the last one counts.
+        let record = sandbox.record();
+        let mut env = sandbox.shared.settings.guest.environment();
+        env.extend(record.image.env);
+        env.extend(record.env);
+        env.extend(self.env);
+        ExecRequest {
+            argv: self.argv,
+            env: env.into_iter().collect(),
+            cwd: self.cwd.or(record.image.workdir),
+            user: self.user,
+            timeout_ms: self.timeout.map(|t| (t.as_millis() as u64).max(1)),
+            stdin: self.stdin,
+        }
+    }
+}
+
 impl Engine {
     /// Starts a program.
     pub async fn exec(&self, key: &str, spec: ExecSpec) -> Result<RunningExec> {
@@ -46,24 +65,11 @@ impl Engine {
         check_exec(&spec)?;
         let metrics = self.shared.metrics.clone();
         self.detached(async move {
-            // Of several with one name, the last one counts.
-            let record = sandbox.record();
-            let mut env = sandbox.shared.settings.guest.environment();
-            env.extend(record.image.env);
-            env.extend(record.env);
-            env.extend(spec.env);
-            let request = ExecRequest {
-                argv: spec.argv,
-                env: env.into_iter().collect(),
-                cwd: spec.cwd.or(record.image.workdir),
-                user: spec.user,
-                timeout_ms: spec.timeout.map(|t| (t.as_millis() as u64).max(1)),
-                stdin: spec.stdin,
-            };
+            let request = spec.into_request(&sandbox);
             let began = Instant::now();
             let stream = use_guest(&sandbox, |agent| async move { Ok(agent.exec(request).await?) }).await?;
             metrics.exec_started();
-            Ok(RunningExec { stream, began, _in_use: sandbox.begin_use() })
+            Ok(RunningExec { stream, began, _in_use: Some(sandbox.begin_use()) })
         })
         .await
     }
@@ -126,10 +132,15 @@ pub(super) async fn use_guest<T, F: Future<Output = Result<T>>>(
 pub struct RunningExec {
     stream: ExecStream,
     began: Instant,
-    _in_use: InUse,
+    _in_use: Option<InUse>,
 }
 
 impl RunningExec {
+    /// What only looks at a program is no use of the sandbox.
+    pub(super) fn looking(stream: ExecStream) -> Self {
+        Self { stream, began: Instant::now(), _in_use: None }
+    }
+
     /// The next thing it does; none after its exit. Safe to cancel.
     pub async fn next_event(&mut self) -> Result<Option<ExecEvent>> {
         self.stream.next_event().await.map_err(exec_error)
@@ -193,7 +204,7 @@ impl GuestWriter {
     }
 }
 
-fn exec_error(error: vmm::Error) -> Error {
+pub(super) fn exec_error(error: vmm::Error) -> Error {
     use vmm::{ErrorKind, GuestErrorKind};
     match error.kind {
         ErrorKind::Guest(GuestErrorKind::NotFound) => {
@@ -210,7 +221,7 @@ fn exec_error(error: vmm::Error) -> Error {
     }
 }
 
-fn check_exec(spec: &ExecSpec) -> Result<()> {
+pub(super) fn check_exec(spec: &ExecSpec) -> Result<()> {
     match spec.argv.first() {
         None => {
             return Err(Error::invalid("there is no command to run")

@@ -248,3 +248,25 @@ fn directories_are_copied_both_ways() {
     let freed = d.run(&["sandbox", "snapshots", "delete", "one", "kept", "--json"]).json();
     assert!(freed["freed_bytes"].is_u64());
 }
+
+#[test]
+fn a_detached_command_is_listed_followed_and_killed() {
+    let d = Daemon::start();
+    d.run(&["sandbox", "create", "--name", "web", "--wait"]);
+    let start = |script: &str| {
+        d.run(&["sandbox", "exec", "web", "--detached", "--quiet", "--", "sh", "-c", script]).out.trim().to_owned()
+    };
+    let id = start("echo a; echo b >&2; exit 4");
+    let followed = d.run(&["sandbox", "command", "logs", "web", &id, "--follow"]);
+    assert_eq!(followed.code, 0);
+    assert_eq!(followed.err, "b\n");
+    assert_eq!(followed.out, "a\n");
+    let logs = d.run(&["sandbox", "command", "logs", "web", &id, "--json"]).json();
+    assert_eq!((&logs["exit_code"], &logs["stderr"]), (&4.into(), &"b\n".into()));
+    let sleeper = start("sleep 600");
+    let listed = d.run(&["sandbox", "command", "list", "web"]).out;
+    assert!(listed.contains(&sleeper) && listed.contains("running") && listed.contains("exited 4"), "{listed}");
+    assert_eq!(d.run(&["sandbox", "command", "get", "web", &sleeper, "--json"]).json()["status"], "running");
+    assert_eq!(d.run(&["sandbox", "command", "kill", "web", &sleeper, "--json"]).json()["signal"], 15);
+    assert_eq!(d.run(&["sandbox", "command", "get", "web", "cmd-none", "--json"]).error(1)["code"], "exec_not_found");
+}

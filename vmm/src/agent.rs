@@ -11,7 +11,8 @@ use std::time::Duration;
 
 use bytes::{Buf, Bytes, BytesMut};
 use miosa_agent::wire::{
-    DirEntry, ExecRequest, ExitStatus, FileStat, GuestInfo, Identity, MAX_ENTRY, Reply, Request, TreeSummary,
+    CommandStatus, DirEntry, ExecRequest, ExitStatus, FileStat, GuestInfo, Identity, MAX_ENTRY, Reply, Request,
+    TreeSummary,
 };
 use tokio::net::UnixStream;
 use tokio::time::Instant;
@@ -100,6 +101,51 @@ impl Agent {
         let stdin = has_stdin.then(|| Stdin { input: stream.input() });
         let deadline = limit.map(|limit| crate::machine::deadline_at(limit.saturating_add(self.timeout)));
         Ok(ExecStream { stream, stdin, deadline, grace: self.timeout, over: false })
+    }
+
+    /// Starts a program that goes on by itself; `id` names it from then on, also for the next connection. It ends with the
+    /// guest. The end of its output is kept.
+    ///
+    /// # Errors
+    /// Guest errors of starting it; `Guest(Busy)` when too many run.
+    pub async fn start(&self, id: String, name: Option<String>, exec: ExecRequest) -> Result<CommandStatus> {
+        self.command_call(Request::Start { id, name, exec }).await
+    }
+
+    /// The programs that were started so, oldest first: those that run and the last ones that have ended.
+    ///
+    /// # Errors
+    /// As every call.
+    pub async fn commands(&self) -> Result<Vec<CommandStatus>> {
+        match self.call(Request::Commands).await? {
+            Reply::Commands(all) => Ok(all),
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    /// What is kept of such a program's output; with `follow` until it has ended. A stream that is over without an exit
+    /// found the program running. Dropping it leaves the program alone.
+    ///
+    /// # Errors
+    /// `AgentLost` here; `Guest(NotFound)` from the first [`ExecStream::next_event`].
+    pub async fn command_logs(&self, id: String, follow: bool) -> Result<ExecStream> {
+        let stream = self.open(Request::CommandLogs { id, follow }).await?;
+        Ok(ExecStream { stream, stdin: None, deadline: None, grace: self.timeout, over: false })
+    }
+
+    /// Sends a signal to such a program's process group; without one ends it, by SIGTERM and a little later SIGKILL.
+    ///
+    /// # Errors
+    /// `Guest(NotFound)`, `Guest(Invalid)` for a signal that is none.
+    pub async fn kill_command(&self, id: String, signal: Option<i32>) -> Result<CommandStatus> {
+        self.command_call(Request::KillCommand { id, signal }).await
+    }
+
+    async fn command_call(&self, request: Request) -> Result<CommandStatus> {
+        match self.call(request).await? {
+            Reply::Command(status) => Ok(status),
+            other => Err(unexpected(&other)),
+        }
     }
 
     /// Runs a program to its end and keeps at most `max_output` bytes of each of its outputs; the rest is read and
@@ -407,17 +453,19 @@ impl ExecStream {
             Some(at) => within(at.max(Instant::now() + self.grace), self.stream.next()).await?,
             None => self.stream.next().await?,
         };
-        Ok(Some(match event {
-            Event::Data(bytes) => ExecEvent::Stdout(bytes),
-            Event::ErrData(bytes) => ExecEvent::Stderr(bytes),
+        Ok(match event {
+            Event::Data(bytes) => Some(ExecEvent::Stdout(bytes)),
+            Event::ErrData(bytes) => Some(ExecEvent::Stderr(bytes)),
             Event::End(outcome) => {
                 self.over = true;
-                match outcome? {
-                    Reply::Exit(ExitStatus { code, signal, timed_out }) => ExecEvent::Exit { code, signal, timed_out },
+                let exit = match outcome? {
+                    Reply::Exit(exit) => Some(exit),
+                    Reply::Command(status) => status.ended.map(|(_, exit)| exit),
                     other => return Err(unexpected(&other)),
-                }
+                };
+                exit.map(|ExitStatus { code, signal, timed_out }| ExecEvent::Exit { code, signal, timed_out })
             }
-        }))
+        })
     }
 
     /// The program's standard input, once, if it was asked for. Dropping it closes the input.

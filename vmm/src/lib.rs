@@ -30,7 +30,7 @@ pub use machine::{
     Accel, Acceleration, BootTiming, DiskAttachment, ExitReason, Machine, MachineSpec, Network, Reaped, Vmm,
 };
 pub use miosa_agent::wire::{
-    DirEntry, ErrorKind as GuestErrorKind, ExecRequest, ExitStatus, FileKind, FileStat, GuestInfo, Identity,
-    TreeSummary,
+    CommandStatus, DirEntry, ErrorKind as GuestErrorKind, ExecRequest, ExitStatus, FileKind, FileStat, GuestInfo,
+    Identity, TreeSummary,
 };
 pub use qemu::QemuVmm;

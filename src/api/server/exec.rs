@@ -44,8 +44,13 @@ async fn exec(
             .hint("POST …/exec/stream, or give its content as a string")
             .into());
     }
-    let mut exec = start_exec(&api, &id, &body).await?;
-    feed(&mut exec, &body);
+    data(run_to_end(&api, &id, &body).await?)
+}
+
+/// Runs a command and keeps its output.
+pub(super) async fn run_to_end(api: &Api, id: &str, body: &ExecBody) -> Result<ExecResult, ApiError> {
+    let mut exec = start_exec(api, id, body).await?;
+    feed(&mut exec, body);
     let (mut out, mut err) = (Vec::new(), Vec::new());
     let mut truncated = false;
     let mut keep = |kept: &mut Vec<u8>, bytes: &[u8]| {
@@ -58,7 +63,7 @@ async fn exec(
             Some(ExecEvent::Stdout(bytes)) => keep(&mut out, &bytes),
             Some(ExecEvent::Stderr(bytes)) => keep(&mut err, &bytes),
             Some(ExecEvent::Exit { code, signal, timed_out }) => {
-                return data(ExecResult {
+                return Ok(ExecResult {
                     stdout: text(out),
                     stderr: text(err),
                     exit_code: exit_code(code, signal, timed_out),
@@ -80,15 +85,7 @@ async fn exec_stream(
     Path(id): Path<String>,
     JsonBody(body): JsonBody<ExecBody>,
 ) -> Result<Response, ApiError> {
-    let encoding = match body.encoding.as_deref() {
-        None | Some("lines") => Encoding::Lines,
-        Some("base64") => Encoding::Base64,
-        Some(other) => {
-            return Err(Error::new(Kind::InvalidInput, format!("there is no encoding {other:?}"))
-                .hint("lines, base64")
-                .into());
-        }
-    };
+    let encoding = encoding(body.encoding.as_deref())?;
     let mut exec = start_exec(&api, &id, &body).await?;
     feed(&mut exec, &body);
     let waiting = match (&body.stdin, exec.take_stdin()) {
@@ -104,11 +101,25 @@ async fn exec_stream(
         events._cleanup = Some(Box::new(WaitingStdin { id: id.clone(), stdins: api.stdins.clone() }));
         events.exec_id = Some(id);
     }
+    Ok(stream_events(events))
+}
+
+pub(super) fn encoding(name: Option<&str>) -> Result<Encoding, ApiError> {
+    match name {
+        None | Some("lines") => Ok(Encoding::Lines),
+        Some("base64") => Ok(Encoding::Base64),
+        Some(other) => {
+            Err(Error::new(Kind::InvalidInput, format!("there is no encoding {other:?}")).hint("lines, base64").into())
+        }
+    }
+}
+
+pub(super) fn stream_events(events: ExecEvents) -> Response {
     let body = stream::unfold(events, |mut events| async move {
         let piece = events.next().await?;
         Some((Ok::<_, std::convert::Infallible>(piece), events))
     });
-    Ok(event_stream(Body::from_stream(body)))
+    event_stream(Body::from_stream(body))
 }
 
 /// A standard input that nobody came for goes with its command.
@@ -152,7 +163,11 @@ async fn exec_stdin(
     data(SizeBody { size_bytes: taken })
 }
 
-async fn start_exec(api: &Api, id: &str, body: &ExecBody) -> Result<RunningExec, ApiError> {
+pub(super) async fn start_exec(api: &Api, id: &str, body: &ExecBody) -> Result<RunningExec, ApiError> {
+    Ok(api.engine.exec(id, spec_of(body)?).await?)
+}
+
+pub(super) fn spec_of(body: &ExecBody) -> Result<ExecSpec, ApiError> {
     refuse_unsupported("exec", &body.other)?;
     let argv = match &body.command {
         Command::Argv(argv) => argv.clone(),
@@ -163,15 +178,14 @@ async fn start_exec(api: &Api, id: &str, body: &ExecBody) -> Result<RunningExec,
         Some(seconds) if seconds > 0.0 && seconds < 1e9 => Some(Duration::from_secs_f64(seconds)),
         Some(seconds) => return Err(Error::new(Kind::InvalidInput, format!("a timeout of {seconds} s")).into()),
     };
-    let spec = ExecSpec {
+    Ok(ExecSpec {
         argv,
         env: body.env.clone().unwrap_or_default(),
         cwd: body.cwd.clone(),
         user: body.user.clone(),
         timeout,
         stdin: matches!(body.stdin, Some(StdinBody::Stream(true) | StdinBody::Text(_))),
-    };
-    Ok(api.engine.exec(id, spec).await?)
+    })
 }
 
 /// Gives a command the input that came with the request.
@@ -187,6 +201,6 @@ fn feed(exec: &mut RunningExec, body: &ExecBody) {
     }
 }
 
-fn text(bytes: Vec<u8>) -> String {
+pub(super) fn text(bytes: Vec<u8>) -> String {
     String::from_utf8(bytes).unwrap_or_else(|e| String::from_utf8_lossy(e.as_bytes()).into_owned())
 }

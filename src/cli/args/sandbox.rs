@@ -42,6 +42,9 @@ pub enum SandboxCommand {
     /// Run a command in a sandbox; its exit code becomes this command's
     #[command(visible_alias = "run")]
     Exec(ExecArgs),
+    /// Look at detached commands and end them
+    #[command(subcommand)]
+    Command(DetachedCommand),
     /// End the session, keep the file system
     Stop(Target),
     /// Start a session
@@ -151,9 +154,55 @@ pub struct ExecArgs {
     /// Kill the command after this long (exit code 124)
     #[arg(long, value_parser = parse_duration, value_name = "DURATION")]
     pub timeout: Option<Duration>,
+    /// Start the command and answer with its id; it goes on until it ends or the session does
+    #[arg(long)]
+    pub detached: bool,
+    /// What a detached command is called
+    #[arg(long, requires = "detached")]
+    pub name: Option<String>,
     /// The command and its arguments
     #[arg(last = true, required = true, value_name = "COMMAND")]
     pub command: Vec<String>,
+}
+
+/// `miosa sandbox command`
+#[derive(Debug, Subcommand)]
+pub enum DetachedCommand {
+    /// List the session's detached commands: those that run and the last ones that have ended
+    #[command(visible_alias = "ls")]
+    List(Target),
+    /// Show a detached command
+    #[command(visible_alias = "show")]
+    Get(DetachedTarget),
+    /// Write what is kept of its output, the last 256 KiB
+    Logs {
+        /// The command
+        #[command(flatten)]
+        target: DetachedTarget,
+        /// Go on until it has ended
+        #[arg(long, short)]
+        follow: bool,
+    },
+    /// End it: SIGTERM and, five seconds later, SIGKILL
+    Kill {
+        /// The command
+        #[command(flatten)]
+        target: DetachedTarget,
+        /// Only send this signal, such as INT or 2
+        #[arg(long, short)]
+        signal: Option<String>,
+    },
+}
+
+/// A detached command.
+#[derive(Debug, Args)]
+pub struct DetachedTarget {
+    /// The sandbox
+    #[command(flatten)]
+    pub target: Target,
+    /// Id of the command, or its number in the guest
+    #[arg(value_name = "ID")]
+    pub id: String,
 }
 
 /// `miosa sandbox cp`

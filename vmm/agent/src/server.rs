@@ -3,6 +3,7 @@
 //! The reading thread never waits for a stream: data goes to the stream's inbox, which the host's credit bounds. So a
 //! program that does not read its input, or whose output nobody takes, holds up its own stream only.
 
+mod commands;
 mod exec;
 mod files;
 mod freezer;
@@ -117,6 +118,9 @@ impl Server {
             }
         };
         self.cancel_all();
+        if result.is_ok() {
+            self.system.children().commands.end_all();
+        }
         self.output.close();
         result
     }
@@ -162,7 +166,7 @@ impl Server {
     }
 
     fn open(self: &Arc<Self>, frame: &Frame) {
-        let stream = Arc::new(Stream::new(frame.stream, self.output.clone()));
+        let stream = Arc::new(Stream::new(frame.stream, Sink::host(&self.output)));
         let request: Request = match frame.parse() {
             Ok(request) => request,
             Err(violation) => {
@@ -207,6 +211,14 @@ impl Server {
         match request {
             Request::Ping => return Ok(Reply::Pong(system.info())),
             Request::Exec(request) => return exec::run(system, stream, &request).map(Reply::Exit),
+            Request::Start { id, name, exec } => {
+                return commands::start(&self.system, id, name, exec).map(Reply::Command);
+            }
+            Request::Commands => return Ok(Reply::Commands(system.children().commands.list())),
+            Request::CommandLogs { id, follow } => {
+                return commands::logs(system, stream, &id, follow).map(Reply::Command);
+            }
+            Request::KillCommand { id, signal } => return commands::kill(system, &id, signal).map(Reply::Command),
             Request::WriteFile { path, mode, owner } => files::write(system, stream, &path, mode, owner)?,
             Request::ReadFile { path, offset, len } => files::read(system, stream, &path, offset, len)?,
             Request::List { path } => files::list(system, stream, &path)?,
@@ -248,11 +260,30 @@ impl From<Cancelled> for AgentError {
     }
 }
 
+/// Where a stream's data goes.
+enum Sink {
+    /// To the host that opened it, as far as that gives credit.
+    Host { output: Arc<Output>, generation: u64 },
+    /// Into what is kept of a command's output, at once.
+    Kept(Arc<commands::Log>),
+}
+
+impl Sink {
+    fn host(output: &Arc<Output>) -> Sink {
+        Sink::Host { output: output.clone(), generation: output.queue.lock().generation }
+    }
+
+    fn push(&self, frame: Frame, wait: bool) {
+        if let Sink::Host { output, generation } = self {
+            output.push(*generation, frame, wait);
+        }
+    }
+}
+
 /// The guest's end of a stream.
 pub struct Stream {
     id: u32,
-    generation: u64,
-    output: Arc<Output>,
+    sink: Sink,
     state: Mutex<State>,
     changed: Condvar,
 }
@@ -273,10 +304,9 @@ struct State {
 }
 
 impl Stream {
-    fn new(id: u32, output: Arc<Output>) -> Stream {
+    fn new(id: u32, sink: Sink) -> Stream {
         let state = State { granted: wire::WINDOW, credit: wire::WINDOW, ..State::default() };
-        let generation = output.queue.lock().generation;
-        Stream { id, generation, output, state: Mutex::new(state), changed: Condvar::new() }
+        Stream { id, sink, state: Mutex::new(state), changed: Condvar::new() }
     }
 
     fn change(&self, change: impl FnOnce(&mut State)) {
@@ -310,6 +340,10 @@ impl Stream {
 
     /// Sends data as the host gives credit for it.
     pub(crate) fn send(&self, kind: Kind, mut bytes: &[u8]) -> Result<(), Cancelled> {
+        if let Sink::Kept(log) = &self.sink {
+            log.add(kind, bytes);
+            return Ok(());
+        }
         while !bytes.is_empty() {
             let mut state = self.state.lock();
             let len = loop {
@@ -324,7 +358,7 @@ impl Stream {
             state.credit -= wire::cost(len);
             drop(state);
             let (now, later) = bytes.split_at(len);
-            self.output.push(self.generation, Frame::new(self.id, kind, Bytes::copy_from_slice(now)), true);
+            self.sink.push(Frame::new(self.id, kind, Bytes::copy_from_slice(now)), true);
             bytes = later;
         }
         Ok(())
@@ -346,7 +380,7 @@ impl Stream {
                     let owed = std::mem::take(&mut state.owed);
                     state.granted += owed;
                     drop(state);
-                    self.output.push(self.generation, Frame::window(self.id, owed), false);
+                    self.sink.push(Frame::window(self.id, owed), false);
                 }
                 return Ok(Some(bytes));
             }
@@ -375,13 +409,31 @@ impl Stream {
         }
     }
 
+    /// Waits until `there` says so; it is asked again after each [`Stream::wake`].
+    fn wait_for(&self, there: impl Fn() -> bool) -> Result<(), Cancelled> {
+        let mut state = self.state.lock();
+        loop {
+            if state.cancelled {
+                return Err(Cancelled);
+            }
+            if there() {
+                return Ok(());
+            }
+            self.changed.wait(&mut state);
+        }
+    }
+
+    fn wake(&self) {
+        self.change(|_| ());
+    }
+
     fn end(&self, outcome: &Outcome) {
         let frame = Frame::with(self.id, Kind::End, outcome).or_else(|_| {
             let error: Outcome = Err(AgentError::new(ErrorKind::Io, "the answer is too large"));
             Frame::with(self.id, Kind::End, &error)
         });
         if let Ok(frame) = frame {
-            self.output.push(self.generation, frame, false);
+            self.sink.push(frame, false);
         }
     }
 }

@@ -31,7 +31,7 @@ use bytes::{Buf, Bytes, BytesMut};
 use serde::{Deserialize, Serialize};
 
 /// Version of this protocol; both sides must have the same one.
-pub const VERSION: u32 = 2;
+pub const VERSION: u32 = 3;
 /// Name of the virtio-serial port the agent listens on.
 pub const PORT_NAME: &str = "miosa.agent";
 /// Largest payload of one frame, in bytes.
@@ -283,6 +283,34 @@ pub enum Request {
     Ping,
     /// Run a program; answered with [`Reply::Exit`] after all its output.
     Exec(ExecRequest),
+    /// Run a program that goes on when this stream and this host are gone. Answered with [`Reply::Command`] when it has
+    /// been started.
+    Start {
+        /// 1-64 bytes that no other command has.
+        id: String,
+        /// What it is called, for people.
+        name: Option<String>,
+        /// The program; it gets no standard input.
+        exec: ExecRequest,
+    },
+    /// The programs that were started so: those that run and the last ones that have ended. Answered with
+    /// [`Reply::Commands`].
+    Commands,
+    /// Send what is kept of such a program's output, each part on the stream it was written to. Answered with
+    /// [`Reply::Command`].
+    CommandLogs {
+        /// Which.
+        id: String,
+        /// Go on sending until it has ended.
+        follow: bool,
+    },
+    /// Send a signal to such a program's process group. Answered with [`Reply::Command`].
+    KillCommand {
+        /// Which.
+        id: String,
+        /// Without: SIGTERM, then SIGKILL after [`KILL_GRACE_MS`], and the answer comes after its end.
+        signal: Option<i32>,
+    },
     /// Take the stream's data up to `Eof` and put it in place of `path` in one step.
     WriteFile {
         /// Where to; missing parent directories are made.
@@ -388,6 +416,9 @@ pub struct Identity {
 /// The longest a guest stays frozen without being told to thaw, in milliseconds.
 pub const MAX_FREEZE_MS: u64 = 60_000;
 
+/// How long a command may take to end by itself before it is killed, in milliseconds.
+pub const KILL_GRACE_MS: u64 = 5_000;
+
 /// A program to run in the guest.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ExecRequest {
@@ -414,6 +445,10 @@ pub enum Reply {
     Pong(GuestInfo),
     /// To `Exec`.
     Exit(ExitStatus),
+    /// To `Start`, `CommandLogs` and `KillCommand`.
+    Command(CommandStatus),
+    /// To `Commands`, oldest first.
+    Commands(Vec<CommandStatus>),
     /// To `Stat`.
     Stat(FileStat),
     /// To `WriteTree`.
@@ -452,6 +487,27 @@ pub struct ExitStatus {
     pub signal: Option<i32>,
     /// Whether it was killed because its time was over.
     pub timed_out: bool,
+}
+
+/// A program that runs, or ran, on its own.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CommandStatus {
+    /// What the host called it.
+    pub id: String,
+    /// For people; the beginning of it.
+    pub name: Option<String>,
+    /// Number of its process in the guest.
+    pub pid: i32,
+    /// Program and arguments, the beginning of them.
+    pub command: String,
+    /// By the guest's clock, nanoseconds since the Unix epoch.
+    pub started_nanos: u64,
+    /// When it ended, and how; none while it runs. When it could not be watched any more, neither code nor signal is set.
+    pub ended: Option<(u64, ExitStatus)>,
+    /// Bytes it has written to both outputs.
+    pub output_bytes: u64,
+    /// How many of them, from the first on, are kept no more.
+    pub dropped_bytes: u64,
 }
 
 /// What kind of file there is.

@@ -13,11 +13,11 @@ use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
-use nix::sys::signal::{Signal, killpg};
 use nix::sys::wait::{Id, WaitPidFlag, waitid};
 use nix::unistd::Pid;
 use parking_lot::{Condvar, Mutex};
 
+use super::commands::Commands;
 use super::users::{self, User};
 use super::{Cancelled, Stream, System, Waited};
 use crate::wire::{AgentError, ErrorKind, ExecRequest, ExitStatus, Kind};
@@ -32,12 +32,14 @@ pub struct Children {
     table: Mutex<HashMap<i32, Arc<Stream>>>,
     started: Condvar,
     init: bool,
+    /// Those that run on their own.
+    pub(super) commands: Commands,
 }
 
 impl Children {
     /// For PID 1, which reaps everybody's orphans: somebody must call [`Children::reap_forever`].
     pub fn of_init() -> Children {
-        Children { table: Mutex::default(), started: Condvar::new(), init: true }
+        Children { table: Mutex::default(), started: Condvar::new(), init: true, commands: Commands::default() }
     }
 
     /// For a process with other children that are none of our business.
@@ -90,29 +92,53 @@ impl Children {
         }
     }
 
-    /// Kills the process group of a program that has not been reaped.
-    fn kill_group(&self, pid: i32) {
+    /// Signals the process group of a program that has not been reaped.
+    pub(super) fn signal_group(&self, pid: i32, signal: libc::c_int) {
         if self.table.lock().contains_key(&pid) {
-            let _ = killpg(Pid::from_raw(pid), Signal::SIGKILL);
+            // SAFETY: plain system call. nix refuses real-time signals.
+            unsafe { libc::killpg(pid, signal) };
         }
     }
 }
 
+/// A program that has been started and has to be watched.
+pub(super) struct Started {
+    child: Child,
+    /// Written to once the program is over.
+    over: Arc<EventFd>,
+    kill_at: Option<Instant>,
+}
+
+impl Started {
+    pub(super) fn pid(&self) -> i32 {
+        self.child.id() as i32
+    }
+}
+
 pub(super) fn run(system: &dyn System, stream: &Arc<Stream>, request: &ExecRequest) -> Result<ExitStatus, AgentError> {
-    let started = Instant::now();
+    let started = start(system, stream, request)?;
+    watch(system, stream, started)
+}
+
+pub(super) fn start(system: &dyn System, stream: &Arc<Stream>, request: &ExecRequest) -> Result<Started, AgentError> {
+    let now = Instant::now();
     let mut command = command(system, request)?;
     let over = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)
         .map(Arc::new)
         .map_err(|e| AgentError::io("eventfd", &e.into()))?;
-    let children = system.children();
     let program = request.argv.first().map(String::as_str).unwrap_or_default();
-    let mut child = children.spawn(&mut command, stream).map_err(|e| AgentError::io(program, &e))?;
-    let pid = child.id() as i32;
+    let child = system.children().spawn(&mut command, stream).map_err(|e| AgentError::io(program, &e))?;
+    let kill_at = request.timeout_ms.and_then(|ms| now.checked_add(Duration::from_millis(ms)));
+    Ok(Started { child, over, kill_at })
+}
 
+/// Moves a program's data until it has ended, or kills it when its time is over or its stream is cancelled.
+pub(super) fn watch(system: &dyn System, stream: &Arc<Stream>, started: Started) -> Result<ExitStatus, AgentError> {
+    let (children, pid) = (system.children(), started.pid());
+    let Started { mut child, over, kill_at } = started;
     let stdin = child.stdin.take().map(OwnedFd::from);
     let outputs =
         [(child.stdout.take().map(OwnedFd::from), Kind::Data), (child.stderr.take().map(OwnedFd::from), Kind::ErrData)];
-    let timeout = request.timeout_ms.and_then(|ms| started.checked_add(Duration::from_millis(ms)));
     std::thread::scope(|scope| {
         let mut threads = Vec::new();
         let mut failed = None;
@@ -142,11 +168,11 @@ pub(super) fn run(system: &dyn System, stream: &Arc<Stream>, request: &ExecReque
         if failed.is_some() {
             stream.cancel();
         }
-        let waited = stream.wait_exit(timeout, true);
+        let waited = stream.wait_exit(kill_at, true);
         let (status, timed_out) = match waited {
             Waited::Exited(status) => (status, false),
             Waited::TimedOut | Waited::Cancelled => {
-                children.kill_group(pid);
+                children.signal_group(pid, libc::SIGKILL);
                 if failed.is_some() && !children.init {
                     let _ = waitid(Id::Pid(Pid::from_raw(pid)), WaitPidFlag::WEXITED | WaitPidFlag::WNOWAIT);
                     children.reap(Pid::from_raw(pid));

@@ -399,3 +399,56 @@ fn a_copy_of_a_disk_becomes_a_sandbox_of_its_own_once() {
     host.open(4, &Request::Identify(wire::Identity { hostname: "a b".into(), ..identity("2") }));
     assert_eq!(host.end_of(4).0.unwrap_err().kind, ErrorKind::Invalid);
 }
+
+#[test]
+fn a_command_outlives_its_host_and_its_output_is_found_again() {
+    let mut host = Host::new();
+    let exec =
+        |script: &str| ExecRequest { argv: ["sh", "-c", script].map(str::to_owned).to_vec(), ..Default::default() };
+    let start = |id: &str, script: &str| Request::Start { id: id.into(), name: None, exec: exec(script) };
+    let status = |outcome: Outcome| match outcome {
+        Ok(Reply::Command(status)) => status,
+        other => panic!("{other:?}"),
+    };
+    let gate = host.system.root.path().join("gate");
+    nix::unistd::mkfifo(&gate, nix::sys::stat::Mode::S_IRWXU).unwrap();
+    host.open(1, &start("a", "echo out; echo err >&2; read line < gate; echo $line; exit 3"));
+    let begun = status(host.end_of(1).0);
+    assert!(begun.ended.is_none() && begun.pid > 0);
+    host.open(2, &start("a", "true"));
+    assert_eq!(host.end_of(2).0.unwrap_err().kind, ErrorKind::Invalid);
+    host.open(
+        3,
+        &Request::Start {
+            id: "b".into(),
+            name: None,
+            exec: ExecRequest { argv: vec!["/none".into()], ..Default::default() },
+        },
+    );
+    assert_eq!(host.end_of(3).0.unwrap_err().kind, ErrorKind::NotFound);
+
+    // Another host: the program is still there, and can be followed to its end.
+    host.greet(2);
+    host.open(1, &Request::CommandLogs { id: "a".into(), follow: true });
+    std::thread::spawn(move || std::fs::write(gate, "go on\n"));
+    let (outcome, before) = host.end_of(1);
+    let ended = status(outcome);
+    assert_eq!(ended.ended.unwrap().1.code, Some(3));
+    let text =
+        |kind| -> Vec<u8> { before.iter().filter(|f| f.kind == kind).flat_map(|f| f.payload.to_vec()).collect() };
+    assert_eq!((text(Kind::Data), text(Kind::ErrData)), (b"out\ngo on\n".to_vec(), b"err\n".to_vec()));
+    assert_eq!(ended.output_bytes, 14);
+
+    // One that minds no SIGTERM is killed, and one that is gone takes no harm.
+    host.open(2, &start("c", "trap '' TERM; echo up; while :; do sleep 1; done"));
+    status(host.end_of(2).0);
+    host.open(3, &Request::KillCommand { id: "c".into(), signal: None });
+    assert!(status(host.end_of(3).0).ended.is_some());
+    host.open(4, &Request::KillCommand { id: "a".into(), signal: Some(9) });
+    assert_eq!(status(host.end_of(4).0).ended, ended.ended);
+    host.open(5, &Request::KillCommand { id: "none".into(), signal: None });
+    assert_eq!(host.end_of(5).0.unwrap_err().kind, ErrorKind::NotFound);
+    host.open(6, &Request::Commands);
+    let Ok(Reply::Commands(all)) = host.end_of(6).0 else { panic!() };
+    assert_eq!(all.iter().map(|c| c.id.as_str()).collect::<Vec<_>>(), ["a", "c"]);
+}
