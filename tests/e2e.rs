@@ -402,3 +402,58 @@ fn disks_through_fuse_hold_the_same_promises() {
     lab.start_daemon();
     assert_eq!(lab.sh("one", "cat /workspace/kept"), "unsynced\n");
 }
+
+/// Fifty forks of a running sandbox with a disk larger than its template's. `MIOSA_E2E_STARTED` says how many of them are
+/// started and looked into, a few at a time; the others stay paused.
+#[test]
+fn forks_of_a_running_sandbox_are_sandboxes_of_their_own() {
+    let started: usize = std::env::var("MIOSA_E2E_STARTED").map_or(2, |n| n.parse().unwrap());
+    let lab = Lab::new(&[]);
+    let parent = ["sandbox", "create", "--name", "parent", "--memory", "256mb", "--disk", "4gb", "--wait"];
+    assert_eq!(lab.json(&parent)["disk_size_mb"], 4_096);
+    let size: u64 = lab.sh("parent", "df -B1 --output=size / | tail -1").trim().parse().unwrap();
+    assert!(size > 3 << 30, "the file system has {size} bytes");
+    lab.sh("parent", "mkdir -p /etc/ssh && echo secret > /etc/ssh/ssh_host_rsa_key && echo kept > /workspace/note");
+    lab.sh("parent", "(i=0; while :; do i=$((i+1)); echo $i > /workspace/count; sleep 0.1; done) >/dev/null 2>&1 &");
+    let counted = || lab.sh("parent", "cat /workspace/count").trim().parse::<u64>().unwrap_or(0);
+
+    let children = lab.json(&["sandbox", "fork", "parent", "--name", "child", "--count", "50"]);
+    assert_eq!(children.as_array().unwrap().len(), 50);
+    let before = counted();
+    until("the parent to go on", || counted() > before);
+
+    // What nobody has written to costs nothing of its own.
+    let nodes = lab.json(&["sandbox", "snapshots", "tree"]);
+    let child = |name: &str| nodes.as_array().unwrap().iter().find(|n| n["name"] == name).unwrap().clone();
+    let last = child("child-50");
+    assert_eq!((last["exclusive_bytes"].as_u64(), last["unsealed_bytes"].as_u64()), (Some(0), Some(0)), "{last}");
+
+    let look = "cat /etc/machine-id; hostname; cat /sys/class/net/eth0/address; cat /workspace/note; grep 127.0.1.1 /etc/hosts; ls /etc/ssh";
+    let mut seen = std::collections::BTreeSet::new();
+    let own = lab.sh("parent", look);
+    seen.insert(own.lines().next().unwrap().to_owned());
+    seen.insert(own.lines().nth(2).unwrap().to_owned());
+    for number in 1..=started {
+        let name = format!("child-{number}");
+        let told = lab.sh(&name, look);
+        let lines: Vec<&str> = told.lines().collect();
+        assert_eq!(
+            (lines[1], lines[3], lines[4]),
+            (name.as_str(), "kept", format!("127.0.1.1 {name}").as_str()),
+            "{told}"
+        );
+        assert!(!told.contains("ssh_host_rsa_key"), "{told}");
+        assert!(
+            seen.insert(lines[0].to_owned()) && seen.insert(lines[2].to_owned()),
+            "{name} has what another has: {told}"
+        );
+        lab.sh(&name, &format!("echo {name} > /workspace/note"));
+        // A few at a time: this machine has not the memory of fifty.
+        if number > 2 {
+            lab.json(&["sandbox", "stop", &format!("child-{}", number - 2)]);
+        }
+    }
+    assert_eq!(lab.sh("parent", "cat /workspace/note"), "kept\n");
+    let before = counted();
+    until("the parent to go on", || counted() > before);
+}

@@ -1,0 +1,160 @@
+//! From a call to the first program that has run, with a real daemon, real QEMU and a real Debian guest; the store's part of
+//! it, measured alone; and how long a snapshot stalls a running guest's writes.
+//!
+//! `cargo bench --bench lifecycle [-- --json FILE] [--rounds N]`. Needs what `tests/e2e.rs` needs, and the guest's agent
+//! as `MIOSA_AGENT` or beside `miosa`. Times are of the command line, its own start included.
+
+mod harness;
+
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use harness::{Report, Samples};
+use storage::{Options, Source, Store};
+
+/// Writes 4 KiB again and again for ten seconds; prints the longest time between two writes, in microseconds.
+const WRITER: &str = "
+import os, time
+f = os.open('/workspace/writes', os.O_CREAT | os.O_WRONLY)
+longest, last, end = 0, time.monotonic(), time.monotonic() + 10
+while last < end:
+    os.pwrite(f, b'x' * 4096, 0)
+    now = time.monotonic()
+    longest, last = max(longest, now - last), now
+print(int(longest * 1e6))
+";
+
+struct Daemon {
+    dir: tempfile::TempDir,
+    child: Child,
+}
+
+impl Daemon {
+    fn start() -> Daemon {
+        let dir = tempfile::tempdir().expect("a directory");
+        let log = std::fs::File::create(dir.path().join("log")).expect("a log");
+        let child = Command::new(env!("CARGO_BIN_EXE_miosa"))
+            .args(["daemon", "--default-memory", "256mb", "--boot-timeout", "4m"])
+            .env("MIOSA_STATE_DIR", dir.path())
+            .env("MIOSA_CACHE_DIR", harness::cache_dir())
+            .stdin(Stdio::null())
+            .stderr(log)
+            .spawn()
+            .expect("the daemon");
+        let daemon = Daemon { dir, child };
+        let began = Instant::now();
+        while daemon.try_run(&["sandbox", "list"]).is_none() {
+            assert!(began.elapsed() < Duration::from_secs(60), "the daemon is not ready");
+            std::thread::sleep(Duration::from_millis(50));
+        }
+        daemon
+    }
+
+    fn command(dir: &Path, args: &[&str]) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_miosa"));
+        command.args(args).env("MIOSA_STATE_DIR", dir).stdin(Stdio::null());
+        command
+    }
+
+    fn try_run(&self, args: &[&str]) -> Option<String> {
+        let done = Self::command(self.dir.path(), args).output().expect("miosa runs");
+        done.status.success().then(|| String::from_utf8_lossy(&done.stdout).into_owned())
+    }
+
+    fn run(&self, args: &[&str]) -> String {
+        self.try_run(args).unwrap_or_else(|| panic!("{args:?} failed"))
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        // In order, so that no machine is left.
+        let pid = nix::unistd::Pid::from_raw(self.child.id() as i32);
+        let _ = nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM);
+        let _ = self.child.wait();
+    }
+}
+
+fn main() {
+    let mut report = Report::new("lifecycle");
+    let args: Vec<String> = std::env::args().collect();
+    let rounds = args.iter().position(|a| a == "--rounds").and_then(|at| args.get(at + 1)?.parse().ok()).unwrap_or(5);
+    store_alone(&mut report);
+    let daemon = Daemon::start();
+    daemon.run(&["template", "build", "base", "--disk", "2gb"]);
+    daemon.run(&["sandbox", "create", "--name", "parent", "--wait"]);
+    let (mut create, mut resume, mut fork) = (Samples::default(), Samples::default(), Samples::default());
+    for round in 0..rounds {
+        let (new, child) = (format!("new-{round}"), format!("child-{round}"));
+        create.time(|| {
+            daemon.run(&["sandbox", "create", "--name", &new, "--no-start"]);
+            daemon.run(&["sandbox", "exec", &new, "--", "true"])
+        });
+        daemon.run(&["sandbox", "stop", &new]);
+        resume.time(|| daemon.run(&["sandbox", "exec", &new, "--", "true"]));
+        fork.time(|| {
+            daemon.run(&["sandbox", "fork", "parent", "--name", &child]);
+            daemon.run(&["sandbox", "exec", &child, "--", "true"])
+        });
+        for name in [&new, &child] {
+            daemon.run(&["sandbox", "destroy", name]);
+        }
+    }
+    for (case, samples) in [("create", &mut create), ("resume", &mut resume), ("fork", &mut fork)] {
+        report.row("miosa", &format!("{case} to first exec"), "median", samples.quantile_us(0.5) / 1e3, "ms");
+    }
+    let stalls = |snapshots: bool| {
+        std::thread::scope(|scope| {
+            let writer = scope.spawn(|| daemon.run(&["sandbox", "exec", "parent", "--", "python3", "-c", WRITER]));
+            std::thread::sleep(Duration::from_secs(3));
+            let mut taken = Samples::default();
+            if snapshots {
+                taken.time(|| daemon.run(&["sandbox", "snapshot", "parent", "--name", "bench"]));
+            }
+            let longest: f64 = writer.join().expect("the writer").trim().parse().expect("a number");
+            (longest / 1e3, taken)
+        })
+    };
+    let (mut without, mut with, mut calls) = (Vec::new(), Vec::new(), Vec::new());
+    for _ in 0..rounds {
+        without.push(stalls(false).0);
+        let (longest, mut taken) = stalls(true);
+        with.push(longest);
+        calls.push(taken.quantile_us(0.5) / 1e3);
+    }
+    report.row("miosa", "writes of a running guest", "longest gap, alone", harness::median(without), "ms");
+    report.row("miosa", "writes of a running guest", "longest gap, snapshot", harness::median(with), "ms");
+    report.row("miosa", "snapshot of a running guest", "median", harness::median(calls), "ms");
+}
+
+/// The transactions that create, resume and fork wait for.
+fn store_alone(report: &mut Report) {
+    let dir = tempfile::tempdir().expect("a directory");
+    let store = Store::open(dir.path(), Options::default()).expect("a store");
+    let mut tx = store.begin();
+    let disk = tx.create_disk("parent", 2 << 30);
+    tx.commit_durable().expect("a commit");
+    store.disk(disk).expect("there").write(0, &vec![7; 64 << 20]).expect("a write");
+    store.seal().expect("sealing");
+    let (mut fork, mut record, mut open) = (Samples::default(), Samples::default(), Samples::default());
+    for round in 0..100 {
+        let child = fork.time(|| {
+            let mut tx = store.begin();
+            let child = tx.fork(Source::Disk(disk), &format!("child-{round}"));
+            tx.put_record("sandbox", &format!("sb-{round}"), vec![b'x'; 1_000]);
+            tx.commit_durable().expect("a commit");
+            child
+        });
+        open.time(|| store.disk(child).expect("there"));
+        record.time(|| {
+            let mut tx = store.begin();
+            tx.put_record("sandbox", &format!("sb-{round}"), vec![b'y'; 1_000]);
+            tx.commit_durable().expect("a commit");
+        });
+    }
+    for (case, samples) in [("create or fork, durable", &mut fork), ("a record, durable", &mut record)] {
+        report.row("store", case, "median", samples.quantile_us(0.5) / 1e3, "ms");
+    }
+    report.row("store", "open a disk", "median", open.quantile_us(0.5) / 1e3, "ms");
+}
