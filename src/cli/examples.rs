@@ -28,9 +28,9 @@ const EXAMPLES: &[(&str, &str)] = &[
     ),
     (
         "sandbox exec",
-        "miosa sandbox exec web -- sh -lc \"npm install\"\nmiosa sandbox exec web --cwd /workspace --env CI=1 -- npm test",
+        "miosa sandbox exec web -- sh -lc \"npm install\"\nmiosa sandbox exec web --cwd /workspace --env CI=1 -- npm test\nmiosa sandbox exec web --detached -- sh -lc \"npm run dev\"",
     ),
-    ("sandbox command", "miosa sandbox exec web --detached -- sh -lc \"npm run dev\"\nmiosa sandbox command list web"),
+    ("sandbox command", "miosa sandbox command list web"),
     ("sandbox command list", "miosa sandbox command list web"),
     ("sandbox command get", "miosa sandbox command get web cmd-0123456789ab"),
     ("sandbox command logs", "miosa sandbox command logs web cmd-0123456789ab --follow"),
