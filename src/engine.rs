@@ -29,6 +29,8 @@ mod setup;
 mod snapshots;
 mod survivor;
 mod template;
+mod update;
+mod watch;
 
 use std::collections::BTreeMap;
 use std::future::Future;
@@ -60,8 +62,10 @@ pub use snapshots::{Deleted, LineageNode, NodeKind};
 pub use template::{
     BASE, BootFiles, BuildRequest, BuildStatus, BuildView, ImageSource, Progress, TemplateBuilder, TemplateUsage,
 };
+pub use update::Changes;
 pub use vmm::agent::ExecEvent;
 pub use vmm::{CommandStatus, DirEntry, FileKind, FileStat, TreeSummary};
+pub use watch::{StateChange, Watch};
 
 /// Settings of the engine that do not change while it runs.
 #[derive(Debug, Clone)]
@@ -134,6 +138,7 @@ pub(crate) struct Shared {
     pub(crate) boots: Semaphore,
     pub(crate) metrics: Metrics,
     acceleration: OnceCell<vmm::Acceleration>,
+    changes: watch::Changes,
     closing: AtomicBool,
     seal_wanted: Notify,
 }
@@ -186,8 +191,19 @@ pub struct SandboxView {
     pub record: SandboxRecord,
     /// What is left of the session's time, if it is limited.
     pub timeout_remaining: Option<Duration>,
-    /// How long the present session has lasted.
-    pub session_age: Option<Duration>,
+    /// What all sessions had, the present one too.
+    pub compute: Compute,
+}
+
+/// What sessions had, over time.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Compute {
+    /// How long they lasted.
+    pub runtime_ms: u64,
+    /// That, times their processors.
+    pub vcpu_ms: u64,
+    /// That, times their memory in MiB.
+    pub memory_mib_ms: u64,
 }
 
 /// What a new sandbox starts from.
@@ -269,6 +285,7 @@ impl Engine {
             boots,
             metrics: Metrics::default(),
             acceleration: OnceCell::new(),
+            changes: watch::Changes::default(),
             closing: AtomicBool::new(false),
             seal_wanted: Notify::new(),
         });
@@ -328,6 +345,8 @@ impl Engine {
                 accel: None,
                 destroyed_at: None,
                 total_runtime_ms: 0,
+                vcpu_ms: 0,
+                memory_mib_ms: 0,
             };
             // The commit point: the disk and the record that names it.
             let record = shared
@@ -465,6 +484,7 @@ impl Engine {
             }
         }
         self.background.iter().for_each(|task| task.abort());
+        self.shared.changes.end();
         self.shared.with_store(|store| Ok(store.close()?)).await
     }
 }

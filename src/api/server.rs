@@ -5,16 +5,22 @@
 
 mod answer;
 mod auth;
+mod changes;
 mod commands;
+mod events;
 mod exec;
 mod files;
+mod history;
 mod idempotency;
 mod metrics;
+mod missing;
 mod openapi;
+mod paths;
 mod request;
 mod sandboxes;
 mod snapshots;
 mod templates;
+mod usage;
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -57,10 +63,15 @@ pub fn router(engine: Arc<Engine>, disks: Arc<Disks>, defaults: Defaults) -> Rou
     let v1 = OpenApiRouter::new()
         .routes(routes!(health))
         .merge(sandboxes::routes())
+        .merge(changes::routes())
+        .merge(events::routes())
+        .merge(usage::routes())
         .merge(snapshots::routes())
+        .merge(history::routes())
         .merge(exec::routes())
         .merge(commands::routes())
         .merge(files::routes())
+        .merge(paths::routes())
         .merge(templates::routes())
         .merge(super::archives::routes(disks.clone(), Some(engine.clone())))
         .merge(super::contents::routes(disks.clone(), Some(engine.clone())))
@@ -88,7 +99,7 @@ pub fn locked(router: Router, keys: Arc<Keys>) -> Router {
 }
 
 fn with_fallbacks(router: Router) -> Router {
-    router.fallback(answer::no_route).method_not_allowed_fallback(answer::no_method)
+    router.fallback(missing::no_route).method_not_allowed_fallback(missing::no_method)
 }
 
 /// An answer that is the same to every request.

@@ -16,7 +16,7 @@ use crate::engine::error::Error;
 use crate::engine::{ExecEvent, RunningExec};
 
 /// How often a quiet stream shows that it is alive.
-const KEEP_ALIVE: Duration = Duration::from_secs(15);
+pub(super) const KEEP_ALIVE: Duration = Duration::from_secs(15);
 /// A line longer than this is cut.
 const MAX_LINE: usize = 64 * 1024;
 

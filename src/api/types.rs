@@ -175,7 +175,7 @@ pub struct SandboxBody {
 
 impl From<SandboxView> for SandboxBody {
     fn from(view: SandboxView) -> Self {
-        let SandboxView { record: r, timeout_remaining, session_age } = view;
+        let SandboxView { record: r, timeout_remaining, compute } = view;
         Self {
             slug: slug(&r.name),
             ready: r.state == State::Running,
@@ -202,7 +202,7 @@ impl From<SandboxView> for SandboxBody {
             started_at: r.started_at,
             ready_at: r.ready_at,
             destroyed_at: r.destroyed_at,
-            total_runtime_sec: r.total_runtime_ms / 1_000 + session_age.map_or(0, |a| a.as_secs()),
+            total_runtime_sec: compute.runtime_ms / 1_000,
             id: r.id,
             name: r.name,
             state: r.state,
@@ -618,6 +618,10 @@ pub struct FileBody {
     #[serde(rename = "type")]
     pub kind: String,
     pub size_bytes: u64,
+    /// The same, where the SDK looks for it.
+    pub size: u64,
+    pub is_dir: bool,
+    pub is_symlink: bool,
     /// Permissions, in octal.
     pub mode: String,
     pub uid: u32,
@@ -639,6 +643,9 @@ impl FileBody {
             }
             .to_owned(),
             size_bytes: stat.size,
+            size: stat.size,
+            is_dir: matches!(stat.kind, FileKind::Directory),
+            is_symlink: matches!(stat.kind, FileKind::Symlink),
             mode: format!("{:o}", stat.mode),
             uid: stat.uid,
             gid: stat.gid,

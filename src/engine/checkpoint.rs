@@ -220,6 +220,8 @@ impl Sandbox {
                 accel: None,
                 destroyed_at: None,
                 total_runtime_ms: 0,
+                vcpu_ms: 0,
+                memory_mib_ms: 0,
                 ..parent.clone()
             });
         }

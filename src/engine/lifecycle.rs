@@ -80,6 +80,8 @@ pub enum Request {
     Restore,
     /// Move the session's timeout.
     Extend,
+    /// Change what it is made with.
+    Update,
     /// Delete for good.
     Destroy,
     /// The machine's agent answers.
@@ -100,7 +102,7 @@ pub enum Request {
 
 impl Request {
     /// Every request and event, for tables and tests.
-    pub const ALL: [Request; 15] = [
+    pub const ALL: [Request; 16] = [
         Request::Resume,
         Request::Use,
         Request::Stop,
@@ -108,6 +110,7 @@ impl Request {
         Request::Fork,
         Request::Restore,
         Request::Extend,
+        Request::Update,
         Request::Destroy,
         Request::Started,
         Request::StartFailed,
@@ -170,7 +173,7 @@ pub fn decide(state: State, request: Request, persistent: bool) -> Decision {
         (Request::Restore, Running | Error) => Next(Paused),
         (Request::Restore, Paused) => Stay,
 
-        (Request::Extend, Running) => Stay,
+        (Request::Extend, Running) | (Request::Update, Running | Paused | Error) => Stay,
         (Request::Extend, Paused | Error) => Refuse(Refusal::NotRunning),
 
         (Request::Destroy, Running | Paused | Error) => Next(Destroyed),
@@ -183,6 +186,7 @@ pub fn decide(state: State, request: Request, persistent: bool) -> Decision {
             | Request::Fork
             | Request::Restore
             | Request::Extend
+            | Request::Update
             | Request::Destroy,
             Creating | Snapshotting,
         ) => Wait,
@@ -215,7 +219,7 @@ mod tests {
 
     /// One row a request; columns creating, running, snapshotting, paused, error, destroyed.
     /// `rest` stands for paused, or destroyed when the sandbox is not persistent.
-    const TABLE: [(Request, [&str; 6]); 15] = [
+    const TABLE: [(Request, [&str; 6]); 16] = [
         (Request::Resume, ["wait", "stay", "wait", "creating", "creating", "gone"]),
         (Request::Use, ["wait", "stay", "wait", "creating", "creating", "gone"]),
         (Request::Stop, ["wait", "rest", "wait", "stay", "rest", "gone"]),
@@ -223,6 +227,7 @@ mod tests {
         (Request::Fork, ["wait", "snapshotting", "wait", "stay", "stay", "gone"]),
         (Request::Restore, ["wait", "paused", "wait", "stay", "paused", "gone"]),
         (Request::Extend, ["wait", "stay", "wait", "not-running", "not-running", "gone"]),
+        (Request::Update, ["wait", "stay", "wait", "stay", "stay", "gone"]),
         (Request::Destroy, ["wait", "destroyed", "wait", "destroyed", "destroyed", "stay"]),
         (Request::Started, ["running", "stale", "stale", "stale", "stale", "stale"]),
         (Request::StartFailed, ["error", "stale", "stale", "stale", "stale", "stale"]),

@@ -120,6 +120,12 @@ pub struct SandboxRecord {
     /// Sum of all ended sessions.
     #[serde(default)]
     pub total_runtime_ms: u64,
+    /// The same, each session times its processors.
+    #[serde(default)]
+    pub vcpu_ms: u64,
+    /// The same, each session times its memory in MiB.
+    #[serde(default)]
+    pub memory_mib_ms: u64,
 }
 
 /// How much of a running machine's work a snapshot is certain to hold.

@@ -107,6 +107,15 @@ impl Registry {
         inner.sandboxes.insert(sandbox.id().to_owned(), sandbox);
     }
 
+    /// Gives a sandbox that has changed its name the one reserved for it, and its old one up.
+    pub(crate) fn rename(&self, old: &str, sandbox: &Sandbox, reservation: Reservation) {
+        let mut inner = self.inner.lock();
+        inner.names.remove(old);
+        inner.names.insert(sandbox.name(), Holder::Sandbox(sandbox.id().to_owned()));
+        drop(inner);
+        drop(reservation);
+    }
+
     /// Gives up the name of a sandbox that was destroyed.
     pub(crate) fn release_name(&self, name: &str, id: &str) {
         let mut inner = self.inner.lock();

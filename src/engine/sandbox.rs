@@ -23,7 +23,7 @@ use super::error::{Error, Kind, Result};
 use super::lifecycle::{Decision, Refusal, Request, State, decide};
 use super::records::{Record, SandboxRecord};
 use super::session::{Ending, Session};
-use super::{SandboxView, Shared};
+use super::{Compute, SandboxView, Shared};
 
 /// Destroyed sandboxes are remembered, so that a late caller is told what happened, but not without bound.
 const REMEMBERED_DESTROYED: usize = 1_000;
@@ -44,7 +44,29 @@ pub(crate) struct Sandbox {
 struct Face {
     record: SandboxRecord,
     deadline: Option<Instant>,
-    session_began: Option<Instant>,
+    running: Option<Running>,
+}
+
+/// What the present session has; the record says what the next one will have.
+#[derive(Clone, Copy)]
+struct Running {
+    began: Instant,
+    cpus: u32,
+    memory_mib: u64,
+}
+
+impl Face {
+    fn compute(&self, now: Instant) -> Compute {
+        let r = &self.record;
+        let (ms, cpus, memory) = self.running.map_or((0, 0, 0), |s| {
+            (now.saturating_duration_since(s.began).as_millis() as u64, u64::from(s.cpus), s.memory_mib)
+        });
+        Compute {
+            runtime_ms: r.total_runtime_ms + ms,
+            vcpu_ms: r.vcpu_ms + ms * cpus,
+            memory_mib_ms: r.memory_mib_ms + ms * memory,
+        }
+    }
 }
 
 /// What the owner alone touches.
@@ -61,10 +83,11 @@ pub(super) type OwnerGuard = OwnedMutexGuard<Owner>;
 
 impl Sandbox {
     pub(super) fn new(shared: Arc<Shared>, record: SandboxRecord) -> Arc<Self> {
+        shared.changes.tell(&record);
         Arc::new(Self {
             id: record.id.clone(),
             shared,
-            face: RwLock::new(Face { record, deadline: None, session_began: None }),
+            face: RwLock::new(Face { record, deadline: None, running: None }),
             owner: Arc::default(),
             activity: Arc::default(),
         })
@@ -88,7 +111,7 @@ impl Sandbox {
         SandboxView {
             record: face.record.clone(),
             timeout_remaining: face.deadline.map(|d| d.saturating_duration_since(now)),
-            session_age: face.session_began.map(|b| now.saturating_duration_since(b)),
+            compute: face.compute(now),
         }
     }
 
@@ -148,16 +171,25 @@ impl Sandbox {
 
     /// Changes what readers see.
     pub(super) fn publish(&self, change: impl FnOnce(&mut SandboxRecord)) {
-        change(&mut self.face.write().record);
+        let mut face = self.face.write();
+        let before = face.record.state;
+        change(&mut face.record);
+        if face.record.state != before {
+            self.shared.changes.tell(&face.record);
+        }
     }
 
-    fn publish_deadline(&self, deadline: Option<Instant>) {
+    pub(super) fn publish_deadline(&self, deadline: Option<Instant>) {
         self.face.write().deadline = deadline;
     }
 
     /// Makes the record durable as it is now.
     pub(super) async fn save(&self) -> Result<()> {
-        let record = self.record();
+        self.save_as(self.record()).await
+    }
+
+    /// Makes the record durable as it is to be.
+    pub(super) async fn save_as(&self, record: SandboxRecord) -> Result<()> {
         self.shared
             .with_store(move |store| {
                 let mut tx = store.begin();
@@ -246,7 +278,8 @@ impl Sandbox {
         });
         {
             let mut face = self.face.write();
-            face.session_began = Some(session.began);
+            let (cpus, memory_mib) = (face.record.cpus, face.record.memory_mib);
+            face.running = Some(Running { began: session.began, cpus, memory_mib });
             face.deadline = session.deadline();
         }
         self.touch();
@@ -334,14 +367,17 @@ impl Sandbox {
     /// cut. An error means that what was written may not be durable.
     pub(super) async fn end_session(&self, owner: &mut OwnerGuard, how: Ending) -> Result<Option<String>> {
         let Some(session) = owner.session.take() else { return Ok(None) };
-        let age = session.began.elapsed();
         owner.last_console = session.machine.console_tail(CONSOLE_KEPT);
+        let now = Instant::now();
         let ended = session.end(&self.shared, how).await;
         {
             let mut face = self.face.write();
             face.deadline = None;
-            face.session_began = None;
-            face.record.total_runtime_ms += age.as_millis() as u64;
+            let compute = face.compute(now);
+            face.running = None;
+            face.record.total_runtime_ms = compute.runtime_ms;
+            face.record.vcpu_ms = compute.vcpu_ms;
+            face.record.memory_mib_ms = compute.memory_mib_ms;
         }
         ended
     }
@@ -408,7 +444,7 @@ impl Sandbox {
         };
         if let Some(session) = &owner.session {
             let deadline = Instant::now() + timeout;
-            session.set_deadline(deadline);
+            session.set_deadline(Some(deadline));
             self.publish_deadline(Some(deadline));
         }
         self.touch();

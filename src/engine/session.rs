@@ -155,11 +155,11 @@ impl Session {
     }
 
     /// Moves that.
-    pub(super) fn set_deadline(&self, deadline: Instant) {
-        if let Err(error) = write_deadline(&self.run_dir, Some(deadline)) {
+    pub(super) fn set_deadline(&self, deadline: Option<Instant>) {
+        if let Err(error) = write_deadline(&self.run_dir, deadline) {
             tracing::warn!(%error, "the next daemon would not know of a session's new end");
         }
-        self.deadline.send_replace(Some(deadline));
+        self.deadline.send_replace(deadline);
     }
 
     /// Whether the machine goes on if the daemon ends.

@@ -113,6 +113,12 @@ impl Engine {
         .await
     }
 
+    /// What is stored for a sandbox; walks the maps of all disks.
+    pub async fn stored(&self, sandbox: &str) -> Result<Usage> {
+        let disk = Source::Disk(self.find(sandbox)?.record().disk);
+        self.shared.with_store(move |store| Ok(store.usage_of(disk)?)).await
+    }
+
     /// Everything that was made from each other, parents before children; of one sandbox, those it came from and those
     /// that came from it. With `sizes` it walks the maps of all disks.
     pub async fn lineage(&self, sandbox: Option<&str>, sizes: bool) -> Result<Vec<LineageNode>> {

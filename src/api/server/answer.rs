@@ -57,16 +57,6 @@ pub(super) fn event_stream(body: Body) -> Response {
     (headers, body).into_response()
 }
 
-pub(super) async fn no_route(request: Request) -> ApiError {
-    let message = format!("there is no {} {}", request.method(), request.uri().path());
-    ApiError::new(404, "route_not_found", message)
-        .hint("this daemon serves /api/v1/sandboxes, snapshots, sandbox-templates, disks and store")
-}
-
-pub(super) async fn no_method(request: Request) -> ApiError {
-    ApiError::new(405, "method_not_allowed", format!("{} does not take {}", request.uri().path(), request.method()))
-}
-
 /// A failed answer.
 #[derive(Debug)]
 pub struct ApiError {
@@ -131,7 +121,7 @@ pub(super) async fn request_id(request: Request, next: Next) -> Response {
         match response.extensions_mut().remove::<Arc<ErrorBody>>() {
             Some(error) => {
                 let (code, message) = (&error.code, &error.message);
-                if status.is_server_error() {
+                if status.is_server_error() && status != StatusCode::NOT_IMPLEMENTED {
                     tracing::error!(status = status.as_u16(), ms, %code, %message, "failed");
                 } else {
                     tracing::info!(status = status.as_u16(), ms, %code, "refused");

@@ -21,13 +21,13 @@ use crate::engine::error::{Error, Kind};
 use crate::engine::{DirEntry, GuestReader};
 
 /// Largest JSON body that carries a file. Larger files are streamed.
-const MAX_JSON_FILE: usize = 96 << 20;
+pub(super) const MAX_JSON_FILE: usize = 96 << 20;
 
 pub(super) fn routes() -> OpenApiRouter<Api> {
     OpenApiRouter::new()
         .routes(routes!(write_file))
         .routes(routes!(read_file))
-        .routes(routes!(stat))
+        .routes(routes!(stat, stat_of_body))
         .routes(routes!(list))
         .routes(routes!(make_dir))
         .routes(routes!(remove))
@@ -105,7 +105,7 @@ fn number(params: &HashMap<String, String>, name: &str) -> Result<Option<u64>, A
 }
 
 /// Chunked: what breaks off ends without the last chunk, and the client sees that.
-fn streamed(reader: GuestReader, kind: &'static str) -> Response {
+pub(super) fn streamed(reader: GuestReader, kind: &'static str) -> Response {
     let body = stream::unfold(Some(reader), |reader| async move {
         let mut reader = reader?;
         match reader.next_piece().await {
@@ -122,6 +122,16 @@ fn streamed(reader: GuestReader, kind: &'static str) -> Response {
 async fn stat(AppState(api): AppState<Api>, Path(id): Path<String>, Params(params): Params) -> Answer<FileBody> {
     let path = path_of(&params);
     data(FileBody::new(path, path, &api.engine.stat_file(&id, path).await?))
+}
+
+/// The same, with the path in the body.
+#[utoipa::path(post, path = "/sandboxes/{id}/fs/stat", tag = "files", request_body = PathBody, responses((status = 200, body = Envelope<FileBody>)))]
+async fn stat_of_body(
+    AppState(api): AppState<Api>,
+    Path(id): Path<String>,
+    JsonBody(body): JsonBody<PathBody>,
+) -> Answer<FileBody> {
+    data(FileBody::new(&body.path, &body.path, &api.engine.stat_file(&id, &body.path).await?))
 }
 
 /// Lists a directory.

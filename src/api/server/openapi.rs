@@ -26,6 +26,9 @@ fn complete(mut document: OpenApi) -> OpenApi {
     let components = document.components.get_or_insert_default();
     components.schemas.insert(ErrorBody::name().into_owned(), ErrorBody::schema());
     components.schemas.insert(ErrorEnvelope::name().into_owned(), ErrorEnvelope::schema());
+    // The router's way of writing a parameter with slashes in it.
+    let paths = std::mem::take(&mut document.paths.paths);
+    document.paths.paths = paths.into_iter().map(|(path, item)| (path.replace("{*", "{"), item)).collect();
     for (path, item) in &mut document.paths.paths {
         if let Some(post) = &mut item.post {
             add_idempotency_key(path, post);

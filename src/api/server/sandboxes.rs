@@ -9,6 +9,7 @@ use utoipa_axum::routes;
 
 use super::Api;
 use super::answer::{Answer, ApiError, ListAnswer, data, list_all, list_of};
+use super::changes::{ResumeBody, UpdateBody, check_shape};
 use super::request::{JsonBody, Paging, Params, Path, Wait, flag, refuse_unsupported, timeout};
 use crate::api::types::{
     CreateBody, Envelope, ExtendBody, ForkBody, ListEnvelope, LogsBody, OneOrMany, ReadinessBody, SandboxBody,
@@ -16,7 +17,7 @@ use crate::api::types::{
 use crate::engine::error::{Error, Kind};
 use crate::engine::lifecycle::State;
 use crate::engine::records::NetworkPolicy;
-use crate::engine::{CreateRequest, ForkRequest, Origin};
+use crate::engine::{Changes, CreateRequest, ForkRequest, Origin};
 
 /// Processors, memory and disk (both in MiB) of a named size.
 const SIZES: [(&str, u32, u64, u64); 5] = [
@@ -37,7 +38,7 @@ pub(super) fn routes() -> OpenApiRouter<Api> {
     OpenApiRouter::new()
         .routes(routes!(list, create))
         .routes(routes!(by_name))
-        .routes(routes!(show, destroy))
+        .routes(routes!(show, update, destroy))
         .routes(routes!(readiness))
         .routes(routes!(logs))
         .routes(routes!(stop))
@@ -106,12 +107,7 @@ fn create_request(body: CreateBody, api: &Api) -> Result<CreateRequest, ApiError
     }
     let always_on = body.always_on.unwrap_or(false);
     let timeout_of = |sec, ms| if always_on { Ok(None) } else { timeout(sec, ms) };
-    if !(1..=64).contains(&cpus) {
-        return Err(invalid(format!("{cpus} processors were asked for"), "1 to 64"));
-    }
-    if !(128..=1 << 20).contains(&memory_mib) {
-        return Err(invalid(format!("{memory_mib} MiB of memory were asked for"), "128 MiB to 1 TiB, such as 2gb"));
-    }
+    check_shape(cpus, memory_mib)?;
     let env = body.env.unwrap_or_default();
     crate::engine::check_env(&env)?;
     let network_policy = match body.network_policy.as_deref() {
@@ -153,9 +149,16 @@ async fn by_name(AppState(api): AppState<Api>, Path(name): Path<String>) -> Answ
 }
 
 /// Shows the end of the guest's console.
-#[utoipa::path(get, path = "/sandboxes/{id}/logs", tag = "sandboxes", responses((status = 200, body = Envelope<LogsBody>)))]
-async fn logs(AppState(api): AppState<Api>, Path(id): Path<String>) -> Answer<LogsBody> {
-    data(LogsBody { logs: api.engine.console(&id, MAX_LOGS).await? })
+#[utoipa::path(get, path = "/sandboxes/{id}/logs", tag = "sandboxes", params(("lines" = Option<u32>, Query, description = "The last so many")), responses((status = 200, body = Envelope<LogsBody>)))]
+async fn logs(AppState(api): AppState<Api>, Path(id): Path<String>, Params(params): Params) -> Answer<LogsBody> {
+    let lines = match params.get("lines").filter(|text| !text.is_empty()).map(|text| text.parse::<usize>()) {
+        None => usize::MAX,
+        Some(Ok(lines)) => lines,
+        Some(Err(_)) => return Err(Error::new(Kind::InvalidInput, "lines is a number").into()),
+    };
+    let all = api.engine.console(&id, MAX_LOGS).await?;
+    let skipped = all.lines().count().saturating_sub(lines);
+    data(LogsBody { logs: all.split_inclusive('\n').skip(skipped).collect() })
 }
 
 /// Says whether commands can be run.
@@ -164,6 +167,16 @@ async fn readiness(AppState(api): AppState<Api>, Path(id): Path<String>) -> Answ
     let record = api.engine.show(&id)?.record;
     let ready = record.state == State::Running;
     data(ReadinessBody { ready, state: record.state, last_error: record.last_error })
+}
+
+/// Changes what a sandbox is made with; what concerns its machine counts from the next session on.
+#[utoipa::path(patch, path = "/sandboxes/{id}", tag = "sandboxes", request_body = UpdateBody, responses((status = 200, body = Envelope<SandboxBody>)))]
+async fn update(
+    AppState(api): AppState<Api>,
+    Path(id): Path<String>,
+    JsonBody(body): JsonBody<UpdateBody>,
+) -> Answer<SandboxBody> {
+    data(api.engine.update(&id, body.changes()?).await?)
 }
 
 /// Destroys a sandbox for good.
@@ -184,9 +197,18 @@ async fn pause(api: AppState<Api>, id: Path<String>) -> Answer<SandboxBody> {
     stop(api, id).await
 }
 
-/// Starts a session.
-#[utoipa::path(post, path = "/sandboxes/{id}/resume", tag = "sandboxes", responses((status = 200, body = Envelope<SandboxBody>)))]
-async fn resume(AppState(api): AppState<Api>, Path(id): Path<String>) -> Answer<SandboxBody> {
+/// Starts a session; variables that come with the request are kept.
+#[utoipa::path(post, path = "/sandboxes/{id}/resume", tag = "sandboxes", request_body = ResumeBody, responses((status = 200, body = Envelope<SandboxBody>)))]
+async fn resume(
+    AppState(api): AppState<Api>,
+    Path(id): Path<String>,
+    JsonBody(body): JsonBody<ResumeBody>,
+) -> Answer<SandboxBody> {
+    refuse_unsupported("resume", &body.other)?;
+    if !body.env.is_empty() {
+        let env = body.env.into_iter().map(|(name, value)| (name, Some(value))).collect();
+        api.engine.update(&id, Changes { env, ..Changes::default() }).await?;
+    }
     data(api.engine.resume(&id).await?)
 }
 

@@ -8,6 +8,7 @@ use utoipa_axum::routes;
 
 use super::Api;
 use super::answer::{Answer, ApiError, ListAnswer, data, list_all, list_of};
+use super::changes::Retention;
 use super::request::{JsonBody, Paging, Params, Path, flag, refuse_unsupported, timeout};
 use crate::api::types::{Envelope, ListEnvelope, SandboxBody, SnapshotBody, SnapshotRequestBody};
 use crate::engine::{LineageNode, SnapshotRequest};
@@ -50,11 +51,12 @@ async fn take_snapshot(
     JsonBody(body): JsonBody<SnapshotRequestBody>,
 ) -> Result<(StatusCode, Json<Envelope<SnapshotBody>>), ApiError> {
     refuse_unsupported("snapshot", &body.other)?;
+    let own = Retention::of(&api.engine.show(&id)?.record.metadata)?;
     let request = SnapshotRequest {
         comment: body.comment,
         stop: body.stop.unwrap_or(false),
-        expires_in: timeout(body.expiration_sec, None)?,
-        keep_last: body.keep_last_snapshots,
+        expires_in: timeout(body.expiration_sec.or(own.expiration_sec), None)?,
+        keep_last: body.keep_last_snapshots.or(own.keep_last),
     };
     Ok((StatusCode::CREATED, data(api.engine.snapshot(&id, request).await?)?))
 }

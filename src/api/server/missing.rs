@@ -1,0 +1,82 @@
+//! What is not served: routes of the hosted product that this daemon does not have, and routes that nobody has.
+
+use axum::extract::Request;
+
+use super::answer::ApiError;
+
+/// First words of paths that are not done here, and what to do without them.
+const AREAS: [(&[&str], &str); 8] = [
+    (
+        &["deployments", "deploy", "functions", "builder-apps", "custom-domains", "domains", "regions", "cron-jobs"],
+        "nothing is deployed from here",
+    ),
+    (&["agents", "agent", "agent-runs", "agent-chats", "runs", "run-groups", "workflows", "mcp"], "no agents run here"),
+    (&["ai", "ai-gateway", "completions", "models", "embeddings"], "no models are served here"),
+    (&["databases", "storage", "email", "connectors", "connections", "integrations"], "there are sandboxes only"),
+    (&["computers", "desktop", "open-computers", "devices", "cloud"], "there are sandboxes only, without a desktop"),
+    (
+        &["tenant", "workspaces", "projects", "organizations", "account", "api-keys", "admin", "external-users"],
+        "a daemon has one owner, and its keys in a file",
+    ),
+    (
+        &[
+            "volumes",
+            "named-snapshots",
+            "operations",
+            "webhooks",
+            "notifications",
+            "environments",
+            "secrets",
+            "bulk",
+            "usage",
+        ],
+        "that is not there yet",
+    ),
+    (&["audit", "activity", "alerts", "quotas", "network", "billing"], "that is in the daemon's log and its figures"),
+];
+
+/// The same of what comes after a sandbox's id.
+const OF_SANDBOXES: [(&[&str], &str); 8] = [
+    (&["deploy", "template", "artifacts", "services"], "nothing is deployed from here"),
+    (&["agent", "connectors", "browser", "code"], "run a program of your own: POST …/exec"),
+    (&["ssh-certificates", "ssh-info", "terminal"], "run commands: POST …/exec/stream"),
+    (&["expose", "preview-token", "previews", "shares"], "ports of a sandbox are not reached from outside yet"),
+    (&["processes"], "run a detached command: POST …/commands"),
+    (&["exports"], "read a file or a directory: GET …/fs/download, GET …/fs/archive"),
+    (&["logs"], "the console is not streamed; read it again: GET …/logs"),
+    (&["metrics", "audit"], "see …/usage, and the daemon's own figures at /metrics"),
+];
+
+/// Sandboxes made many at a time.
+const OF_ALL_SANDBOXES: [(&[&str], &str); 1] =
+    [(&["batch", "batches", "run", "runtimes"], "make them one by one: POST /sandboxes, or fork one: POST …/fork")];
+
+pub(super) async fn no_route(request: Request) -> ApiError {
+    let path = request.uri().path();
+    let known = path.strip_prefix("/api/v1/").and_then(|path| {
+        let mut words = path.split('/');
+        match (words.next()?, words.next(), words.next()) {
+            ("sandboxes", Some("batches"), Some(_)) => find("batches", &OF_ALL_SANDBOXES),
+            ("sandboxes", Some(id), Some(what)) if !id.is_empty() => find(what, &OF_SANDBOXES),
+            (area, ..) => find(area, &AREAS),
+        }
+    });
+    known.unwrap_or_else(|| {
+        ApiError::new(404, "route_not_found", format!("there is no {} {path}", request.method()))
+            .hint("this daemon serves /api/v1/sandboxes, snapshots, sandbox-templates, disks and store")
+    })
+}
+
+/// What is asked of all sandboxes looks like the id of one that is asked for in a wrong way.
+pub(super) async fn no_method(request: Request) -> ApiError {
+    let path = request.uri().path();
+    let known = path.strip_prefix("/api/v1/sandboxes/").and_then(|what| find(what, &OF_ALL_SANDBOXES));
+    known.unwrap_or_else(|| {
+        ApiError::new(405, "method_not_allowed", format!("{path} does not take {}", request.method()))
+    })
+}
+
+fn find(what: &str, table: &[(&[&str], &str)]) -> Option<ApiError> {
+    let (_, instead) = table.iter().find(|(words, _)| words.contains(&what))?;
+    Some(ApiError::new(501, "not_supported", format!("{what} is not done by this daemon")).hint(instead))
+}

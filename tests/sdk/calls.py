@@ -1,0 +1,170 @@
+"""What becomes of the public Python SDK's calls, as the table of docs/api.md.
+
+Every call is made with the synchronous client and with the asynchronous one. Both have to end in the same way, and the
+table is what happened. The daemon's address and key are in MIOSA_TEST_URL and MIOSA_TEST_KEY.
+"""
+
+import asyncio
+import inspect
+import os
+
+import miosa
+from miosa.errors import MiosaError
+
+# By section: calls in the order in which they are made, and what has to be true of the answer `it`.
+CALLS = {
+    "Sandboxes": [
+        ("box = client.sandboxes.create('base', name=name, env={'A': 'b'})", "it.name == name"),
+        ("box.wait_until_ready()", "it is True and box.state == 'running'"),
+        ("client.sandboxes.list()", "box.id in [s.id for s in it]"),
+        ("client.sandboxes.get(box.id)", "it.id == box.id"),
+        ("client.sandboxes.get_by_name(name)", "it.id == box.id"),
+        ("client.sandboxes.connect(box.id)", "it.id == box.id"),
+        ("client.sandboxes.get_or_create(name=name)", "it.id == box.id"),
+        ("box.refresh()", "it.id == box.id"),
+        ("box.readiness()", "it['ready'] is True"),
+        ("box.update(name=name + '-2', tags=['x'], metadata={'k': 1}, timeout_sec=900, persistent=True)",
+         "(it.name, it.metadata['k'], it.timeout_sec) == (name + '-2', 1, 900) and it.timeout_remaining_ms <= 900_000"),
+        ("box.update(idle_timeout_sec=600)", "it.idle_timeout_sec == 600 and it.metadata['k'] == 1"),
+        ("client.sandboxes.get_by_name(name)", None),
+        ("box.update(always_on=True)", "it.always_on and it.timeout_remaining_ms is None"),
+        ("box.update(slug='other')", None),
+        ("box.extend(7200)", "it.timeout_remaining_ms > 7_000_000"),
+        ("box.tags.set(['a', 'b'])", "it['tags'] == ['a', 'b']"),
+        ("box.env.set([{'key': 'C', 'value': 'd'}])", "{'key': 'A', 'value': 'b'} in it['vars']"),
+        ("box.env.list()", "len(it['vars']) == 2"),
+        ("box.env.delete('A')", None),
+        ("box.run('echo $A$C')", "it.stdout == 'd\\n'"),
+        ("box.resources()", "it['resources']['cpu'] == box.cpu_count"),
+        ("box.resize(cpu_count=3, memory_mb=512)", "it['requires_restart'] and it['resources']['cpu'] == 3"),
+        ("box.usage()", "it['sandbox_id'] == box.id and it['provisioned_vcpu_ms'] > 0"),
+        ("box.events.stream()", "it['type'] == 'state' and 'running' in it['data']"),
+        ("box.stop()", "it.state == 'paused'"),
+        ("box.resume()", "(it.state, it.cpu_count) == ('running', 3)"),
+        ("box.pause()", "it.state == 'paused'"),
+        ("box.resume(env={'E': 'f'})", "it.state == 'running'"),
+        ("box.run('echo $E')", "it.stdout == 'f\\n'"),
+        ("box.resume(environment='prod')", None),
+        ("box.wait_for_checkpoint()", "it is True"),
+    ],
+    "Commands": [
+        ("box.exec('exit 3')", "it.exit_code == 3"),
+        ("box.exec.run('echo $X', {'cwd': '/', 'env': {'X': 'y'}, 'timeout': 30})", "it.stdout == 'y\\n'"),
+        ("box.exec.stream('echo one')", "it.type == 'stdout' and it.data['line'] == 'one'"),
+        ("box.commands.run('true')", "it.exit_code == 0"),
+        ("box.commands.run('true', background=True)", None),
+        ("client.commands.run(box.id, 'true')", None),
+        ("box.run_code('1')", None),
+        ("box.terminal.create()", None),
+        ("box.processes.list()", None),
+    ],
+    "Files": [
+        ("box.write_file('/workspace/f', 'text')", None),
+        ("box.read_file('/workspace/f')", "it == 'text'"),
+        ("box.upload('/workspace/b', bytes(256))", None),
+        ("box.download('/workspace/b')", "it == bytes(256)"),
+        ("box.download('/workspace/none')", None),
+        ("box.files.write_files([{'path': '/workspace/d/g', 'data': 'x'}])", None),
+        ("box.files.write_many([{'path': '/workspace/h', 'content': b'y'}, {'path': 'relative', 'content': b''}])",
+         "[w['path'] for w in it['written']] == ['/workspace/h'] and it['failed'][0]['code'] == 'invalid_input'"),
+        ("box.list_files('/workspace')", "{'b', 'd', 'f', 'h'} == {e['name'] for e in it['entries']}"),
+        ("box.files.list('/workspace', depth=2)", "'/workspace/d/g' in [e['path'] for e in it['entries']]"),
+        ("box.list_files('/none')", None),
+        ("box.stat_file('/workspace/b')", "(it['size'], it['is_dir']) == (256, False)"),
+        ("box.files.tree('/workspace')", "it['is_dir'] and any(c['path'] == '/workspace/d' and c['children'][0]['name'] == 'g' for c in it['children'])"),
+        ("client.sandboxes._transport.request('GET', f'/sandboxes/{box.id}/files/workspace/b', raw_response=True)", "it.content == bytes(256)"),
+        ("box.get_logs(lines=10)", None),
+        ("box.stream_logs()", None),
+        ("box.create_export('/workspace/b')", None),
+        ("box.download_export('/workspace/b')", None),
+    ],
+    "Snapshots": [
+        ("snap = box.create_snapshot('first')", "it['status'] == 'ready'"),
+        ("box.snapshot()", "it.startswith('snap-')"),
+        ("box.list_snapshots()", "len(it) == 2"),
+        ("box.snapshots.list()", "len(it) == 2"),
+        ("box.restore_snapshot(snap['id'])", "it.id == box.id and it.state == 'running'"),
+        ("fork = box.fork(name=name + '-fork')", "it.id != box.id"),
+        ("box.fork(snapshot_id=snap['id'])", "it.id != box.id"),
+        ("client.snapshot_history.list(resource_id=box.id)", "len(it['data']) == 2"),
+        ("client.snapshot_history.groups(q=box.id)", "it['data'][0]['count'] == 2"),
+        ("client.snapshot_history.get(snap['id'])", "it['data']['id'] == snap['id']"),
+        ("client.snapshot_history.fork(snap['id'])", "it['data']['snapshot_id'] == snap['id']"),
+        ("client.snapshot_history.bulk_delete(ids=[snap['id'], 'snap-none'])",
+         "it['data']['deleted'] == [snap['id']] and it['data']['failed'][0]['code'] == 'snapshot_not_found'"),
+        ("client.snapshot_history.bulk_delete(resource_id=box.id, all=True)", None),
+        ("client.snapshot_history.bulk_delete(resource_id=box.id, all=True, confirm=box.id)", "len(it['data']['deleted']) == 1"),
+        ("client.snapshot_history.delete(snap['id'])", None),
+        ("box.delete_snapshot(snap['id'])", None),
+        ("client.named_snapshots.list()", None),
+    ],
+    "Templates and usage": [
+        ("client.sandboxes.list_templates()", "it['data'][0]['name'] == 'base'"),
+        ("client.sandboxes.get_template('base')", "it['data']['name'] == 'base'"),
+        ("client.usage.get()", "any(u['sandbox_id'] == box.id for u in it)"),
+        ("client.usage.get(period='7d')", None),
+        ("client.usage.current()", "it['running'] > 0"),
+        ("client.usage.sessions()", None),
+    ],
+    "Other parts of the hosted product": [
+        ("box.expose(3000)", None),
+        ("box.preview_token()", None),
+        ("box.deploy()", None),
+        ("box.ssh_info()", None),
+        ("box.get_artifacts()", None),
+        ("box.metrics()", None),
+        ("client.sandbox_batches.create(count=2)", None),
+        ("client.volumes.list()", None),
+        ("client.computers.list()", None),
+        ("client.deployments.list()", None),
+        ("client.databases.list()", None),
+    ],
+    "The end": [
+        ("client.sandboxes.delete(fork.id)", None),
+        ("box.destroy()", "box.state == 'destroyed'"),
+        ("box.update(name='again')", None),
+    ],
+}
+
+
+async def outcome(call, expected, names):
+    """What a call ends in; its value goes where it is assigned to."""
+    target, _, expression = call.partition(" = ") if call.split(" = ")[0].isidentifier() else ("it", "", call)
+    try:
+        value = eval(expression, names)
+        if inspect.isawaitable(value):
+            value = await value
+        # Of a stream the first event.
+        if inspect.isgenerator(value):
+            stream, value = value, next(value)
+            stream.close()
+        elif inspect.isasyncgen(value):
+            stream, value = value, await anext(value)
+            await stream.aclose()
+    except MiosaError as error:
+        assert error.request_id and error.message, call
+        return f"{error.status_code} `{error.code}`"
+    names["it"] = names[target] = value
+    assert expected is None or eval(expected, names), f"{call}: {expected}: {value!r}"
+    return "works"
+
+
+async def run(names):
+    return {s: [(c, await outcome(c, expected, names)) for c, expected in calls] for s, calls in CALLS.items()}
+
+
+async def main():
+    to = {"api_key": os.environ["MIOSA_TEST_KEY"], "base_url": os.environ["MIOSA_TEST_URL"], "max_retries": 0, "timeout": 120}
+    plain, waited = miosa.Miosa(**to), miosa.AsyncMiosa(**to)
+    first = await run({"client": plain, "name": "calls"})
+    second = await run({"client": waited, "name": "calls-async"})
+    for section, rows in first.items():
+        for row, other in zip(rows, second[section]):
+            assert row == other, (row, other)
+        print(f"### {section}\n\n| call | outcome |\n| --- | --- |")
+        for call, ended in rows:
+            print(f"| `{call}` | {ended} |")
+        print()
+
+
+asyncio.run(main())
