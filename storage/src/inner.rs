@@ -125,7 +125,7 @@ impl Inner {
         if level <= sealing {
             return new(sealing);
         }
-        new(level).with_frames_of(u64::from(repack_frame_bytes) / BLOCK_BYTES)
+        new(level).with_frames_of(u64::from(repack_frame_bytes) / BLOCK_BYTES).or_at_level(sealing)
     }
 
     /// Collects garbage, if need be out of the reserve.

@@ -35,7 +35,7 @@ pub(crate) const DIR: &str = "log";
 const SEGMENT_BYTES: u64 = 64 << 20;
 /// Space is reserved in steps of this many bytes.
 const ALLOCATE_BYTES: u64 = 4 << 20;
-/// A sync of at most this many bytes has blocks to write to that were written before: see [`Log::write_ahead`].
+/// A sync of at most this many bytes has blocks to write to that were written before: see [`Segment::write_ahead`].
 const SMALL_BYTES: u64 = 256 << 10;
 /// Zeroes written ahead of small syncs at a time.
 const AHEAD_BYTES: u64 = 256 << 10;

@@ -133,6 +133,8 @@ pub(crate) struct PackWriter {
     store: StoreUuid,
     counters: Arc<Counters>,
     level: i32,
+    /// A level that is tried as well, for contents that a higher one makes larger.
+    lower_level: Option<i32>,
     /// Blocks of data at which a frame is full.
     frame_blocks: u64,
     filling: [Filling; 2],
@@ -150,6 +152,7 @@ impl PackWriter {
             store,
             counters,
             level,
+            lower_level: None,
             frame_blocks: GROUP_BLOCKS,
             filling: Default::default(),
             current: None,
@@ -161,6 +164,13 @@ impl PackWriter {
     /// Makes frames of data larger: to be used with [`PackWriter::put_group`].
     pub fn with_frames_of(mut self, blocks: u64) -> Self {
         self.frame_blocks = blocks.clamp(GROUP_BLOCKS, FRAME_BLOCKS_MAX);
+        self
+    }
+
+    /// Compresses each frame at this level too, and keeps what is smaller: at a higher level, a few contents (numbers in
+    /// decimal, for one) come out larger.
+    pub fn or_at_level(mut self, level: i32) -> Self {
+        self.lower_level = Some(level);
         self
     }
 
@@ -206,8 +216,14 @@ impl PackWriter {
         if groups.is_empty() {
             return Ok(());
         }
-        let compressed =
-            zstd::bulk::compress(&bytes, self.level).map_err(|e| Error::io("cannot compress a frame", e))?;
+        let compress = |level| zstd::bulk::compress(&bytes, level).map_err(|e| Error::io("cannot compress a frame", e));
+        let mut compressed = compress(self.level)?;
+        if let Some(level) = self.lower_level {
+            let lower = compress(level)?;
+            if lower.len() < compressed.len() {
+                compressed = lower;
+            }
+        }
         let (codec, payload) =
             if compressed.len() < bytes.len() { (Codec::Zstd, &compressed) } else { (Codec::Raw, &bytes) };
         let header = FrameHeader { codec, stored: payload.len() as u32, groups };

@@ -134,7 +134,9 @@ fn deleting_and_collecting_gives_the_bytes_back() {
 #[test]
 fn packing_again_saves_space_once_and_changes_nothing() {
     for place in Place::both() {
-        let text: Vec<u8> = (0..1u32 << 19).flat_map(|i| format!("{:16}", i.wrapping_mul(i)).into_bytes()).collect();
+        let words = ["pack ", "frame ", "block ", "log ", "snapshot ", "fork ", "seal ", "overlay "];
+        let mut text: Vec<u8> = noise(43, 2 << 20).iter().flat_map(|b| words[usize::from(b % 8)].bytes()).collect();
+        text.truncate(8 << 20);
         place.import("disk", &text);
         place.ok(&["store", "seal"]);
         let report = place.ok(&["store", "repack"]);

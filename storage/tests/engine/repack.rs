@@ -79,6 +79,21 @@ fn it_takes_less_space_once_and_reads_as_before() {
     assert_eq!(store.repack().unwrap(), RepackReport::default(), "never twice, a repair between");
 }
 
+/// zstd makes numbers in decimal a quarter larger at level 9 than at level 1.
+#[test]
+fn what_a_higher_level_makes_larger_stays_at_the_lower() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = open(dir.path());
+    let bytes: Vec<u8> = (0..1u32 << 19).flat_map(|i| format!("{:16}", i.wrapping_mul(i)).into_bytes()).collect();
+    let disk = write(&store, "numbers", &bytes);
+    store.seal().unwrap();
+    let report = store.repack().unwrap();
+    assert!(report.packs_rewritten > 0 && report.after_bytes * 100 < report.before_bytes * 105, "{report:?}");
+    let mut all = vec![0; bytes.len()];
+    store.open_source(disk).unwrap().read(0, &mut all).unwrap();
+    assert!(all == bytes);
+}
+
 #[test]
 fn a_level_of_zero_or_no_higher_one_means_never() {
     for repack_level in [0, 1] {
