@@ -172,8 +172,11 @@ fn a_detached_command_goes_on_and_its_output_is_kept() {
     assert_eq!((&logs["stdout"], &logs["stderr"]), (&"out\nlast\u{fffd}".into(), &"err\n".into()));
     assert_eq!((&logs["status"], &logs["exit_code"], &logs["output_bytes"]), (&"exited".into(), &3.into(), &13.into()));
 
-    let stubborn = run(json!({ "command": "trap '' INT; sleep 600", "detached": true })).data();
+    let stubborn = run(json!({ "command": "trap '' INT; echo deaf; sleep 600", "detached": true })).data();
     let stubborn = format!("{commands}/{}", stubborn["id"].as_str().unwrap());
+    while get(&d, &format!("{stubborn}/logs")).data()["stdout"] != "deaf\n" {
+        std::thread::sleep(std::time::Duration::from_millis(20));
+    }
     let kill = |body| post(&d, &format!("{stubborn}/kill"), &body);
     assert_eq!(kill(json!({ "signal": "int" })).data()["status"], "running");
     assert_eq!(kill(json!({ "signal": "SIGNONE" })).code(), "invalid_input");
