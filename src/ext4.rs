@@ -1,7 +1,7 @@
 //! The ext4 file system on a disk or snapshot of the store, read without mounting it or booting anything.
 //!
 //! The format itself is the library's (`rust-fs-ext4`); here is what is needed around it: the journal laid over
-//! ([`journal`]), a bounded walk of extents, paths, differences ([`diff`]) and archives ([`archive`]). An image that a
+//! (`journal`), a bounded walk of extents, paths, differences ([`diff`]) and archives ([`archive`]). An image that a
 //! guest made up gives errors: what is read into memory is bounded, and every loop goes through something that the image
 //! has only so much of. [`contained`] turns a defect in the library into an error, too.
 

@@ -443,7 +443,7 @@ async fn nothing_is_left_behind() {
     let pid = machine.pid().unwrap();
     assert!(alive(pid));
     drop(machine);
-    while alive(pid) {
+    while alive(pid) || record.exists() {
         tokio::task::yield_now().await;
     }
 
