@@ -1,10 +1,14 @@
 //! A daemon that ends, well or badly, and the next one.
 
+use std::sync::Arc;
 use std::time::Duration;
 
-use miosa::engine::CreateRequest;
 use miosa::engine::error::Kind;
 use miosa::engine::lifecycle::State;
+use miosa::engine::{CreateRequest, Settings};
+use storage::catalogue::MemCatalogue;
+use storage::medium::sim::SimMedium;
+use storage::{Options, Store};
 use vmm::fake::Script;
 
 use crate::support::{World, forks, named, refused, wanted};
@@ -98,4 +102,79 @@ async fn an_end_does_not_wait_for_ever() {
     w.engine.shutdown(Duration::from_millis(300)).await.unwrap();
     let w = w.crash().await;
     assert_eq!(w.state("stuck"), State::Paused);
+}
+
+/// A world on a simulated medium, on which the power can go.
+async fn world_on(medium: &SimMedium, catalogue: &MemCatalogue) -> World {
+    let options = Options { background: false, reserve_bytes: 0, ..Options::default() };
+    let store = Store::open_with(Arc::new(medium.clone()), Arc::new(catalogue.clone()), options).unwrap();
+    World::over(store, tempfile::tempdir().unwrap(), Settings::default()).await
+}
+
+/// The power goes at each event of a restore in turn. Whoever was told that it worked finds the snapshot's state; who was
+/// not, that one or the one before; and the sandbox can be used.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_restore_that_is_cut_off_leaves_the_old_state_or_the_restored_one() {
+    let (mut old, mut restored) = (0, 0);
+    for event in 0.. {
+        let medium = SimMedium::new();
+        let catalogue = MemCatalogue::new(medium.clone());
+        let w = world_on(&medium, &catalogue).await;
+        w.import("base").await;
+        let disk = w.create("one").await.record.disk;
+        w.disk(disk).write(8_192, b"before").unwrap();
+        w.engine.snapshot("one", named("good")).await.unwrap();
+        w.disk(disk).write(8_192, b"broken").unwrap();
+        w.store.flush().unwrap();
+        medium.stop_at(medium.events() + event);
+        let answer = w.engine.restore("one", "good").await;
+        if !medium.stopped() {
+            answer.unwrap();
+            break;
+        }
+        for outcome in 0..2 {
+            let what = format!("power cut at event {event} of the restore, which answered {answer:?}");
+            let medium = medium.after_power_loss(event << 8 | outcome);
+            let w = world_on(&medium, &catalogue.after_power_loss(medium.clone())).await;
+            let record = w.engine.show("one").unwrap().record;
+            assert_eq!(record.state, State::Paused, "{what}");
+            assert_eq!(w.store.disks().len(), 1, "{what}");
+            let mut content = [0; 6];
+            w.disk(record.disk).read(8_192, &mut content).unwrap();
+            match &content {
+                b"before" => restored += 1,
+                b"broken" if answer.is_err() => old += 1,
+                _ => panic!("{what}: found {content:?}"),
+            }
+            assert_eq!(w.sh("one", "echo up").await.unwrap().0, "up\n", "{what}");
+        }
+    }
+    assert!(old > 0 && restored > 0, "{old} times the old state, {restored} times the restored one");
+}
+
+/// What a daemon sees whose wall clock was set: moments in its records that are years ahead, or years ago.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_wall_clock_that_jumps_ends_no_session_and_shortens_none() {
+    const HOUR: Duration = Duration::from_secs(3_600);
+    for (years, machines_too) in [(-30, true), (30, true), (-30, false), (30, false)] {
+        let w = World::new().await;
+        let limits = CreateRequest { timeout: Some(HOUR), idle_timeout: Some(HOUR), wait: true, ..wanted("one") };
+        let mut record = w.engine.create(limits).await.unwrap().record;
+        let jump = jiff::SignedDuration::from_hours(years * 365 * 24);
+        record.created_at += jump;
+        record.started_at = record.started_at.map(|at| at + jump);
+        record.ready_at = record.ready_at.map(|at| at + jump);
+        let mut tx = w.store.begin();
+        tx.put_record("sandbox", &record.id, serde_json::to_vec(&record).unwrap());
+        tx.commit_durable().unwrap();
+        let w = if machines_too { w.crash().await } else { w.replace().await };
+        assert_eq!(w.sh("one", "echo up").await.unwrap().0, "up\n");
+        assert_eq!(w.vmm.starts(), 1, "of each stand-in for machines");
+        let view = w.engine.show("one").unwrap();
+        let left = view.timeout_remaining.unwrap();
+        assert!(left <= HOUR && left > HOUR / 2, "{left:?} of an hour is left");
+        assert_eq!(view.record.state, State::Running);
+        let stopped = w.engine.stop("one").await.unwrap().record;
+        assert!(stopped.total_runtime_ms < HOUR.as_millis() as u64, "{} ms", stopped.total_runtime_ms);
+    }
 }

@@ -51,14 +51,25 @@ impl World {
     }
 
     pub async fn open(dir: TempDir, settings: Settings) -> World {
+        let store = Store::open(&dir.path().join("store"), Options::default()).unwrap();
+        World::over(store, dir, settings).await
+    }
+
+    /// An engine on any store; what is no store's is in `dir`.
+    pub async fn over(store: Store, dir: TempDir, settings: Settings) -> World {
         let vmm = Arc::new(FakeVmm::new(dir.path().join("guests")));
         let run_root = dir.path().join("run");
-        World::open_over(dir, settings, vmm, run_root).await
+        World::with_machines(store, dir, settings, vmm, run_root).await
     }
 
     /// An engine that may find machines.
-    async fn open_over(dir: TempDir, settings: Settings, vmm: Arc<FakeVmm>, run_root: PathBuf) -> World {
-        let store = Store::open(&dir.path().join("store"), Options::default()).unwrap();
+    async fn with_machines(
+        store: Store,
+        dir: TempDir,
+        settings: Settings,
+        vmm: Arc<FakeVmm>,
+        run_root: PathBuf,
+    ) -> World {
         let front = Arc::new(NoFrontend::default());
         let parts = Parts {
             store: store.clone(),
@@ -77,7 +88,8 @@ impl World {
         let copy = tempfile::tempdir().unwrap();
         copy_dir(&self.dir.path().join("store"), &copy.path().join("store"));
         let (vmm, run_root) = (self.vmm.clone(), self.run_root.clone());
-        let mut next = World::open_over(copy, Settings::default(), vmm, run_root).await;
+        let store = Store::open(&copy.path().join("store"), Options::default()).unwrap();
+        let mut next = World::with_machines(store, copy, Settings::default(), vmm, run_root).await;
         next._before = Some(Box::new(self));
         next
     }

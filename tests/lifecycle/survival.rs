@@ -160,6 +160,8 @@ async fn work(engine: Arc<Engine>, done: Arc<Mutex<Vec<&'static str>>>) {
     did("stop");
     engine.resume("one").await.unwrap();
     did("resume");
+    engine.restore("one", "kept").await.unwrap();
+    did("restore");
     engine.destroy("one").await.unwrap();
     did("destroy");
 }
@@ -192,7 +194,7 @@ async fn dies_at(at: usize, machines_too: bool) -> bool {
     w.until_true(|| w.engine.list(None).iter().all(|s| settled(s.record.state))).await;
     let names: Vec<_> = w.engine.list(None).into_iter().map(|s| s.record.name).collect();
     assert!(names.contains(&"bystander".to_owned()), "{what}: {names:?}");
-    assert!(!done.contains(&"create") || done.contains(&"resume") || names.contains(&"one".to_owned()), "{what}");
+    assert!(!done.contains(&"create") || done.contains(&"restore") || names.contains(&"one".to_owned()), "{what}");
     assert!(!done.contains(&"fork") || names.contains(&"child".to_owned()), "{what}");
     assert!(!done.contains(&"snapshot") || w.engine.snapshots(None).unwrap().len() == 1, "{what}");
     if !machines_too {

@@ -189,8 +189,18 @@ async fn an_idle_sandbox_that_is_not_persistent_is_destroyed_and_its_bytes_come_
     let w = World::new().await;
     let clock = StoppedClock::new();
     let request = CreateRequest { persistent: false, ..idling("one") };
-    let id = clock.through(w.engine.create(request)).await.unwrap().record.id;
+    let record = clock.through(w.engine.create(request)).await.unwrap().record;
+    let before = w.store.stats().unwrap();
+    let mut bytes = vec![0; 2 << 20];
+    rand::fill(&mut bytes[..]);
+    w.disk(record.disk).write(1 << 20, &bytes).unwrap();
+    w.store.seal().unwrap();
+    let packs = |stats: &storage::Stats| stats.pack_bytes;
+    assert!(packs(&w.store.stats().unwrap()) >= packs(&before) + bytes.len() as u64, "noise takes what it takes");
     clock.advance(HOUR).await;
-    clock.until(&w, &id, State::Destroyed).await;
+    clock.until(&w, &record.id, State::Destroyed).await;
     assert!(w.store.disks().is_empty());
+    w.store.gc(false).unwrap();
+    let after = w.store.stats().unwrap();
+    assert!(packs(&after) < packs(&before) + (64 << 10), "{} bytes, {} before", packs(&after), packs(&before));
 }
