@@ -138,6 +138,7 @@ fn store_alone(report: &mut Report) {
     store.disk(disk).expect("there").write(0, &vec![7; 64 << 20]).expect("a write");
     store.seal().expect("sealing");
     let (mut fork, mut record, mut open) = (Samples::default(), Samples::default(), Samples::default());
+    let mut snapshot = Samples::default();
     for round in 0..100 {
         let child = fork.time(|| {
             let mut tx = store.begin();
@@ -146,6 +147,12 @@ fn store_alone(report: &mut Report) {
             tx.commit_durable().expect("a commit");
             child
         });
+        snapshot.time(|| {
+            let mut tx = store.begin();
+            tx.snapshot(disk, &format!("state-{round}"));
+            tx.put_record("snapshot", &format!("snap-{round}"), vec![b'x'; 1_000]);
+            tx.commit_durable().expect("a commit");
+        });
         open.time(|| store.disk(child).expect("there"));
         record.time(|| {
             let mut tx = store.begin();
@@ -153,7 +160,12 @@ fn store_alone(report: &mut Report) {
             tx.commit_durable().expect("a commit");
         });
     }
-    for (case, samples) in [("create or fork, durable", &mut fork), ("a record, durable", &mut record)] {
+    let cases = [
+        ("create or fork, durable", &mut fork),
+        ("snapshot, durable", &mut snapshot),
+        ("a record, durable", &mut record),
+    ];
+    for (case, samples) in cases {
         report.row("store", case, "median", samples.quantile_us(0.5) / 1e3, "ms");
     }
     report.row("store", "open a disk", "median", open.quantile_us(0.5) / 1e3, "ms");
