@@ -1,9 +1,10 @@
 //! An engine of one's own, and short words for what tests do with it.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use async_trait::async_trait;
 use miosa::engine::attach::{AttachedDisk, DiskFrontend};
@@ -84,9 +85,7 @@ impl World {
 
     /// As after `kill -9` of the daemon alone and a new start: as [`World::crash`], and its machines go on.
     pub async fn replace(self) -> World {
-        self.store.flush().unwrap();
-        let copy = tempfile::tempdir().unwrap();
-        copy_dir(&self.dir.path().join("store"), &copy.path().join("store"));
+        let copy = self.copy_of_store();
         let (vmm, run_root) = (self.vmm.clone(), self.run_root.clone());
         let store = Store::open(&copy.path().join("store"), Options::default()).unwrap();
         let mut next = World::with_machines(store, copy, Settings::default(), vmm, run_root).await;
@@ -97,12 +96,24 @@ impl World {
     /// As after `kill -9` of daemon and machines, and a new start: nothing is stopped, and the new engine has a copy of
     /// what is on disk.
     pub async fn crash(self) -> World {
-        self.store.flush().unwrap();
-        let copy = tempfile::tempdir().unwrap();
-        copy_dir(&self.dir.path().join("store"), &copy.path().join("store"));
+        let copy = self.copy_of_store();
         let mut next = World::open(copy, Settings::default()).await;
         next._before = Some(Box::new(self));
         next
+    }
+
+    /// The store's files as they are at one moment: copied again if something changed meanwhile.
+    fn copy_of_store(&self) -> TempDir {
+        self.store.flush().unwrap();
+        let from = self.dir.path().join("store");
+        loop {
+            let copy = tempfile::tempdir().unwrap();
+            let before = files(&from);
+            copy_files(&before, &from, &copy.path().join("store"));
+            if files(&from) == before {
+                return copy;
+            }
+        }
     }
 
     /// Imports a small image.
@@ -196,15 +207,26 @@ pub fn forks(name: &str, count: u32) -> ForkRequest {
     ForkRequest { name: Some(name.to_owned()), count, snapshot: None, timeout: None, metadata: None, wait: false }
 }
 
-fn copy_dir(from: &Path, to: &Path) {
-    std::fs::create_dir_all(to).unwrap();
-    for entry in std::fs::read_dir(from).unwrap() {
-        let entry = entry.unwrap();
-        let target = to.join(entry.file_name());
-        if entry.file_type().unwrap().is_dir() {
-            copy_dir(&entry.path(), &target);
-        } else {
-            std::fs::copy(entry.path(), target).unwrap();
+/// Files below a directory, with their sizes and times.
+fn files(dir: &Path) -> BTreeMap<PathBuf, (u64, SystemTime)> {
+    let mut found = BTreeMap::new();
+    for path in std::fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().path()) {
+        match std::fs::metadata(&path) {
+            Ok(entry) if entry.is_dir() => found.extend(files(&path)),
+            Ok(entry) => drop(found.insert(path, (entry.len(), entry.modified().unwrap()))),
+            Err(error) => assert_eq!(error.kind(), ErrorKind::NotFound, "{}", path.display()),
+        }
+    }
+    found
+}
+
+/// Copies files that may go at any moment.
+fn copy_files(files: &BTreeMap<PathBuf, (u64, SystemTime)>, from: &Path, to: &Path) {
+    for path in files.keys() {
+        let target = to.join(path.strip_prefix(from).unwrap());
+        std::fs::create_dir_all(target.parent().unwrap()).unwrap();
+        if let Err(error) = std::fs::copy(path, target) {
+            assert_eq!(error.kind(), ErrorKind::NotFound, "{}", path.display());
         }
     }
 }
