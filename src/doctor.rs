@@ -122,7 +122,7 @@ fn kvm() -> Check {
         Ok(()) => Check::warn(
             "kvm",
             "/dev/kvm can be opened, which does not prove that a machine boots on it",
-            "try it: miosa daemon --accel kvm",
+            "the daemon tries once, says in its log what it found, and takes tcg if need be; --accel kvm insists",
         ),
         Err(error) => Check::warn(
             "kvm",

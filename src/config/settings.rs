@@ -160,7 +160,7 @@ pub struct Flags {
     /// How disks are shown to machines [default: vhost-user]
     #[arg(long, value_enum)]
     pub disk_frontend: Option<DiskFrontendArg>,
-    /// How machines are accelerated [default: tcg]
+    /// How machines are accelerated [default: auto]
     #[arg(long, value_enum, env = "MIOSA_ACCEL")]
     pub accel: Option<AccelArg>,
     /// Network of machines [default: user]
