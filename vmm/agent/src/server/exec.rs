@@ -295,7 +295,10 @@ fn set_nonblocking(pipe: &OwnedFd) {
 
 /// Sends what the program writes. After the program's end, only what it left in the pipe: a process that it left
 /// behind may hold the pipe open for ever.
-fn pump_out(stream: &Stream, pipe: OwnedFd, kind: Kind, over: &EventFd) {
+///
+/// Gives the pipe back, which is closed once the program is dead: one that is killed for its stream's end is to die of
+/// that, and not of a closed pipe shortly before.
+fn pump_out(stream: &Stream, pipe: OwnedFd, kind: Kind, over: &EventFd) -> File {
     set_nonblocking(&pipe);
     let mut pipe = File::from(pipe);
     let mut bytes = vec![0; 32 * 1024];
@@ -304,20 +307,21 @@ fn pump_out(stream: &Stream, pipe: OwnedFd, kind: Kind, over: &EventFd) {
     while left > 0 {
         running = running && ready(&pipe, PollFlags::POLLIN, over);
         match pipe.read(&mut bytes) {
-            Ok(0) => return,
+            Ok(0) => break,
             Ok(len) => {
                 if !running {
                     left = left.saturating_sub(len);
                 }
                 if stream.send(kind, &bytes[..len]).is_err() {
-                    return;
+                    break;
                 }
             }
             Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
             Err(error) if error.kind() == std::io::ErrorKind::WouldBlock && running => {}
-            Err(_) => return,
+            Err(_) => break,
         }
     }
+    pipe
 }
 
 /// Gives the program what the host sends. When the program has closed its input, the rest is dropped, so that the host
