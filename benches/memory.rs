@@ -15,7 +15,7 @@ use storage::{DiskId, Options, Source, Store};
 
 const FORKS: u64 = 10_000;
 /// Unique data, in GiB.
-const UNIQUE: [u64; 2] = [2, 32];
+const UNIQUE: [u64; 2] = [32, 128];
 
 fn resident() -> f64 {
     let status = std::fs::read_to_string("/proc/self/status").expect("the process has a status");
@@ -92,7 +92,7 @@ fn idle_forks(case: &Case, dir: &str) -> f64 {
 /// A store with this much unique data, sealed.
 fn prepare_unique(gib: u64) -> tempfile::TempDir {
     let (store, dir) = quiet_store();
-    let (_, disk) = new_disk(&store, "disk", 64 * GIB);
+    let (_, disk) = new_disk(&store, "disk", 256 * GIB);
     let mut chunk = vec![0; MIB as usize];
     for i in 0..gib * GIB / MIB {
         for (j, block) in chunk.chunks_mut(4096).enumerate() {

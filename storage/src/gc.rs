@@ -20,6 +20,7 @@ use crate::index;
 use crate::inner::Inner;
 use crate::live::{Live, mark};
 use crate::pack::{self, Digest, GroupPlace, PackFacts, PackWriter};
+use crate::priority::Background;
 use crate::rows::parse_id;
 use crate::seal;
 use roaring::RoaringTreemap;
@@ -90,7 +91,9 @@ pub(crate) fn collect(inner: &Inner, dry_run: bool) -> Result<GcReport> {
         let _no_sealing = inner.sealer.running.lock();
         let upto = GroupId(inner.counters.group.load(Ordering::Relaxed));
         let mut ids = RoaringTreemap::new();
-        for root in roots(inner) {
+        let roots = roots(inner);
+        let _background = Background::begin(inner);
+        for root in roots {
             mark(&inner.blocks, root, &mut ids)?;
         }
         let live = Arc::new(Live { ids, upto });
@@ -191,6 +194,7 @@ fn apply(inner: &Inner, live: &Live, candidates: &[Candidate], report: &mut GcRe
 /// Step 3 for some packs.
 fn move_packs(inner: &Inner, live: &Live, packs: &[Candidate], report: &mut GcReport) -> Result<()> {
     let _no_sealing = inner.sealer.running.lock();
+    let background = Background::begin(inner);
     // What was packed again keeps its level.
     let mut writers: BTreeMap<i8, PackWriter> = BTreeMap::new();
     let mut batch = Batch::default();
@@ -198,6 +202,7 @@ fn move_packs(inner: &Inner, live: &Live, packs: &[Candidate], report: &mut GcRe
         let level = candidate.facts.origin.level;
         let writer = writers.entry(level).or_insert_with(|| inner.pack_writer(level.into()));
         move_pack(inner, live, candidate, writer, &mut batch)?;
+        background.pace();
         batch.delete(Table::Packs, candidate.pack.0.to_be_bytes());
     }
     let mut new = Vec::new();

@@ -152,6 +152,12 @@ impl Inner {
         }
     }
 
+    /// Whether the log has come so near to its limit that writers will soon have to wait.
+    pub fn pressed(&self) -> bool {
+        let Options { log_bytes, log_bytes_max, .. } = self.options;
+        self.log.live_bytes() >= log_bytes + log_bytes_max.saturating_sub(log_bytes) / 2
+    }
+
     /// Makes a writer wait while the log is over its limit and sealing goes on. Fails when sealing cannot go on.
     pub fn throttle(&self) -> Result<()> {
         if !self.options.background || self.log.live_bytes() < self.options.log_bytes {

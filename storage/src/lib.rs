@@ -4,7 +4,7 @@
 //! Snapshots and forks are O(1): a [`Transaction`] clones a map root and a persistent overlay and writes one record.
 //!
 //! Layers, none of which knows one above it: `store` → `recover`, `repair`, `check`, `gc`, `repack`, `usage`, `diff`, `archive` → `seal` →
-//! `disk`, `registry` → `inner` (what is open) → `index`, `live`, `blocks`, `workers`, `readahead`, `state`, `overlay`, `map`, `pack`, `log`, `rows`,
+//! `disk`, `registry`, `priority` → `inner` (what is open) → `index`, `live`, `blocks`, `workers`, `readahead`, `state`, `overlay`, `map`, `pack`, `log`, `rows`,
 //! `catalogue` → `format`, `block` → `medium`. `docs/ARCHITECTURE.md` follows a write and a fork through them;
 //! `docs/format.md` has every byte on disk.
 
@@ -26,6 +26,7 @@ mod map;
 pub mod medium;
 mod overlay;
 mod pack;
+mod priority;
 mod readahead;
 mod recover;
 mod registry;

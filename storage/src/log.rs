@@ -38,7 +38,7 @@ const ALLOCATE_BYTES: u64 = 4 << 20;
 /// A sync of at most this many bytes has blocks to write to that were written before: see [`Segment::write_ahead`].
 const SMALL_BYTES: u64 = 256 << 10;
 /// Zeroes written ahead of small syncs at a time.
-const AHEAD_BYTES: u64 = 256 << 10;
+const AHEAD_BYTES: u64 = 1 << 20;
 /// Buffered bytes at which a writer hands the buffer to the file without waiting for a flush.
 const WRITE_BYTES: usize = 1 << 20;
 /// Buffered bytes at which a writer waits for the file.

@@ -23,7 +23,7 @@ const PACK_BYTES: u64 = 64 << 20;
 /// Blocks of the largest frame, which has at most 256 groups: they may have a block each.
 const FRAME_BLOCKS_MAX: u64 = 256;
 /// Bytes handed to the file at a time.
-const WRITE_BYTES: usize = 1 << 20;
+const WRITE_BYTES: usize = 128 << 10;
 
 /// A block's BLAKE3 hash.
 pub(crate) type Digest = [u8; 32];

@@ -15,6 +15,7 @@ use crate::format::GroupEntry;
 use crate::gc::pick;
 use crate::inner::Inner;
 use crate::pack::{self, GroupPlace, PackFacts, PackWriter};
+use crate::priority::Background;
 use crate::seal;
 use serde::Serialize;
 use std::time::{Duration, Instant};
@@ -115,6 +116,7 @@ fn repack_some(inner: &Inner, packs: &[Pack], rest: &mut Rest<'_>, report: &mut 
 }
 
 fn try_repack(inner: &Inner, packs: &[Pack], rest: &mut Rest<'_>, report: &mut RepackReport) -> Result<bool> {
+    let _background = Background::begin(inner);
     let mut writer = inner.pack_writer(inner.options.repack_level);
     let mut moved = Vec::new();
     for (pack, facts) in packs {

@@ -21,6 +21,7 @@ use crate::inner::Inner;
 use crate::map::{self, Change, NodeSink, NodeSource, push_change};
 use crate::overlay::{Content, Extent};
 use crate::pack::{Digest, PackWriter, digest};
+use crate::priority::Background;
 use crate::registry::Registry;
 use crate::repack::{self, RepackReport};
 use crate::rows::{Checkpoint, DeviceRow, Manifest, RecordKey, encode};
@@ -135,14 +136,15 @@ fn plan(inner: &Inner, whole: bool) -> Result<Option<Plan>> {
 /// Steps 2 to 6.
 fn execute(inner: &Inner, plan: &Plan) -> Result<SealReport> {
     let writer = PackWriter::new(inner.medium.clone(), inner.uuid, inner.counters.clone(), inner.options.level);
-    let mut sealing =
-        Sealing { inner, writer, fresh: HashMap::new(), roots: HashMap::new(), report: SealReport::default() };
+    let background = Background::begin(inner);
+    let (fresh, roots, report) = (HashMap::new(), HashMap::new(), SealReport::default());
+    let mut sealing = Sealing { inner, background, writer, fresh, roots, report };
     for (source, device) in &plan.devices {
         if let (Some(layer), Some(_)) = (plan.layers.get(source), device) {
             sealing.seal_with_bases(layer)?;
         }
     }
-    let Sealing { mut writer, roots, mut report, .. } = sealing;
+    let Sealing { background, mut writer, roots, mut report, .. } = sealing;
     writer.end_frames()?;
 
     let mut manifest = Manifest {
@@ -188,6 +190,7 @@ fn execute(inner: &Inner, plan: &Plan) -> Result<SealReport> {
         // Each is set once: what was sealed before is not sealed again.
         let _ = layer.sealed.set(*root);
     }
+    drop(background);
     move_onto_roots(inner);
     inner.log.release(plan.checkpoint.log_start);
     Ok(report)
@@ -218,6 +221,7 @@ fn move_onto_roots(inner: &Inner) {
 /// Step 2: packs in the making and the roots so far.
 struct Sealing<'a> {
     inner: &'a Inner,
+    background: Background<'a>,
     writer: PackWriter,
     /// Map nodes written by this checkpoint, which no catalogue knows yet.
     fresh: HashMap<BlockId, Arc<Node>>,
@@ -298,6 +302,7 @@ impl Sealing<'_> {
     }
 
     fn store_batch(&mut self, batch: &mut Blocks, changes: &mut Vec<Change>) -> Result<()> {
+        self.background.pace();
         let index: &Index = &self.inner.index;
         let blocks = || batch.bytes.chunks_exact(BLOCK_SIZE);
         // Zero blocks are not stored, so they need no digest.
