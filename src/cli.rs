@@ -21,6 +21,7 @@ mod sandbox;
 mod save;
 mod store;
 mod template;
+mod terminal;
 mod transfer;
 mod tree;
 

@@ -64,7 +64,7 @@ pub use template::{
 };
 pub use update::Changes;
 pub use vmm::agent::ExecEvent;
-pub use vmm::{CommandStatus, DirEntry, FileKind, FileStat, TreeSummary};
+pub use vmm::{CommandStatus, DirEntry, FileKind, FileStat, TerminalSize, TreeSummary};
 pub use watch::{StateChange, Watch};
 
 /// Settings of the engine that do not change while it runs.

@@ -71,6 +71,27 @@ fn sandbox(d: &Daemon) -> String {
     made.data()["id"].as_str().unwrap().to_owned()
 }
 
+/// A client that reuses its connections sends the next request where the last one was refused.
+#[test]
+fn a_refusal_leaves_the_connection_to_the_next_request() {
+    let d = Daemon::start();
+    let mut stream = UnixStream::connect(d.dir.path().join("miosa.sock")).unwrap();
+    for path in ["/sandboxes/none/deploy", "/nowhere", "/health"] {
+        let head = format!("POST /api/v1{path} HTTP/1.1\r\nhost: x\r\ncontent-length: 2\r\n\r\n");
+        stream.write_all(head.as_bytes()).unwrap();
+        // Long enough for an answer that waits for nothing; nothing depends on it.
+        std::thread::sleep(std::time::Duration::from_millis(100));
+        stream.write_all(b"{}").unwrap();
+        let mut answer = Vec::new();
+        while !answer.ends_with(b"}}") {
+            let mut bytes = [0; 1024];
+            let len = stream.read(&mut bytes).unwrap();
+            assert!(len > 0, "{path}: the connection was closed");
+            answer.extend_from_slice(&bytes[..len]);
+        }
+    }
+}
+
 #[test]
 fn a_sandbox_has_the_public_fields() {
     let d = Daemon::start();
@@ -345,7 +366,7 @@ fn the_document_describes_what_is_served() {
         for (method, operation) in item.as_object().unwrap() {
             let what = format!("{method} {path}");
             assert!(operation["summary"].as_str().is_some_and(|s| !s.is_empty()), "{what} is not described");
-            let ok = operation["responses"].as_object().unwrap().keys().any(|s| s.starts_with('2'));
+            let ok = operation["responses"].as_object().unwrap().keys().any(|s| s.starts_with('2') || s == "101");
             assert!(ok && operation["responses"]["4XX"].is_object(), "{what}: {operation}");
             let named = operation["parameters"].as_array().into_iter().flatten().filter(|p| p["in"] == "path");
             assert_eq!(named.count(), path.matches('{').count(), "{what}");

@@ -3,6 +3,8 @@
 
 #![allow(clippy::unwrap_used, reason = "helpers of tests are tests too")]
 
+#[path = "cli/desk.rs"]
+mod desk;
 #[path = "cli/errors.rs"]
 mod errors;
 #[path = "cli/listen.rs"]
@@ -11,3 +13,5 @@ mod listen;
 mod story;
 #[path = "cli/support.rs"]
 mod support;
+#[path = "cli/terminal.rs"]
+mod terminal;

@@ -15,6 +15,11 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::Value;
 
+#[path = "cli/desk.rs"]
+mod desk;
+
+use desk::Desk;
+
 /// Far more than anything here takes.
 const PATIENCE: Duration = Duration::from_secs(300);
 
@@ -189,6 +194,41 @@ fn until(what: &str, condition: impl Fn() -> bool) {
     }
 }
 
+fn a_shell_at_a_terminal_works(lab: &Lab, sandbox: &str) {
+    let mut command = Command::new(miosa_path());
+    command.args(["sandbox", "shell", sandbox, "--cwd", "/tmp", "--env", "A=b"]);
+    let mut desk = Desk::sit(command.env("MIOSA_STATE_DIR", lab.dir.path()).env("TERM", "vt100"));
+    desk.type_in("stty size; tty; echo $TERM:$A:$PWD:$((6 * 7))\n");
+    desk.until("vt100:b:/tmp:42");
+    assert!(desk.seen.contains("33 101") && desk.seen.contains("/dev/pts/"), "{}", desk.seen);
+    // The shell has jobs, so the terminal is its own.
+    assert!(desk.is_raw() && !desk.seen.contains("job control"), "{}", desk.seen);
+    desk.resize(12, 34);
+    desk.type_in("until [ \"$(stty size)\" = '12 34' ]; do sleep 0.1; done; echo resized $((6 * 7))\n");
+    desk.until("resized 42");
+    desk.type_in("sh -c 'trap \"echo caught\" INT; echo up $((6 * 7)); sleep 600'\n");
+    desk.until("up 42");
+    desk.type_in("\u{3}");
+    desk.until("caught");
+    desk.type_in("exit 9\n");
+    assert_eq!(desk.child.wait().unwrap().code(), Some(9));
+    assert!(!desk.is_raw());
+}
+
+fn commands_at_once_are_exact(lab: &Lab, sandboxes: &[&str]) {
+    std::thread::scope(|scope| {
+        for i in 0..100usize {
+            let sandbox = sandboxes[i % sandboxes.len()];
+            scope.spawn(move || {
+                let script = format!("seq {i} {}; echo {i} >&2; exit {i}", i + 1_000);
+                let ran = lab.run(&["sandbox", "exec", sandbox, "--", "sh", "-c", &script]);
+                let out: String = (i..=i + 1_000).map(|n| format!("{n}\n")).collect();
+                assert_eq!(ran, (i as i32, out, format!("{i}\n")));
+            });
+        }
+    });
+}
+
 #[test]
 fn the_whole_story() {
     let mut lab = Lab::new(&[]);
@@ -240,6 +280,9 @@ fn the_whole_story() {
     lab.json(&["sandbox", "stop", "left"]);
     lab.json(&["sandbox", "fork", "left", "--name", "later"]);
     assert_eq!(lab.sh("later", "sha256sum -c /workspace/sum"), "/workspace/blob: OK\n");
+
+    a_shell_at_a_terminal_works(&lab, "work");
+    commands_at_once_are_exact(&lab, &["work", "restored", "left", "right"]);
 
     // Daemon and machines are killed: what was synced is there, nobody is running, and all can be used.
     lab.sh("right", "echo synced > /workspace/kept; sync");

@@ -13,7 +13,7 @@ mod support;
 
 use support::Daemon;
 
-const SDK: &str = "miosa==2.19.2";
+const SDK: &str = "miosa[events]==2.19.2";
 const SCHEMATHESIS: &str = "schemathesis==4.32.5";
 
 /// A Python that has this package and what it needs.
@@ -99,7 +99,7 @@ fn answers_are_as_the_document_says() {
         "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance",
         // These answer with streams, work on all that is stored, or do on this machine what they are told.
         "--exclude-path-regex",
-        "/stream$|/events$|/export$|/disk-imports$|/store/|/attach$|/exec$|/sandbox-templates$",
+        "/stream$|/terminal$|/events$|/export$|/disk-imports$|/store/|/attach$|/exec$|/sandbox-templates$",
         "--phases",
         "coverage",
         "--seed",

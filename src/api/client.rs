@@ -4,7 +4,8 @@
 use std::path::{Path, PathBuf};
 
 use bytes::{Bytes, BytesMut};
-use futures_util::{Stream, TryStreamExt};
+use futures_util::stream::SplitSink;
+use futures_util::{SinkExt, Stream, StreamExt, TryStreamExt};
 use http_body_util::{BodyExt, Full, StreamBody, combinators::UnsyncBoxBody};
 use hyper::body::{Frame, Incoming};
 use hyper::header::{AUTHORIZATION, CONTENT_TYPE, HOST, HeaderValue};
@@ -16,6 +17,8 @@ use serde_json::Value;
 use tokio::io::{AsyncRead, AsyncWrite, DuplexStream};
 use tokio::net::{TcpStream, UnixStream};
 use tokio::sync::mpsc;
+use tokio_tungstenite::tungstenite;
+use tokio_tungstenite::tungstenite::client::IntoClientRequest;
 
 use super::types::{ErrorBody, ErrorEnvelope};
 
@@ -223,6 +226,26 @@ impl Client {
         Ok(Events { download: Download { body: response.into_body(), archive: false }, pending: BytesMut::new() })
     }
 
+    /// `GET`, answered with a WebSocket.
+    pub async fn socket(&self, path: &str) -> Result<Socket> {
+        let host = if let Way::Address { host, .. } = &self.way { host.as_str() } else { "miosa" };
+        let broken = |e: tungstenite::Error| Error::Broken(e.to_string());
+        let mut request = format!("ws://{host}/api/v1{path}").into_client_request().map_err(broken)?;
+        if let Way::Address { key: Some(key), .. } = &self.way {
+            request.headers_mut().insert(AUTHORIZATION, key.clone());
+        }
+        let stream = self.connect().await?;
+        match tokio_tungstenite::client_async(request, stream).await {
+            Ok((socket, _)) => Ok(Socket(socket)),
+            Err(tungstenite::Error::Http(response)) => {
+                let bytes = response.body().as_deref().unwrap_or_default();
+                let status = response.status();
+                Err(Error::Refused { status: status.as_u16(), body: Box::new(refusal(status, bytes)) })
+            }
+            Err(error) => Err(broken(error)),
+        }
+    }
+
     async fn json<T: DeserializeOwned>(&self, method: Method, path: &str, body: Option<&impl Serialize>) -> Result<T> {
         let body = match body {
             Some(body) => encode(body)?,
@@ -329,6 +352,55 @@ impl Download {
             }
         }
         Ok(None)
+    }
+}
+
+/// A WebSocket: bytes, and small documents between them.
+pub struct Socket(tokio_tungstenite::WebSocketStream<Box<dyn Connection>>);
+
+/// What comes over a [`Socket`].
+#[derive(Debug)]
+pub enum Message {
+    /// Bytes.
+    Data(Bytes),
+    /// A document.
+    Control(Value),
+    /// Nothing, but from somebody who is there.
+    Alive,
+}
+
+impl Socket {
+    /// What is sent, and what comes.
+    pub fn split(self) -> (SocketSender, impl Stream<Item = Result<Message>> + Send + Unpin) {
+        let (sender, receiver) = self.0.split();
+        let messages = receiver.filter_map(|message| {
+            std::future::ready(match message {
+                Ok(tungstenite::Message::Binary(bytes)) => Some(Ok(Message::Data(bytes))),
+                Ok(tungstenite::Message::Text(text)) => {
+                    let value = serde_json::from_str(&text).map_err(|e| Error::Broken(format!("it is not JSON: {e}")));
+                    Some(value.map(Message::Control))
+                }
+                Ok(tungstenite::Message::Ping(_) | tungstenite::Message::Pong(_)) => Some(Ok(Message::Alive)),
+                Ok(_) => None,
+                Err(error) => Some(Err(Error::Broken(error.to_string()))),
+            })
+        });
+        (SocketSender(sender), messages)
+    }
+}
+
+/// The sending side of a [`Socket`].
+pub struct SocketSender(SplitSink<tokio_tungstenite::WebSocketStream<Box<dyn Connection>>, tungstenite::Message>);
+
+impl SocketSender {
+    /// Sends bytes or a document.
+    pub async fn send(&mut self, message: Message) -> Result<()> {
+        let message = match message {
+            Message::Data(bytes) => tungstenite::Message::Binary(bytes),
+            Message::Control(value) => tungstenite::Message::text(value.to_string()),
+            Message::Alive => tungstenite::Message::Ping(Bytes::new()),
+        };
+        self.0.send(message).await.map_err(|e| Error::Broken(e.to_string()))
     }
 }
 

@@ -16,10 +16,12 @@ mod metrics;
 mod missing;
 mod openapi;
 mod paths;
+mod processes;
 mod request;
 mod sandboxes;
 mod snapshots;
 mod templates;
+mod terminal;
 mod usage;
 
 use std::sync::Arc;
@@ -49,12 +51,18 @@ pub struct Defaults {
     pub timeout: Option<Duration>,
 }
 
+/// A connection's place among those that there may be. Every request has it; one that becomes something else than HTTP
+/// keeps it for as long as that lasts.
+#[derive(Clone)]
+pub struct Place(pub Arc<dyn std::any::Any + Send + Sync>);
+
 /// What routes share.
 #[derive(Clone)]
 pub struct Api {
     engine: Arc<Engine>,
     defaults: Arc<Defaults>,
-    stdins: exec::Stdins,
+    running: exec::Running,
+    terminals: terminal::Terminals,
     metrics: Arc<metrics::Metrics>,
 }
 
@@ -70,6 +78,8 @@ pub fn router(engine: Arc<Engine>, disks: Arc<Disks>, defaults: Defaults) -> Rou
         .merge(history::routes())
         .merge(exec::routes())
         .merge(commands::routes())
+        .merge(processes::routes())
+        .merge(terminal::routes())
         .merge(files::routes())
         .merge(paths::routes())
         .merge(templates::routes())
@@ -78,7 +88,13 @@ pub fn router(engine: Arc<Engine>, disks: Arc<Disks>, defaults: Defaults) -> Rou
         .merge(super::disks::routes(disks.clone()));
     let keeper = Arc::new(idempotency::Keeper::new(disks.store().clone()));
     let metrics = Arc::new(metrics::Metrics::new(&engine, disks));
-    let api = Api { engine, defaults: Arc::new(defaults), stdins: exec::Stdins::default(), metrics: metrics.clone() };
+    let api = Api {
+        engine,
+        defaults: Arc::new(defaults),
+        running: exec::Running::default(),
+        terminals: terminal::Terminals::default(),
+        metrics: metrics.clone(),
+    };
     let all = OpenApiRouter::new().nest("/api/v1", v1).routes(routes!(metrics::metrics)).with_state(api);
     let (router, document) = all.split_for_parts();
     openapi::serve(router, document)

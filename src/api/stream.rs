@@ -11,7 +11,7 @@ use bytes::{Bytes, BytesMut};
 use serde::Serialize;
 use serde_json::json;
 
-use super::types::{ErrorBody, ExitEvent, exit_code};
+use super::types::{ErrorBody, ExitEvent, StartedEvent, exit_code};
 use crate::engine::error::Error;
 use crate::engine::{ExecEvent, RunningExec};
 
@@ -49,7 +49,7 @@ impl ExecEvents {
     /// The next piece of the answer's body; none at the end.
     pub(super) async fn next(&mut self) -> Option<Bytes> {
         if let Some(id) = self.exec_id.take() {
-            return Some(event("started", &json!({ "exec_id": id })));
+            return Some(event("started", &StartedEvent { exec_id: id }));
         }
         while !self.over {
             let piece = match tokio::time::timeout(KEEP_ALIVE, self.exec.next_event()).await {
@@ -129,12 +129,12 @@ pub(crate) fn error_body(error: &Error) -> ErrorBody {
 
 /// Cuts output into lines.
 #[derive(Default)]
-struct Lines {
+pub(super) struct Lines {
     pending: Vec<u8>,
 }
 
 impl Lines {
-    fn add(&mut self, bytes: &[u8]) -> Vec<String> {
+    pub(super) fn add(&mut self, bytes: &[u8]) -> Vec<String> {
         let mut lines = Vec::new();
         for piece in bytes.split_inclusive(|b| *b == b'\n') {
             self.pending.extend_from_slice(piece);
@@ -145,7 +145,7 @@ impl Lines {
         lines
     }
 
-    fn rest(&mut self) -> Option<String> {
+    pub(super) fn rest(&mut self) -> Option<String> {
         if self.pending.is_empty() {
             return None;
         }

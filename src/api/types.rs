@@ -1,6 +1,8 @@
 //! What goes over the wire. Field names are those of the public API; a field that is not there yet is not sent.
 
+mod process;
 mod template;
+mod terminal;
 
 use std::collections::BTreeMap;
 
@@ -9,7 +11,9 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 use utoipa::ToSchema;
 
+pub use process::*;
 pub use template::*;
+pub use terminal::*;
 
 use crate::engine::lifecycle::State;
 use crate::engine::records::{Consistency, NetworkPolicy, SnapshotRecord, slug};
@@ -400,6 +404,16 @@ pub enum Command {
     Argv(Vec<String>),
 }
 
+impl Command {
+    /// What is run.
+    pub fn into_argv(self) -> Vec<String> {
+        match self {
+            Command::Argv(argv) => argv,
+            Command::Line(line) => vec!["sh".to_owned(), "-lc".to_owned(), line],
+        }
+    }
+}
+
 /// A command's standard input: its content, or whether it is sent to `/exec/{exec_id}/stdin`.
 #[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
 #[serde(untagged)]
@@ -566,6 +580,13 @@ pub struct ExecResult {
     #[serde(default, skip_serializing_if = "is_false")]
     pub truncated: bool,
     pub duration_ms: u64,
+}
+
+/// The first event of a stream whose command can be sent input and signals.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[allow(missing_docs)]
+pub struct StartedEvent {
+    pub exec_id: String,
 }
 
 /// The last event of a stream.

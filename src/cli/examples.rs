@@ -28,8 +28,9 @@ const EXAMPLES: &[(&str, &str)] = &[
     ),
     (
         "sandbox exec",
-        "miosa sandbox exec web -- sh -lc \"npm install\"\nmiosa sandbox exec web --cwd /workspace --env CI=1 -- npm test\nmiosa sandbox exec web --detached -- sh -lc \"npm run dev\"",
+        "miosa sandbox exec web -- sh -lc \"npm install\"\nmiosa sandbox exec web --cwd /workspace --env CI=1 -- npm test\nmiosa sandbox exec web --detached -- sh -lc \"npm run dev\"\nmiosa sandbox exec --tty --interactive web -- python3",
     ),
+    ("sandbox shell", "miosa sandbox shell web\nmiosa sandbox shell web --user nobody --cwd /tmp"),
     ("sandbox command", "miosa sandbox command list web"),
     ("sandbox command list", "miosa sandbox command list web"),
     ("sandbox command get", "miosa sandbox command get web cmd-0123456789ab"),

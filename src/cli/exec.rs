@@ -8,12 +8,13 @@ use base64::engine::general_purpose::STANDARD as BASE64;
 use bytes::Bytes;
 use futures_util::stream;
 use serde_json::Value;
+use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use super::args::ExecArgs;
 use super::output::{Failure, Out, Result};
 use super::sandbox::path;
 use crate::api::client::{BYTES, Client};
-use crate::api::types::{Command, ErrorBody, ExecBody, ExecResult, ExitEvent, StdinBody};
+use crate::api::types::{Command, ErrorBody, ExecBody, ExecResult, ExitEvent, KillBody, StdinBody};
 
 /// Most of each output that one document holds.
 const MAX_DOCUMENT: usize = 64 << 20;
@@ -22,7 +23,10 @@ pub(super) async fn run(client: &Client, out: Out, args: ExecArgs) -> Result<Exi
     if args.detached {
         return super::commands::start(client, out, args).await.map(|()| ExitCode::SUCCESS);
     }
-    let with_stdin = !std::io::stdin().is_terminal();
+    if args.tty {
+        return super::terminal::exec(client, args).await;
+    }
+    let with_stdin = args.interactive || !std::io::stdin().is_terminal();
     let sandbox = args.target.sandbox;
     let body = ExecBody {
         command: Command::Argv(args.command),
@@ -34,13 +38,32 @@ pub(super) async fn run(client: &Client, out: Out, args: ExecArgs) -> Result<Exi
         encoding: Some("base64".to_owned()),
         other: serde_json::Map::new(),
     };
-    let mut events = client.events(&path(&sandbox, "/exec/stream"), &body).await?;
+    let mut signals = Signals::new()?;
+    let route = path(&sandbox, "/exec/stream");
+    let mut events = tokio::select! {
+        events = client.events(&route, &body) => events?,
+        signal = signals.next() => return Ok(ended_by(signal)),
+    };
     let mut kept = Kept::default();
-    while let Some((name, data)) = events.next_event().await? {
+    loop {
+        let event = tokio::select! {
+            event = events.next_event() => event?,
+            signal = signals.next() => {
+                if !signals.pass_on(client, signal) {
+                    return Ok(ended_by(signal));
+                }
+                continue;
+            }
+        };
+        let Some((name, data)) = event else { break };
         match name.as_str() {
             "started" => {
                 if let Some(id) = data["exec_id"].as_str() {
-                    forward_stdin(client.clone(), path(&sandbox, &format!("/exec/{id}/stdin")));
+                    let route = |what: &str| path(&sandbox, &format!("/exec/{id}/{what}"));
+                    signals.to = Some(route("kill"));
+                    if with_stdin {
+                        forward_stdin(client.clone(), route("stdin"));
+                    }
                 }
             }
             "stdout" | "stderr" => {
@@ -69,6 +92,50 @@ pub(super) async fn run(client: &Client, out: Out, args: ExecArgs) -> Result<Exi
     }
     Err(Failure::new(2, "connection_broken", "the daemon's answer broke off before the command's end")
         .hint("see whether the daemon still runs, and what the command did: miosa sandbox show SANDBOX"))
+}
+
+/// SIGINT and SIGTERM: the first one goes to the command, and the next one ends this program.
+struct Signals {
+    interrupt: Signal,
+    terminate: Signal,
+    /// Where they go; none before the command runs, and after one has gone.
+    to: Option<String>,
+}
+
+impl Signals {
+    fn new() -> Result<Signals> {
+        Ok(Signals {
+            interrupt: signal(SignalKind::interrupt())?,
+            terminate: signal(SignalKind::terminate())?,
+            to: None,
+        })
+    }
+
+    async fn next(&mut self) -> SignalKind {
+        tokio::select! {
+            _ = self.interrupt.recv() => SignalKind::interrupt(),
+            _ = self.terminate.recv() => SignalKind::terminate(),
+        }
+    }
+
+    /// False when there is nobody to pass it on to any more.
+    fn pass_on(&mut self, client: &Client, signal: SignalKind) -> bool {
+        let Some(route) = self.to.take() else { return false };
+        let client = client.clone();
+        tokio::spawn(async move {
+            let body = KillBody { signal: Some(signal.as_raw_value().to_string()), ..KillBody::default() };
+            let passed: crate::api::client::Result<Value> = client.post(&route, &body).await;
+            if let Err(error) = passed {
+                // Mostly a command that has ended; its own exit tells what matters.
+                tracing::debug!(%error, "a signal");
+            }
+        });
+        true
+    }
+}
+
+fn ended_by(signal: SignalKind) -> ExitCode {
+    ExitCode::from(u8::try_from(128 + signal.as_raw_value()).unwrap_or(u8::MAX))
 }
 
 /// The bytes of an event of output.

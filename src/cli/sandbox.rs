@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 
 use super::args::{CreateArgs, ForkArgs, SandboxCommand, SnapshotArgs, SnapshotTarget, SnapshotsCommand, WaitArgs};
 use super::output::{Failure, Out, Result};
-use super::{archives, commands, contents, exec, files, transfer};
+use super::{archives, commands, contents, exec, files, terminal, transfer};
 use crate::api::client::{Client, escape};
 use crate::api::types::{CreateBody, ExtendBody, ForkBody, LogsBody, SandboxBody, SnapshotBody, SnapshotRequestBody};
 use crate::engine::lifecycle::State;
@@ -34,6 +34,7 @@ pub(super) async fn run(client: &Client, out: Out, command: SandboxCommand) -> R
             out.answer(&logs, logs.logs.trim_end(), |_| logs.logs.trim_end().to_owned())?;
         }
         SandboxCommand::Exec(args) => return exec::run(client, out, args).await,
+        SandboxCommand::Shell(args) => return terminal::shell(client, args).await,
         SandboxCommand::Command(command) => commands::run(client, out, command).await?,
         SandboxCommand::Stop(target) => {
             out.progress("stopping …");

@@ -15,9 +15,12 @@ impl Engine {
     pub async fn start_command(&self, key: &str, name: Option<String>, spec: ExecSpec) -> Result<CommandStatus> {
         let sandbox = self.find(key)?;
         check_exec(&spec)?;
-        if spec.stdin {
-            return Err(Error::new(Kind::UnsupportedOption, "a detached command has no standard input")
-                .hint("write the input to a file first, and read it: sh -lc \"COMMAND < FILE\""));
+        if spec.stdin || spec.tty.is_some() {
+            return Err(Error::new(
+                Kind::UnsupportedOption,
+                "a detached command has no standard input and no terminal",
+            )
+            .hint("write the input to a file first, and read it: sh -lc \"COMMAND < FILE\""));
         }
         let metrics = self.shared.metrics.clone();
         self.detached(async move {

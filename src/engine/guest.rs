@@ -9,8 +9,8 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use tokio::time::Instant;
-use vmm::agent::{ExecEvent, ExecStream, FileReader, FileWriter, Stdin};
-use vmm::{Agent, ExecRequest};
+use vmm::agent::{Controls, ExecEvent, ExecStream, FileReader, FileWriter, Stdin};
+use vmm::{Agent, ExecRequest, TerminalSize};
 
 use super::Engine;
 use super::activity::InUse;
@@ -37,6 +37,8 @@ pub struct ExecSpec {
     pub timeout: Option<Duration>,
     /// Give it a standard input.
     pub stdin: bool,
+    /// Run it on a terminal; without a program that is the user's login shell.
+    pub tty: Option<TerminalSize>,
 }
 
 impl ExecSpec {
@@ -54,6 +56,7 @@ impl ExecSpec {
             user: self.user,
             timeout_ms: self.timeout.map(|t| (t.as_millis() as u64).max(1)),
             stdin: self.stdin,
+            tty: self.tty,
         }
     }
 }
@@ -65,11 +68,13 @@ impl Engine {
         check_exec(&spec)?;
         let metrics = self.shared.metrics.clone();
         self.detached(async move {
+            // A terminal that nobody types into is no use; whoever serves it tells of what is.
+            let lasts = spec.tty.is_none();
             let request = spec.into_request(&sandbox);
             let began = Instant::now();
             let stream = use_guest(&sandbox, |agent| async move { Ok(agent.exec(request).await?) }).await?;
             metrics.exec_started();
-            Ok(RunningExec { stream, began, _in_use: Some(sandbox.begin_use()) })
+            Ok(RunningExec { stream, began, _in_use: lasts.then(|| sandbox.begin_use()) })
         })
         .await
     }
@@ -144,6 +149,11 @@ impl RunningExec {
     /// The next thing it does; none after its exit. Safe to cancel.
     pub async fn next_event(&mut self) -> Result<Option<ExecEvent>> {
         self.stream.next_event().await.map_err(exec_error)
+    }
+
+    /// Signals for it, and sizes for its terminal.
+    pub fn controls(&self) -> Controls {
+        self.stream.controls()
     }
 
     /// Its standard input, once, if it was asked for. Dropping that closes it.
@@ -223,6 +233,7 @@ pub(super) fn exec_error(error: vmm::Error) -> Error {
 
 pub(super) fn check_exec(spec: &ExecSpec) -> Result<()> {
     match spec.argv.first() {
+        None if spec.tty.is_some() => {}
         None => {
             return Err(Error::invalid("there is no command to run")
                 .hint("put it after --: miosa sandbox exec SANDBOX -- sh -lc \"…\""));

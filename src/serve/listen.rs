@@ -11,7 +11,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use axum::Router;
+use hyper::body::Incoming;
 use hyper::server::conn::http1;
+use hyper::service::{Service, service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
 use nix::unistd::{Gid, Uid, User};
@@ -149,12 +151,17 @@ async fn not_accepted(error: &std::io::Error) {
 async fn converse(
     stream: impl AsyncRead + AsyncWrite + Send + Unpin + 'static,
     routes: Router,
-    _permit: OwnedSemaphorePermit,
+    permit: OwnedSemaphorePermit,
     mut ending: watch::Receiver<bool>,
 ) {
+    let (place, routes) = (server::Place(Arc::new(permit)), TowerToHyperService::new(routes));
+    let serve = service_fn(move |mut request: hyper::Request<Incoming>| {
+        request.extensions_mut().insert(place.clone());
+        routes.call(request)
+    });
     let mut server = http1::Builder::new();
     server.timer(TokioTimer::new()).header_read_timeout(HEAD_TIME).max_buf_size(HEAD_BYTES).max_headers(HEADERS);
-    let connection = server.serve_connection(TokioIo::new(stream), TowerToHyperService::new(routes)).with_upgrades();
+    let connection = server.serve_connection(TokioIo::new(stream), serve).with_upgrades();
     tokio::pin!(connection);
     let told = async { ending.wait_for(|ending| *ending).await.map(drop) };
     let early = tokio::select! {

@@ -37,6 +37,25 @@ async fn many_resumes_start_one_session() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_hundred_commands_on_ten_paused_sandboxes_are_exact_and_start_ten_sessions() {
+    let w = Arc::new(World::new().await);
+    let name = |i: u32| format!("box{}", i % 10);
+    for i in 0..10 {
+        w.engine.create(CreateRequest { start: false, ..wanted(&name(i)) }).await.unwrap();
+    }
+    let calls = (0..100).map(|i| {
+        let (w, name) = (w.clone(), name(i));
+        tokio::spawn(async move { w.sh(&name, &format!("seq {i} {}; exit {i}", 1_000 + i)).await })
+    });
+    for (i, call) in (0..).zip(calls.collect::<Vec<_>>()) {
+        let (out, code) = call.await.unwrap().unwrap();
+        let expected: String = (i..=1_000 + i).map(|n: i32| format!("{n}\n")).collect();
+        assert!(out == expected && code == Some(i), "{i}: {code:?}, {} bytes", out.len());
+    }
+    assert_eq!(w.vmm.starts(), 10);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn one_of_many_creates_of_a_name_succeeds() {
     let w = World::new().await;
     let calls = (0..8).map(|_| {

@@ -2,9 +2,9 @@
 
 use std::time::Duration;
 
-use miosa::engine::CreateRequest;
 use miosa::engine::error::Kind;
 use miosa::engine::lifecycle::State;
+use miosa::engine::{CreateRequest, ExecSpec, TerminalSize};
 
 use crate::support::{World, refused, sh, wanted};
 
@@ -181,6 +181,24 @@ async fn a_running_program_is_use_for_as_long_as_it_runs() {
     clock.through(async { tokio::time::sleep(std::time::Duration::from_millis(20)).await }).await;
     assert_eq!(w.state("one"), State::Running);
     clock.advance(HOUR / 2).await;
+    clock.until(&w, "one", State::Paused).await;
+}
+
+#[tokio::test]
+async fn a_terminal_is_use_only_when_something_happens_in_it() {
+    let w = World::new().await;
+    let clock = StoppedClock::new();
+    clock.through(w.engine.create(idling("one"))).await.unwrap();
+    let tty = Some(TerminalSize { rows: 24, cols: 80 });
+    let mut shell = clock.through(w.engine.exec("one", ExecSpec { tty, ..sh("echo up; cat") })).await.unwrap();
+    clock.through(shell.next_event()).await.unwrap();
+    for _ in 0..4 {
+        clock.advance(HOUR / 2).await;
+        w.engine.touch("one").unwrap();
+    }
+    clock.through(async { tokio::time::sleep(Duration::from_millis(20)).await }).await;
+    assert_eq!(w.state("one"), State::Running);
+    clock.advance(HOUR).await;
     clock.until(&w, "one", State::Paused).await;
 }
 

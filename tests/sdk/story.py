@@ -3,9 +3,13 @@
 The daemon's address and key are in MIOSA_TEST_URL and MIOSA_TEST_KEY.
 """
 
+import asyncio
+import contextlib
+import json
 import os
 
 import miosa
+import websockets
 from miosa.errors import AuthenticationError, MiosaError, NotFoundError, ValidationError
 from miosa.pagination import iter_cursor_pages, iter_pages
 
@@ -93,6 +97,34 @@ assert box.resume().state == "running"
 assert box.pause().state == "paused"
 # A command on a paused one resumes it.
 assert box.run("echo awake").stdout == "awake\n"
+
+# A terminal, made and then opened.
+async def shell():
+    made = box.terminal.create(rows=31, cols=99, env={"GREETING": "hello"})
+    socket = await client.ws.connect_terminal(box.id)
+    shown = b""
+    # As text and as bytes.
+    await socket.send("stty size; echo $GREETING:$((6 * 7))\n")
+    while b"hello:42" not in shown:
+        shown += await socket.recv()
+    assert b"31 99" in shown, shown
+    await socket.send(json.dumps({"type": "resize", "rows": 5, "cols": 6}))
+    await socket.send(b"until [ \"$(stty size)\" = '5 6' ]; do :; done; exit 3\n")
+    while isinstance(message := await socket.recv(), bytes):
+        shown += message
+    assert json.loads(message)["exit_code"] == 3, (message, shown)
+    refused(NotFoundError, lambda: box.terminal.delete(made["session_id"]), "terminal_not_found")
+    # One that is ended while somebody is at it.
+    made = box.terminal.create()
+    socket = await client.ws.connect_terminal(box.id)
+    assert b"" != await socket.recv()
+    box.terminal.delete(made["session_id"])
+    with contextlib.suppress(websockets.ConnectionClosed):
+        while True:
+            await socket.recv()
+
+
+asyncio.run(shell())
 
 # Pages.
 pages = list(iter_cursor_pages(lambda **p: client.sandboxes._transport.request("GET", "/sandboxes", params=p), page_size=1, items_key="data"))

@@ -11,14 +11,14 @@ use std::time::Duration;
 
 use bytes::{Buf, Bytes, BytesMut};
 use miosa_agent::wire::{
-    CommandStatus, DirEntry, ExecRequest, ExitStatus, FileStat, GuestInfo, Identity, MAX_ENTRY, Reply, Request,
-    TreeSummary,
+    CommandStatus, DirEntry, ExecRequest, ExitStatus, FileStat, GuestInfo, Identity, Kind, MAX_ENTRY, Reply, Request,
+    TerminalSize, TreeSummary,
 };
 use tokio::net::UnixStream;
 use tokio::time::Instant;
 
 use crate::{Error, ErrorKind, Result};
-use connection::{Connection, Event, Input, Stream};
+use connection::{Connection, Control, Event, Input, Stream};
 
 /// How long a single answer may take unless [`Agent::with_timeout`] says otherwise.
 pub const DEFAULT_TIMEOUT: Duration = Duration::from_secs(30);
@@ -468,6 +468,11 @@ impl ExecStream {
         })
     }
 
+    /// Signals for the program, and sizes for its terminal.
+    pub fn controls(&self) -> Controls {
+        Controls(self.stream.control())
+    }
+
     /// The program's standard input, once, if it was asked for. Dropping it closes the input.
     pub fn take_stdin(&mut self) -> Option<Stdin> {
         self.stdin.take()
@@ -531,6 +536,28 @@ impl Stdin {
 
     /// Closes the input, as dropping does.
     pub fn close(self) {}
+}
+
+/// What can be told to a running program beside its input. Clones are of the same program; they do not keep it alive.
+#[derive(Clone, Debug)]
+pub struct Controls(Control);
+
+impl Controls {
+    /// Tells the program's terminal its size; without a terminal nothing happens.
+    ///
+    /// # Errors
+    /// `AgentLost` when the program or the connection is gone.
+    pub async fn resize(&self, size: TerminalSize) -> Result<()> {
+        self.0.send(Kind::Resize, &size).await
+    }
+
+    /// Sends the program a signal: the foreground group of its terminal, or its own.
+    ///
+    /// # Errors
+    /// `AgentLost` when the program or the connection is gone.
+    pub async fn signal(&self, signal: i32) -> Result<()> {
+        self.0.send(Kind::Signal, &signal).await
+    }
 }
 
 impl Drop for Stdin {

@@ -31,6 +31,6 @@ pub use machine::{
 };
 pub use miosa_agent::wire::{
     CommandStatus, DirEntry, ErrorKind as GuestErrorKind, ExecRequest, ExitStatus, FileKind, FileStat, GuestInfo,
-    Identity, TreeSummary,
+    Identity, TerminalSize, TreeSummary,
 };
 pub use qemu::QemuVmm;

@@ -114,7 +114,7 @@ async fn kill_command(
 }
 
 /// `INT`, `SIGINT` or `2`.
-fn signal_number(text: &str) -> Result<i32, ApiError> {
+pub(super) fn signal_number(text: &str) -> Result<i32, ApiError> {
     let upper = text.to_ascii_uppercase();
     let name = if upper.starts_with("SIG") { upper.clone() } else { format!("SIG{upper}") };
     let named = name.parse::<nix::sys::signal::Signal>().ok().map(|signal| signal as i32);

@@ -11,25 +11,39 @@ use futures_util::{StreamExt, stream};
 use parking_lot::Mutex;
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
-use vmm::agent::Stdin;
+use vmm::agent::{Controls, Stdin};
 
 use super::Api;
 use super::answer::{Answer, ApiError, data, event_stream};
+use super::commands::signal_number;
 use super::request::{JsonBody, Path, refuse_unsupported};
 use crate::api::stream::{Encoding, ExecEvents};
-use crate::api::types::{Command, Envelope, ExecBody, ExecResult, SizeBody, StdinBody, exit_code};
+use crate::api::types::{Envelope, ExecBody, ExecResult, KillBody, SizeBody, StartedEvent, StdinBody, exit_code};
 use crate::engine::error::{Error, Kind};
 use crate::engine::records::new_id;
 use crate::engine::{ExecEvent, ExecSpec, RunningExec};
 
 /// Most of each output of a command that one answer holds.
 const MAX_OUTPUT: usize = 16 << 20;
+/// How long a command that is to end may take before it is killed.
+const KILL_GRACE: Duration = Duration::from_secs(5);
 
-/// Standard inputs of running commands that wait for their content.
-pub(super) type Stdins = Arc<Mutex<HashMap<String, Stdin>>>;
+/// Streamed commands whose callers were told an id.
+pub(super) type Running = Arc<Mutex<HashMap<String, RunningCommand>>>;
+
+/// What can be done to a streamed command by its id.
+pub(super) struct RunningCommand {
+    /// Its standard input, while that waits for its content.
+    stdin: Option<Stdin>,
+    controls: Controls,
+}
 
 pub(super) fn routes() -> OpenApiRouter<Api> {
-    OpenApiRouter::new().routes(routes!(exec)).routes(routes!(exec_stream)).routes(routes!(exec_stdin))
+    OpenApiRouter::new()
+        .routes(routes!(exec))
+        .routes(routes!(exec_stream))
+        .routes(routes!(exec_stdin))
+        .routes(routes!(exec_kill))
 }
 
 /// Runs a command and answers with what it did.
@@ -88,17 +102,13 @@ async fn exec_stream(
     let encoding = encoding(body.encoding.as_deref())?;
     let mut exec = start_exec(&api, &id, &body).await?;
     feed(&mut exec, &body);
-    let waiting = match (&body.stdin, exec.take_stdin()) {
-        (Some(StdinBody::Stream(true)), Some(stdin)) => {
-            let id = new_id("exec");
-            api.stdins.lock().insert(id.clone(), stdin);
-            Some(id)
-        }
-        _ => None,
-    };
+    let (stdin, controls) = (exec.take_stdin(), exec.controls());
     let mut events = ExecEvents::new(exec, encoding);
-    if let Some(id) = waiting {
-        events._cleanup = Some(Box::new(WaitingStdin { id: id.clone(), stdins: api.stdins.clone() }));
+    // The SDK takes an event that it does not know for output, and asks for none of these.
+    if stdin.is_some() || encoding == Encoding::Base64 {
+        let id = new_id("exec");
+        api.running.lock().insert(id.clone(), RunningCommand { stdin, controls });
+        events._cleanup = Some(Box::new(Forget { id: id.clone(), running: api.running.clone() }));
         events.exec_id = Some(id);
     }
     Ok(stream_events(events))
@@ -122,15 +132,15 @@ pub(super) fn stream_events(events: ExecEvents) -> Response {
     event_stream(Body::from_stream(body))
 }
 
-/// A standard input that nobody came for goes with its command.
-struct WaitingStdin {
+/// The id goes with its command.
+struct Forget {
     id: String,
-    stdins: Stdins,
+    running: Running,
 }
 
-impl Drop for WaitingStdin {
+impl Drop for Forget {
     fn drop(&mut self) {
-        self.stdins.lock().remove(&self.id);
+        self.running.lock().remove(&self.id);
     }
 }
 
@@ -141,7 +151,8 @@ async fn exec_stdin(
     Path((_sandbox, exec)): Path<(String, String)>,
     request: Request,
 ) -> Answer<SizeBody> {
-    let Some(mut stdin) = api.stdins.lock().remove(&exec) else {
+    let waiting = api.running.lock().get_mut(&exec).and_then(|command| command.stdin.take());
+    let Some(mut stdin) = waiting else {
         return Err(ApiError::new(
             404,
             "exec_not_found",
@@ -163,16 +174,37 @@ async fn exec_stdin(
     data(SizeBody { size_bytes: taken })
 }
 
+/// Sends a streamed command's process group a signal, or ends it. Its stream tells what becomes of it.
+#[utoipa::path(post, path = "/sandboxes/{id}/exec/{exec}/kill", tag = "commands", request_body = KillBody, responses((status = 200, body = Envelope<StartedEvent>)))]
+async fn exec_kill(
+    AppState(api): AppState<Api>,
+    Path((_sandbox, exec)): Path<(String, String)>,
+    JsonBody(body): JsonBody<KillBody>,
+) -> Answer<StartedEvent> {
+    refuse_unsupported("kill", &body.other)?;
+    let signal = body.signal.as_deref().map(signal_number).transpose()?;
+    let controls = api.running.lock().get(&exec).map(|command| command.controls.clone());
+    let Some(controls) = controls else {
+        return Err(ApiError::new(404, "exec_not_found", "no streamed command runs under this id"));
+    };
+    // A command that ends in the same moment is no error of the caller's.
+    let _ = controls.signal(signal.unwrap_or(nix::libc::SIGTERM)).await;
+    if signal.is_none() {
+        tokio::spawn(async move {
+            tokio::time::sleep(KILL_GRACE).await;
+            let _ = controls.signal(nix::libc::SIGKILL).await;
+        });
+    }
+    data(StartedEvent { exec_id: exec })
+}
+
 pub(super) async fn start_exec(api: &Api, id: &str, body: &ExecBody) -> Result<RunningExec, ApiError> {
     Ok(api.engine.exec(id, spec_of(body)?).await?)
 }
 
 pub(super) fn spec_of(body: &ExecBody) -> Result<ExecSpec, ApiError> {
     refuse_unsupported("exec", &body.other)?;
-    let argv = match &body.command {
-        Command::Argv(argv) => argv.clone(),
-        Command::Line(line) => vec!["sh".to_owned(), "-lc".to_owned(), line.clone()],
-    };
+    let argv = body.command.clone().into_argv();
     let timeout = match body.timeout {
         None => None,
         Some(seconds) if seconds > 0.0 && seconds < 1e9 => Some(Duration::from_secs_f64(seconds)),
@@ -185,6 +217,7 @@ pub(super) fn spec_of(body: &ExecBody) -> Result<ExecSpec, ApiError> {
         user: body.user.clone(),
         timeout,
         stdin: matches!(body.stdin, Some(StdinBody::Stream(true) | StdinBody::Text(_))),
+        tty: None,
     })
 }
 

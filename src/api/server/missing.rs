@@ -1,8 +1,10 @@
 //! What is not served: routes of the hosted product that this daemon does not have, and routes that nobody has.
 
 use axum::extract::Request;
+use axum::http::Method;
 
 use super::answer::ApiError;
+use super::request::{MAX_JSON, collect};
 
 /// First words of paths that are not done here, and what to do without them.
 const AREAS: [(&[&str], &str); 8] = [
@@ -36,12 +38,11 @@ const AREAS: [(&[&str], &str); 8] = [
 ];
 
 /// The same of what comes after a sandbox's id.
-const OF_SANDBOXES: [(&[&str], &str); 8] = [
+const OF_SANDBOXES: [(&[&str], &str); 7] = [
     (&["deploy", "template", "artifacts", "services"], "nothing is deployed from here"),
     (&["agent", "connectors", "browser", "code"], "run a program of your own: POST …/exec"),
-    (&["ssh-certificates", "ssh-info", "terminal"], "run commands: POST …/exec/stream"),
+    (&["ssh-certificates", "ssh-info", "ssh-tunnel"], "open a terminal: GET …/terminal"),
     (&["expose", "preview-token", "previews", "shares"], "ports of a sandbox are not reached from outside yet"),
-    (&["processes"], "run a detached command: POST …/commands"),
     (&["exports"], "read a file or a directory: GET …/fs/download, GET …/fs/archive"),
     (&["logs"], "the console is not streamed; read it again: GET …/logs"),
     (&["metrics", "audit"], "see …/usage, and the daemon's own figures at /metrics"),
@@ -51,8 +52,16 @@ const OF_SANDBOXES: [(&[&str], &str); 8] = [
 const OF_ALL_SANDBOXES: [(&[&str], &str); 1] =
     [(&["batch", "batches", "run", "runtimes"], "make them one by one: POST /sandboxes, or fork one: POST …/fork")];
 
+/// What is asked for. The body is read to its end, for nothing else: a connection on which some of it is left is closed
+/// with the answer, and the caller's next request on it with that.
+async fn read_out(request: Request) -> (Method, String) {
+    let (head, body) = request.into_parts();
+    let _ = collect(body, MAX_JSON).await;
+    (head.method, head.uri.path().to_owned())
+}
+
 pub(super) async fn no_route(request: Request) -> ApiError {
-    let path = request.uri().path();
+    let (method, path) = read_out(request).await;
     let known = path.strip_prefix("/api/v1/").and_then(|path| {
         let mut words = path.split('/');
         match (words.next()?, words.next(), words.next()) {
@@ -62,18 +71,16 @@ pub(super) async fn no_route(request: Request) -> ApiError {
         }
     });
     known.unwrap_or_else(|| {
-        ApiError::new(404, "route_not_found", format!("there is no {} {path}", request.method()))
+        ApiError::new(404, "route_not_found", format!("there is no {method} {path}"))
             .hint("this daemon serves /api/v1/sandboxes, snapshots, sandbox-templates, disks and store")
     })
 }
 
 /// What is asked of all sandboxes looks like the id of one that is asked for in a wrong way.
 pub(super) async fn no_method(request: Request) -> ApiError {
-    let path = request.uri().path();
+    let (method, path) = read_out(request).await;
     let known = path.strip_prefix("/api/v1/sandboxes/").and_then(|what| find(what, &OF_ALL_SANDBOXES));
-    known.unwrap_or_else(|| {
-        ApiError::new(405, "method_not_allowed", format!("{path} does not take {}", request.method()))
-    })
+    known.unwrap_or_else(|| ApiError::new(405, "method_not_allowed", format!("{path} does not take {method}")))
 }
 
 fn find(what: &str, table: &[(&[&str], &str)]) -> Option<ApiError> {

@@ -42,6 +42,8 @@ pub enum SandboxCommand {
     /// Run a command in a sandbox; its exit code becomes this command's
     #[command(visible_alias = "run")]
     Exec(ExecArgs),
+    /// Open a login shell on a terminal; its exit code becomes this command's
+    Shell(ShellArgs),
     /// Look at detached commands and end them
     #[command(subcommand)]
     Command(DetachedCommand),
@@ -154,8 +156,14 @@ pub struct ExecArgs {
     /// Kill the command after this long (exit code 124)
     #[arg(long, value_parser = parse_duration, value_name = "DURATION")]
     pub timeout: Option<Duration>,
+    /// Run the command on a terminal
+    #[arg(long, short, conflicts_with = "timeout")]
+    pub tty: bool,
+    /// Send it what is typed, also when standard input is a terminal
+    #[arg(long, short)]
+    pub interactive: bool,
     /// Start the command and answer with its id; it goes on until it ends or the session does
-    #[arg(long)]
+    #[arg(long, conflicts_with_all = ["tty", "interactive"])]
     pub detached: bool,
     /// What a detached command is called
     #[arg(long, requires = "detached")]
@@ -163,6 +171,23 @@ pub struct ExecArgs {
     /// The command and its arguments
     #[arg(last = true, required = true, value_name = "COMMAND")]
     pub command: Vec<String>,
+}
+
+/// `miosa sandbox shell`
+#[derive(Debug, Args)]
+pub struct ShellArgs {
+    /// The sandbox
+    #[command(flatten)]
+    pub target: Target,
+    /// Working directory
+    #[arg(long, value_name = "DIR")]
+    pub cwd: Option<String>,
+    /// Added to the environment
+    #[arg(long, value_parser = parse_env, value_name = "NAME=VALUE")]
+    pub env: Vec<(String, String)>,
+    /// Run as this user
+    #[arg(long)]
+    pub user: Option<String>,
 }
 
 /// `miosa sandbox command`

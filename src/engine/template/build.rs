@@ -323,6 +323,7 @@ impl Bench {
             user: run.user.clone(),
             timeout: Some(run.limit()),
             stdin: false,
+            tty: None,
         }
     }
 

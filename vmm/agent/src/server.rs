@@ -8,6 +8,7 @@ mod exec;
 mod files;
 mod freezer;
 mod identity;
+mod terminal;
 mod tree;
 mod users;
 
@@ -23,6 +24,7 @@ use parking_lot::{Condvar, Mutex};
 use crate::wire::{self, AgentError, Decoder, ErrorKind, Frame, GuestInfo, Kind, Outcome, Reply, Request};
 pub use exec::Children;
 use freezer::Freezer;
+use terminal::Terminal;
 
 /// Bytes of output that may wait for the pipe before streams wait.
 const QUEUE_BYTES: usize = 256 * 1024;
@@ -159,6 +161,16 @@ impl Server {
             Kind::Cancel => {
                 if let Some(stream) = stream() {
                     stream.cancel();
+                }
+            }
+            Kind::Resize => {
+                if let (Some(stream), Ok(size)) = (stream(), frame.parse()) {
+                    stream.change(|state| state.resize(size));
+                }
+            }
+            Kind::Signal => {
+                if let (Some(stream), Ok(signal)) = (stream(), frame.parse()) {
+                    self.system.children().signal_stream(&stream, signal);
                 }
             }
             Kind::HelloAck | Kind::ErrData | Kind::End => self.system.log("ignoring a frame that only a guest sends"),
@@ -301,6 +313,20 @@ struct State {
     cancelled: bool,
     /// How the stream's program ended: `wait` status.
     exit: Option<i32>,
+    /// The stream's program, while it runs, and its terminal.
+    pid: Option<i32>,
+    terminal: Option<Terminal>,
+    /// A size that was told before there was a terminal.
+    size: Option<wire::TerminalSize>,
+}
+
+impl State {
+    fn resize(&mut self, size: wire::TerminalSize) {
+        self.size = Some(size);
+        if let Some(terminal) = &self.terminal {
+            terminal.resize(size);
+        }
+    }
 }
 
 impl Stream {
@@ -335,7 +361,22 @@ impl Stream {
     }
 
     pub(crate) fn exited(&self, status: i32) {
-        self.change(|state| state.exit = Some(status));
+        self.change(|state| {
+            state.exit = Some(status);
+            (state.pid, state.terminal) = (None, None);
+        });
+    }
+
+    /// The stream's program has been started.
+    fn runs(&self, pid: i32, terminal: Option<Terminal>) {
+        self.change(|state| {
+            if state.exit.is_none() {
+                (state.pid, state.terminal) = (Some(pid), terminal);
+                if let Some(size) = state.size {
+                    state.resize(size);
+                }
+            }
+        });
     }
 
     /// Sends data as the host gives credit for it.

@@ -22,16 +22,15 @@
 //! side that sends more than it may is in violation: the host drops the connection, the guest drops the stream.
 //!
 //! ## Growing
-//! A stream is a request, data both ways under credit, and an outcome; terminals and connections to ports of the guest are
-//! new requests with data both ways, and what a terminal needs besides (its size, signals) a new kind of frame from the
-//! host. Both sides must have the same [`VERSION`]: an agent lives in the initramfs its machine was started with, and a
+//! A stream is a request, data both ways under credit, and an outcome. A terminal is a program whose outputs are one, and
+//! frames for its size and for signals; connections to ports of the guest are a new request with data both ways. Both sides must have the same [`VERSION`]: an agent lives in the initramfs its machine was started with, and a
 //! host that meets another version says so and ends the connection.
 
 use bytes::{Buf, Bytes, BytesMut};
 use serde::{Deserialize, Serialize};
 
 /// Version of this protocol; both sides must have the same one.
-pub const VERSION: u32 = 3;
+pub const VERSION: u32 = 4;
 /// Name of the virtio-serial port the agent listens on.
 pub const PORT_NAME: &str = "miosa.agent";
 /// Largest payload of one frame, in bytes.
@@ -81,12 +80,18 @@ pub enum Kind {
     Window = 8,
     /// Guest: the stream is over. Payload: [`Outcome`].
     End = 9,
+    /// Host: the terminal of the stream's program has another size. Payload: [`TerminalSize`].
+    Resize = 10,
+    /// Host: send the stream's program a signal, its terminal's foreground group if it has one. Payload: i32.
+    Signal = 11,
 }
 
 impl Kind {
     fn from_u8(byte: u8) -> Option<Kind> {
         use Kind::*;
-        [Hello, HelloAck, Open, Data, ErrData, Eof, Cancel, Window, End].into_iter().find(|k| *k as u8 == byte)
+        [Hello, HelloAck, Open, Data, ErrData, Eof, Cancel, Window, End, Resize, Signal]
+            .into_iter()
+            .find(|k| *k as u8 == byte)
     }
 }
 
@@ -422,7 +427,8 @@ pub const KILL_GRACE_MS: u64 = 5_000;
 /// A program to run in the guest.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ExecRequest {
-    /// Program and arguments; the program is looked up in `PATH` of the resulting environment.
+    /// Program and arguments; the program is looked up in `PATH` of the resulting environment. None, on a terminal: the
+    /// user's login shell.
     pub argv: Vec<String>,
     /// Added to the default environment (`PATH`, `HOME`, `USER`, `LOGNAME`, `SHELL`, `TERM`, `LANG`).
     pub env: Vec<(String, String)>,
@@ -434,6 +440,17 @@ pub struct ExecRequest {
     pub timeout_ms: Option<u64>,
     /// Whether the stream's data is the program's standard input; otherwise that is `/dev/null`.
     pub stdin: bool,
+    /// Run it on a terminal of this size: its input and both outputs are that, and all it writes is standard output.
+    pub tty: Option<TerminalSize>,
+}
+
+/// The size of a terminal, in characters.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TerminalSize {
+    /// Lines.
+    pub rows: u16,
+    /// Characters a line.
+    pub cols: u16,
 }
 
 /// A successful end of a stream.

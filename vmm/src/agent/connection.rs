@@ -4,7 +4,7 @@
 //! guest that sends more has broken the protocol.
 
 use std::collections::HashMap;
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, OnceLock, Weak};
 
 use bytes::Bytes;
 use miosa_agent::wire::{self, Decoder, Frame, Kind, Outcome, Request, Violation};
@@ -292,6 +292,10 @@ impl Stream {
         self.owed = 0;
     }
 
+    pub(super) fn control(&self) -> Control {
+        Control { inner: Arc::downgrade(&self.inner), id: self.id }
+    }
+
     pub(super) fn input(&self) -> Input {
         Input { inner: self.inner.clone(), id: self.id, credit: self.credit.clone(), closed: false }
     }
@@ -310,6 +314,33 @@ impl Drop for Stream {
     }
 }
 
+/// The way for what is no data and needs no credit.
+#[derive(Clone, Debug)]
+pub(super) struct Control {
+    inner: Weak<Inner>,
+    id: u32,
+}
+
+impl Control {
+    pub(super) async fn send(&self, kind: Kind, value: &impl serde::Serialize) -> Result<()> {
+        let frame =
+            Frame::with(self.id, kind, value).map_err(|violation| Error::new(ErrorKind::Invalid, violation.0))?;
+        let Some(inner) = self.inner.upgrade() else { return Err(over()) };
+        let permit = inner.shared.permit(frame.payload.len()).await?;
+        // Its number is another's, some day.
+        let table = inner.shared.table.lock();
+        if !table.streams.contains_key(&self.id) {
+            return Err(over());
+        }
+        inner.shared.send(frame, Some(permit));
+        Ok(())
+    }
+}
+
+fn over() -> Error {
+    Error::new(ErrorKind::AgentLost, "the stream is over: nobody reads what is sent")
+}
+
 /// The sending side of a stream.
 #[derive(Debug)]
 pub(super) struct Input {
@@ -322,7 +353,6 @@ pub(super) struct Input {
 impl Input {
     /// Sends bytes as the guest gives credit for them. Cancelled half-way, some of them are sent.
     pub(super) async fn send(&mut self, mut bytes: &[u8]) -> Result<()> {
-        let over = || Error::new(ErrorKind::AgentLost, "the stream is over: nobody reads what is sent");
         while !bytes.is_empty() && !self.closed {
             // Credit is only ever taken by this one sender, so what is there stays there.
             let least = self.credit.clone().acquire_many_owned(wire::cost(0)).await.map_err(|_| over())?;

@@ -18,6 +18,7 @@ use nix::unistd::Pid;
 use parking_lot::{Condvar, Mutex};
 
 use super::commands::Commands;
+use super::terminal::Terminal;
 use super::users::{self, User};
 use super::{Cancelled, Stream, System, Waited};
 use crate::wire::{AgentError, ErrorKind, ExecRequest, ExitStatus, Kind};
@@ -25,6 +26,11 @@ use crate::wire::{AgentError, ErrorKind, ExecRequest, ExitStatus, Kind};
 const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 /// Most of what a program wrote last that is still in the pipe when it has ended: the largest pipe there is.
 const PIPE_BYTES_MAX: usize = 1 << 20;
+
+/// How long a program whose terminal hangs up has to end by itself.
+const HANG_UP_GRACE: Duration = Duration::from_secs(2);
+/// What the end key of a terminal sends, Ctrl-D.
+const END_OF_INPUT: u8 = 4;
 
 /// The programs of all streams. A process is in the table from its start until it is reaped, and both happen under the
 /// table's lock: so a process that is in the table is really the one that was started.
@@ -92,6 +98,19 @@ impl Children {
         }
     }
 
+    /// Signals a stream's program: the foreground group of its terminal, or its own.
+    pub(super) fn signal_stream(&self, stream: &Stream, signal: libc::c_int) {
+        let state = stream.state.lock();
+        let (pid, foreground) = (state.pid, state.terminal.as_ref().and_then(Terminal::foreground));
+        drop(state);
+        match (foreground, pid) {
+            // SAFETY: plain system call; the group is of this terminal's session a moment ago.
+            (Some(group), _) => drop(unsafe { libc::killpg(group, signal) }),
+            (None, Some(pid)) => self.signal_group(pid, signal),
+            (None, None) => {}
+        }
+    }
+
     /// Signals the process group of a program that has not been reaped.
     pub(super) fn signal_group(&self, pid: i32, signal: libc::c_int) {
         if self.table.lock().contains_key(&pid) {
@@ -104,6 +123,7 @@ impl Children {
 /// A program that has been started and has to be watched.
 pub(super) struct Started {
     child: Child,
+    terminal: Option<Terminal>,
     /// Written to once the program is over.
     over: Arc<EventFd>,
     kill_at: Option<Instant>,
@@ -122,23 +142,36 @@ pub(super) fn run(system: &dyn System, stream: &Arc<Stream>, request: &ExecReque
 
 pub(super) fn start(system: &dyn System, stream: &Arc<Stream>, request: &ExecRequest) -> Result<Started, AgentError> {
     let now = Instant::now();
-    let mut command = command(system, request)?;
+    let (mut command, terminal) = command(system, request)?;
     let over = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)
         .map(Arc::new)
         .map_err(|e| AgentError::io("eventfd", &e.into()))?;
     let program = request.argv.first().map(String::as_str).unwrap_or_default();
     let child = system.children().spawn(&mut command, stream).map_err(|e| AgentError::io(program, &e))?;
     let kill_at = request.timeout_ms.and_then(|ms| now.checked_add(Duration::from_millis(ms)));
-    Ok(Started { child, over, kill_at })
+    if let Some(terminal) = &terminal {
+        stream.runs(child.id() as i32, Some(terminal.again().map_err(|e| AgentError::io("terminal", &e))?));
+    } else {
+        stream.runs(child.id() as i32, None);
+    }
+    Ok(Started { child, terminal, over, kill_at })
 }
 
 /// Moves a program's data until it has ended, or kills it when its time is over or its stream is cancelled.
 pub(super) fn watch(system: &dyn System, stream: &Arc<Stream>, started: Started) -> Result<ExitStatus, AgentError> {
     let (children, pid) = (system.children(), started.pid());
-    let Started { mut child, over, kill_at } = started;
-    let stdin = child.stdin.take().map(OwnedFd::from);
-    let outputs =
-        [(child.stdout.take().map(OwnedFd::from), Kind::Data), (child.stderr.take().map(OwnedFd::from), Kind::ErrData)];
+    let Started { mut child, terminal, over, kill_at } = started;
+    let on_terminal = terminal.is_some();
+    let (stdin, outputs) = match terminal {
+        Some(terminal) => {
+            let (read, write) = terminal.ends().map_err(|e| AgentError::io("terminal", &e))?;
+            (Some(write), [(Some(read), Kind::Data), (None, Kind::ErrData)])
+        }
+        None => {
+            let (out, err) = (child.stdout.take().map(OwnedFd::from), child.stderr.take().map(OwnedFd::from));
+            (child.stdin.take().map(OwnedFd::from), [(out, Kind::Data), (err, Kind::ErrData)])
+        }
+    };
     std::thread::scope(|scope| {
         let mut threads = Vec::new();
         let mut failed = None;
@@ -153,7 +186,7 @@ pub(super) fn watch(system: &dyn System, stream: &Arc<Stream>, started: Started)
         }
         if let Some(pipe) = stdin {
             let (stream, over) = (stream.clone(), over.clone());
-            if let Err(error) = builder().spawn_scoped(scope, move || pump_in(&stream, pipe, &over)) {
+            if let Err(error) = builder().spawn_scoped(scope, move || pump_in(&stream, pipe, on_terminal, &over)) {
                 failed = Some(error);
             }
         }
@@ -172,6 +205,12 @@ pub(super) fn watch(system: &dyn System, stream: &Arc<Stream>, started: Started)
         let (status, timed_out) = match waited {
             Waited::Exited(status) => (status, false),
             Waited::TimedOut | Waited::Cancelled => {
+                if on_terminal && matches!(waited, Waited::Cancelled) {
+                    // A shell tells its jobs, which have groups of their own.
+                    children.signal_stream(stream, libc::SIGHUP);
+                    children.signal_group(pid, libc::SIGHUP);
+                    stream.wait_exit(Some(Instant::now() + HANG_UP_GRACE), false);
+                }
                 children.signal_group(pid, libc::SIGKILL);
                 if failed.is_some() && !children.init {
                     let _ = waitid(Id::Pid(Pid::from_raw(pid)), WaitPidFlag::WEXITED | WaitPidFlag::WNOWAIT);
@@ -203,13 +242,17 @@ fn exit_status(status: i32, timed_out: bool) -> ExitStatus {
     }
 }
 
-fn command(system: &dyn System, request: &ExecRequest) -> Result<Command, AgentError> {
+fn command(system: &dyn System, request: &ExecRequest) -> Result<(Command, Option<Terminal>), AgentError> {
     let invalid = |message: &str| AgentError::new(ErrorKind::Invalid, message);
-    let Some((program, arguments)) = request.argv.split_first() else { return Err(invalid("argv is empty")) };
+    let user = users::find(system, request.user.as_deref())?;
+    let (program, arguments) = match request.argv.split_first() {
+        Some((program, arguments)) => (program.clone(), arguments),
+        None if request.tty.is_some() => (user.shell.clone(), &[][..]),
+        None => return Err(invalid("argv is empty")),
+    };
     if program.is_empty() {
         return Err(invalid("the program's name is empty"));
     }
-    let user = users::find(system, request.user.as_deref())?;
     let cwd = match &request.cwd {
         Some(cwd) => {
             let path = system.path(cwd)?;
@@ -224,7 +267,11 @@ fn command(system: &dyn System, request: &ExecRequest) -> Result<Command, AgentE
             if workspace.is_dir() { workspace } else { system.path("/")? }
         }
     };
-    let mut command = Command::new(program);
+    let mut command = Command::new(&program);
+    if request.argv.is_empty() {
+        // What tells a shell that it is a login shell.
+        command.arg0(format!("-{}", program.rsplit('/').next().unwrap_or_default()));
+    }
     command.args(arguments).env_clear().current_dir(cwd);
     for (name, value) in [
         ("PATH", DEFAULT_PATH),
@@ -243,14 +290,24 @@ fn command(system: &dyn System, request: &ExecRequest) -> Result<Command, AgentE
         }
         command.env(name, value);
     }
-    command.stdin(if request.stdin { Stdio::piped() } else { Stdio::null() });
-    command.stdout(Stdio::piped()).stderr(Stdio::piped());
-    become_user(&mut command, user);
-    Ok(command)
+    let terminal = match request.tty {
+        Some(size) => {
+            let terminal = Terminal::open(size).map_err(|e| AgentError::io("terminal", &e))?;
+            terminal.attach(&mut command, user.uid).map_err(|e| AgentError::io("terminal", &e))?;
+            Some(terminal)
+        }
+        None => {
+            command.stdin(if request.stdin { Stdio::piped() } else { Stdio::null() });
+            command.stdout(Stdio::piped()).stderr(Stdio::piped());
+            None
+        }
+    };
+    become_user(&mut command, user, terminal.is_some());
+    Ok((command, terminal))
 }
 
 /// Has the child lead a session, hence a process group, of its own and take on the user.
-fn become_user(command: &mut Command, user: User) {
+fn become_user(command: &mut Command, user: User, on_terminal: bool) {
     let switch = user.uid != 0;
     let groups: Vec<libc::gid_t> = user.groups;
     let (uid, gid) = (user.uid, user.gid);
@@ -260,6 +317,9 @@ fn become_user(command: &mut Command, user: User) {
         command.pre_exec(move || {
             let check = |result: libc::c_int| if result == -1 { Err(std::io::Error::last_os_error()) } else { Ok(()) };
             check(libc::setsid())?;
+            if on_terminal {
+                check(libc::ioctl(0, libc::TIOCSCTTY, 0))?;
+            }
             if switch {
                 check(libc::setgroups(groups.len(), groups.as_ptr()))?;
                 check(libc::setresgid(gid, gid, gid))?;
@@ -295,10 +355,7 @@ fn set_nonblocking(pipe: &OwnedFd) {
 
 /// Sends what the program writes. After the program's end, only what it left in the pipe: a process that it left
 /// behind may hold the pipe open for ever.
-///
-/// Gives the pipe back, which is closed once the program is dead: one that is killed for its stream's end is to die of
-/// that, and not of a closed pipe shortly before.
-fn pump_out(stream: &Stream, pipe: OwnedFd, kind: Kind, over: &EventFd) -> File {
+fn pump_out(stream: &Stream, pipe: OwnedFd, kind: Kind, over: &EventFd) {
     set_nonblocking(&pipe);
     let mut pipe = File::from(pipe);
     let mut bytes = vec![0; 32 * 1024];
@@ -307,42 +364,51 @@ fn pump_out(stream: &Stream, pipe: OwnedFd, kind: Kind, over: &EventFd) -> File 
     while left > 0 {
         running = running && ready(&pipe, PollFlags::POLLIN, over);
         match pipe.read(&mut bytes) {
-            Ok(0) => break,
+            Ok(0) => return,
             Ok(len) => {
                 if !running {
                     left = left.saturating_sub(len);
                 }
                 if stream.send(kind, &bytes[..len]).is_err() {
-                    break;
+                    return;
                 }
             }
             Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
             Err(error) if error.kind() == std::io::ErrorKind::WouldBlock && running => {}
-            Err(_) => break,
+            Err(_) => return,
         }
     }
-    pipe
 }
 
 /// Gives the program what the host sends. When the program has closed its input, the rest is dropped, so that the host
-/// is not held up.
-fn pump_in(stream: &Stream, pipe: OwnedFd, over: &EventFd) {
+/// is not held up. A terminal is not closed at the end: it is sent what the end key sends.
+fn pump_in(stream: &Stream, pipe: OwnedFd, on_terminal: bool, over: &EventFd) {
     set_nonblocking(&pipe);
     let mut pipe = Some(File::from(pipe));
     while let Ok(Some(bytes)) = stream.receive_next() {
-        let mut rest: &[u8] = &bytes;
-        while !rest.is_empty()
-            && let Some(writable) = &mut pipe
-        {
-            if !ready(writable, PollFlags::POLLOUT, over) {
-                return;
-            }
-            match writable.write(rest) {
-                Ok(len) => rest = &rest[len..],
-                Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
-                Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {}
-                Err(_) => pipe = None,
-            }
+        if !write_all(&mut pipe, &bytes, over) {
+            return;
         }
     }
+    if on_terminal {
+        write_all(&mut pipe, &[END_OF_INPUT], over);
+    }
+}
+
+/// False when the program is over.
+fn write_all(pipe: &mut Option<File>, mut rest: &[u8], over: &EventFd) -> bool {
+    while !rest.is_empty()
+        && let Some(writable) = pipe
+    {
+        if !ready(writable, PollFlags::POLLOUT, over) {
+            return false;
+        }
+        match writable.write(rest) {
+            Ok(len) => rest = &rest[len..],
+            Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
+            Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {}
+            Err(_) => *pipe = None,
+        }
+    }
+    true
 }

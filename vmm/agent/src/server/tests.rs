@@ -134,7 +134,7 @@ fn a_stream_without_credit_stands_still_alone() {
     assert!(received <= wire::WINDOW as usize, "{received} bytes were sent without credit");
     host.send(Frame::new(1, Kind::Cancel, vec![]));
     let (outcome, _) = host.end_of(1);
-    assert!(matches!(outcome, Ok(Reply::Exit(status)) if status.signal == Some(9)), "{outcome:?}");
+    assert!(matches!(outcome, Ok(Reply::Exit(status)) if status.signal == Some(9) || status.signal == Some(13)));
 }
 
 #[test]
@@ -451,4 +451,60 @@ fn a_command_outlives_its_host_and_its_output_is_found_again() {
     host.open(6, &Request::Commands);
     let Ok(Reply::Commands(all)) = host.end_of(6).0 else { panic!() };
     assert_eq!(all.iter().map(|c| c.id.as_str()).collect::<Vec<_>>(), ["a", "c"]);
+}
+
+#[test]
+fn a_program_on_a_terminal_has_a_size_signals_and_an_end_key() {
+    let mut host = Host::new();
+    let tty = Some(wire::TerminalSize { rows: 31, cols: 97 });
+    let script = "stty size; test -t 2 && echo tty; trap 'stty size; echo hup' WINCH; trap 'echo int' INT; \
+                  echo go; while [ \"$line\" != end ]; do line=; read line && echo got $line; done; echo over; cat; exit 6";
+    let argv = ["sh", "-c", script].map(str::to_owned).to_vec();
+    host.open(1, &Request::Exec(ExecRequest { argv, stdin: true, tty, ..Default::default() }));
+    let mut seen = String::new();
+    let mut until = |host: &mut Host, what: &str| {
+        while !seen.contains(what) {
+            let frame = host.next();
+            assert_eq!(frame.kind, Kind::Data, "{seen}");
+            seen.push_str(&String::from_utf8_lossy(&frame.payload));
+        }
+        seen.clone()
+    };
+    assert!(until(&mut host, "go\r\n").starts_with("31 97\r\ntty\r\n"));
+    host.send(Frame::new(1, Kind::Data, &b"one\n"[..]));
+    until(&mut host, "got one");
+    host.send(Frame::with(1, Kind::Resize, &wire::TerminalSize { rows: 5, cols: 6 }).unwrap());
+    host.send(Frame::new(1, Kind::Data, &b"two\n"[..]));
+    until(&mut host, "5 6\r\nhup");
+    host.send(Frame::with(1, Kind::Signal, &libc::SIGINT).unwrap());
+    host.send(Frame::new(1, Kind::Data, &b"three\n"[..]));
+    until(&mut host, "int");
+    // The interrupt key, as the terminal has it.
+    host.send(Frame::new(1, Kind::Data, &b"\x03"[..]));
+    until(&mut host, "^C");
+    host.send(Frame::new(1, Kind::Data, &b"end\n"[..]));
+    until(&mut host, "over");
+    host.send(Frame::new(1, Kind::Eof, Bytes::new()));
+    let (outcome, rest) = host.end_of(1);
+    assert_eq!(outcome, exit(6), "{rest:?}");
+}
+
+#[test]
+fn a_terminal_without_a_command_is_a_login_shell_that_ends_with_its_host() {
+    let mut host = Host::new();
+    let tty = Some(wire::TerminalSize { rows: 24, cols: 80 });
+    host.open(1, &Request::Exec(ExecRequest { stdin: true, tty, ..Default::default() }));
+    host.send(Frame::new(1, Kind::Data, &b"echo name=$0 pid=$$.\n"[..]));
+    let mut seen = String::new();
+    let pid: i32 = loop {
+        seen.push_str(&String::from_utf8_lossy(&host.next().payload));
+        let told = seen.split_once("name=-sh pid=").and_then(|(_, rest)| rest.split_once('.'));
+        if let Some(Ok(pid)) = told.map(|(pid, _)| pid.parse()) {
+            break pid;
+        }
+    };
+    host.greet(2);
+    while nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), None).is_ok() {
+        std::thread::sleep(Duration::from_millis(10));
+    }
 }
