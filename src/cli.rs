@@ -15,6 +15,7 @@ mod examples;
 mod exec;
 mod files;
 mod images;
+mod logs;
 mod output;
 mod report;
 mod sandbox;

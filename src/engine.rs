@@ -14,6 +14,7 @@ mod activity;
 pub mod attach;
 mod checkpoint;
 mod commands;
+mod console;
 pub mod error;
 mod files;
 mod guest;
@@ -54,6 +55,7 @@ use registry::Registry;
 use sandbox::Sandbox;
 
 pub use checkpoint::{ForkRequest, SnapshotRequest};
+pub use console::Console;
 pub use files::GuestTreeWriter;
 pub(crate) use guest::check_env;
 pub use guest::{ExecSpec, GuestReader, GuestWriter, RunningExec};

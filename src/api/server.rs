@@ -12,6 +12,7 @@ mod exec;
 mod files;
 mod history;
 mod idempotency;
+mod logs;
 mod metrics;
 mod missing;
 mod openapi;
@@ -74,6 +75,7 @@ pub fn router(engine: Arc<Engine>, disks: Arc<Disks>, defaults: Defaults) -> Rou
         .merge(changes::routes())
         .merge(events::routes())
         .merge(usage::routes())
+        .merge(logs::routes())
         .merge(snapshots::routes())
         .merge(history::routes())
         .merge(exec::routes())

@@ -41,7 +41,7 @@ const EXAMPLES: &[(&str, &str)] = &[
     ("sandbox upload-dir", "miosa sandbox upload-dir web ./site /workspace/site --delete"),
     ("sandbox download", "miosa sandbox download web /workspace/app.js --output ./app.js"),
     ("sandbox wait", "miosa sandbox wait web --port 3000"),
-    ("sandbox logs", "miosa sandbox logs web"),
+    ("sandbox logs", "miosa sandbox logs web\nmiosa sandbox logs web --follow"),
     ("sandbox stop", "miosa sandbox stop web"),
     ("sandbox resume", "miosa sandbox resume web"),
     ("sandbox snapshot", "miosa sandbox snapshot web --name \"after install\""),

@@ -7,9 +7,9 @@ use serde_json::{Value, json};
 
 use super::args::{CreateArgs, ForkArgs, SandboxCommand, SnapshotArgs, SnapshotTarget, SnapshotsCommand, WaitArgs};
 use super::output::{Failure, Out, Result};
-use super::{archives, commands, contents, exec, files, terminal, transfer};
+use super::{archives, commands, contents, exec, files, logs, terminal, transfer};
 use crate::api::client::{Client, escape};
-use crate::api::types::{CreateBody, ExtendBody, ForkBody, LogsBody, SandboxBody, SnapshotBody, SnapshotRequestBody};
+use crate::api::types::{CreateBody, ExtendBody, ForkBody, SandboxBody, SnapshotBody, SnapshotRequestBody};
 use crate::engine::lifecycle::State;
 use crate::engine::records::Consistency;
 use crate::units::{show_bytes, show_duration};
@@ -29,10 +29,7 @@ pub(super) async fn run(client: &Client, out: Out, command: SandboxCommand) -> R
         SandboxCommand::UploadDir(args) => transfer::upload_dir(client, out, args).await?,
         SandboxCommand::Download(args) => transfer::download(client, out, args).await?,
         SandboxCommand::Wait(args) => wait(client, out, args).await?,
-        SandboxCommand::Logs(target) => {
-            let logs: LogsBody = client.get(&path(&target.sandbox, "/logs")).await?;
-            out.answer(&logs, logs.logs.trim_end(), |_| logs.logs.trim_end().to_owned())?;
-        }
+        SandboxCommand::Logs(args) => logs::run(client, out, args).await?,
         SandboxCommand::Exec(args) => return exec::run(client, out, args).await,
         SandboxCommand::Shell(args) => return terminal::shell(client, args).await,
         SandboxCommand::Command(command) => commands::run(client, out, command).await?,

@@ -5,7 +5,7 @@ use vmm::{DirEntry, FileStat, TreeSummary, agent::TreeWriter};
 
 use super::Engine;
 use super::activity::InUse;
-use super::error::{Error, Kind, Result};
+use super::error::{Error, Result};
 use super::guest::{GuestReader, check_path, use_guest};
 
 /// Most entries of a directory that are listed.
@@ -82,16 +82,6 @@ impl Engine {
             Ok(GuestTreeWriter { writer, _in_use: sandbox.begin_use() })
         })
         .await
-    }
-
-    /// The end of the guest's console, of this session or, at rest, of the last one of this daemon's.
-    pub async fn console(&self, key: &str, max_bytes: usize) -> Result<String> {
-        let sandbox = self.find(key)?;
-        if sandbox.record().state == super::lifecycle::State::Destroyed {
-            return Err(Error::new(Kind::SandboxDestroyed, format!("sandbox {} has been destroyed", sandbox.id()))
-                .hint("its console is gone with it"));
-        }
-        Ok(sandbox.console(max_bytes).await)
     }
 }
 

@@ -75,7 +75,7 @@ pub(super) struct Owner {
     pub(super) session: Option<Session>,
     sessions_begun: u64,
     /// The end of the last session's console.
-    last_console: String,
+    pub(super) last_console: String,
 }
 
 /// The owner's lock, held.
@@ -380,15 +380,6 @@ impl Sandbox {
             face.record.memory_mib_ms = compute.memory_mib_ms;
         }
         ended
-    }
-
-    /// The end of the guest's console.
-    pub(super) async fn console(&self, max_bytes: usize) -> String {
-        let owner = self.own().await;
-        match &owner.session {
-            Some(session) => session.machine.console_tail(max_bytes),
-            None => owner.last_console.clone(),
-        }
     }
 
     pub(super) async fn destroy(self: &Arc<Self>) -> Result<SandboxView> {

@@ -270,3 +270,42 @@ fn a_detached_command_is_listed_followed_and_killed() {
     assert_eq!(d.run(&["sandbox", "command", "kill", "web", &sleeper, "--json"]).json()["signal"], 15);
     assert_eq!(d.run(&["sandbox", "command", "get", "web", "cmd-none", "--json"]).error(1)["code"], "exec_not_found");
 }
+
+#[test]
+fn the_console_is_shown_plain_raw_and_as_it_comes() {
+    let d = Daemon::start();
+    let made = d.run(&["sandbox", "create", "--name", "web", "--wait", "--json"]).json();
+    assert_eq!(d.run(&["sandbox", "logs", "web"]).out, "fake firmware\nfake guest\n");
+    assert!(d.run(&["sandbox", "logs", "web", "--raw"]).out.starts_with("\u{1b}c\u{1b}[?7l"));
+    let log = d.dir.path().join("run").join(text(&made["id"])).join("console.log");
+    let say = |what: &[u8]| {
+        std::io::Write::write_all(&mut std::fs::File::options().append(true).open(&log).unwrap(), what).unwrap();
+    };
+    let follow = |raw: &[&str]| {
+        let args = [&["sandbox", "logs", "web", "--follow"], raw].concat();
+        miosa(d.dir.path(), &args).stdout(Stdio::piped()).spawn().unwrap()
+    };
+    let (mut plain, mut raw) = (follow(&[]), follow(&["--raw"]));
+    let mut seen = Vec::new();
+    while !seen.ends_with(b"fake guest\r\n") {
+        let mut bytes = [0; 1];
+        raw.stdout.as_mut().unwrap().read_exact(&mut bytes).unwrap();
+        seen.push(bytes[0]);
+    }
+    say(b"\x1b[1mbold\x1b[");
+    say(b"0m one\r\n\xff\x00 last");
+    d.run(&["sandbox", "stop", "web"]);
+    let rest = |child: &mut std::process::Child| {
+        let mut rest = Vec::new();
+        child.stdout.as_mut().unwrap().read_to_end(&mut rest).unwrap();
+        assert_eq!(child.wait().unwrap().code(), Some(0));
+        rest
+    };
+    assert_eq!(rest(&mut raw), b"\x1b[1mbold\x1b[0m one\r\n\xff\x00 last");
+    let plain = String::from_utf8(rest(&mut plain)).unwrap();
+    assert!(plain.ends_with("fake guest\nbold one\n last\n"), "{plain:?}");
+    // At rest the last session's.
+    assert!(d.run(&["sandbox", "logs", "web", "--follow"]).out.starts_with("fake firmware\nfake guest\n"));
+    assert_eq!(d.run(&["sandbox", "logs", "none", "--follow", "--json"]).error(1)["code"], "invalid_input");
+    assert_eq!(d.run(&["sandbox", "logs", "none", "--json"]).error(1)["code"], "sandbox_not_found");
+}

@@ -5,6 +5,7 @@
 //! `root/<machine id>`: it outlives the machine, as a disk would. What should go wrong is scripted with [`Script`].
 
 use std::collections::{HashMap, VecDeque};
+use std::io::Write;
 use std::os::unix::net::UnixStream;
 use std::path::{Component, Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -17,6 +18,7 @@ use miosa_agent::wire::{AgentError, ErrorKind as GuestErrorKind, GuestInfo};
 use parking_lot::Mutex;
 use tokio::time::Instant;
 
+use crate::console;
 use crate::machine::Exit;
 use crate::{
     Accel, Acceleration, Agent, BootTiming, Error, ErrorKind, ExitReason, Machine, MachineSpec, Reaped, Result, Vmm,
@@ -115,8 +117,14 @@ impl Vmm for FakeVmm {
 
         let root = self.root_of(&spec.id);
         std::fs::create_dir_all(root.join("workspace")).map_err(|e| Error::io(root.display(), e))?;
+        let console = spec.run_dir.join("console.log");
+        // As firmware begins, and then lines. Where there is no such directory there is no console.
+        if let Ok(mut file) = console::create(&console) {
+            let _ = file.write_all(b"\x1bc\x1b[?7l\x1b[2J\x1b[0mfake firmware\r\nfake guest\r\n");
+        }
         let guest = Arc::new(FakeGuest {
             root,
+            console,
             children: Children::of_process(),
             pipe: Mutex::default(),
             exit: Exit::new(),
@@ -302,8 +310,8 @@ impl Machine for FakeMachine {
         self.timing
     }
 
-    fn console_tail(&self, _max_bytes: usize) -> String {
-        String::new()
+    fn console(&self) -> &Path {
+        &self.guest.console
     }
 }
 
@@ -317,6 +325,7 @@ impl Drop for FakeMachine {
 
 struct FakeGuest {
     root: PathBuf,
+    console: PathBuf,
     children: Children,
     pipe: Mutex<Option<Arc<UnixStream>>>,
     exit: Exit,

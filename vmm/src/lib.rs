@@ -7,6 +7,7 @@
 //! | [`qemu`] | machines as QEMU processes, over [`qmp`] |
 //! | [`process`] | processes that are found again and never left behind |
 //! | `cgroup` | what limits them |
+//! | `console` | what they write, kept short |
 //! | [`fake`] | a scripted stand-in for tests: real agent protocol, no virtual machine |
 //! | [`image`] | what guests boot: kernel, initramfs, base root file system |
 //!
@@ -15,6 +16,7 @@
 
 pub mod agent;
 mod cgroup;
+mod console;
 pub mod error;
 pub mod fake;
 pub mod image;
@@ -24,6 +26,7 @@ pub mod qemu;
 pub mod qmp;
 
 pub use agent::Agent;
+pub use console::ConsoleReader;
 pub use error::{Error, ErrorKind, Result};
 pub use fake::FakeVmm;
 pub use machine::{

@@ -223,8 +223,14 @@ pub trait Machine: Send + Sync {
     /// What the start took, or taking it over.
     fn boot_timing(&self) -> BootTiming;
 
-    /// The last `max_bytes` of the guest's console, control characters removed.
-    fn console_tail(&self, max_bytes: usize) -> String;
+    /// The file that the guest's console is written to. It is kept short: a reader has to see when it is started over, as
+    /// [`crate::ConsoleReader`] does. It stays after the machine's end, until the next one in the same directory.
+    fn console(&self) -> &Path;
+
+    /// The last `max_bytes` of the guest's console, control characters and sequences removed.
+    fn console_tail(&self, max_bytes: usize) -> String {
+        crate::console::tail(self.console(), max_bytes)
+    }
 }
 
 /// A point in time to be done by.

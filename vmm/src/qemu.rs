@@ -6,7 +6,6 @@
 //! everybody else only sends it signals.
 
 mod command;
-mod console;
 mod probe;
 
 use std::os::fd::{AsFd, OwnedFd};
@@ -25,6 +24,7 @@ use tokio::sync::mpsc;
 use tokio::time::Instant;
 
 use crate::cgroup::{self, Cgroups};
+use crate::console;
 use crate::machine::{Exit, deadline_at};
 use crate::process::{ProcessId, RECORD, RUN_DIR_VARIABLE};
 use crate::qmp::{Qmp, QmpEvent};
@@ -481,7 +481,7 @@ impl Machine for QemuMachine {
         self.timing
     }
 
-    fn console_tail(&self, max_bytes: usize) -> String {
-        console::tail(&self.process.control.paths.console, max_bytes)
+    fn console(&self) -> &Path {
+        &self.process.control.paths.console
     }
 }

@@ -12,7 +12,7 @@ use super::answer::{Answer, ApiError, ListAnswer, data, list_all, list_of};
 use super::changes::{ResumeBody, UpdateBody, check_shape};
 use super::request::{JsonBody, Paging, Params, Path, Wait, flag, refuse_unsupported, timeout};
 use crate::api::types::{
-    CreateBody, Envelope, ExtendBody, ForkBody, ListEnvelope, LogsBody, OneOrMany, ReadinessBody, SandboxBody,
+    CreateBody, Envelope, ExtendBody, ForkBody, ListEnvelope, OneOrMany, ReadinessBody, SandboxBody,
 };
 use crate::engine::error::{Error, Kind};
 use crate::engine::lifecycle::State;
@@ -31,16 +31,12 @@ const SIZES: [(&str, u32, u64, u64); 5] = [
 /// Largest disk of a sandbox: what ext4 and the store can both do, with room to spare.
 const MAX_DISK_MIB: u64 = 16 << 20;
 
-/// Most of a console that is shown.
-const MAX_LOGS: usize = 256 * 1024;
-
 pub(super) fn routes() -> OpenApiRouter<Api> {
     OpenApiRouter::new()
         .routes(routes!(list, create))
         .routes(routes!(by_name))
         .routes(routes!(show, update, destroy))
         .routes(routes!(readiness))
-        .routes(routes!(logs))
         .routes(routes!(stop))
         .routes(routes!(pause))
         .routes(routes!(resume))
@@ -146,19 +142,6 @@ async fn show(AppState(api): AppState<Api>, Path(id): Path<String>) -> Answer<Sa
 #[utoipa::path(get, path = "/sandboxes/by-name/{name}", tag = "sandboxes", responses((status = 200, body = Envelope<SandboxBody>)))]
 async fn by_name(AppState(api): AppState<Api>, Path(name): Path<String>) -> Answer<SandboxBody> {
     data(api.engine.show_by_name(&name)?)
-}
-
-/// Shows the end of the guest's console.
-#[utoipa::path(get, path = "/sandboxes/{id}/logs", tag = "sandboxes", params(("lines" = Option<u32>, Query, description = "The last so many")), responses((status = 200, body = Envelope<LogsBody>)))]
-async fn logs(AppState(api): AppState<Api>, Path(id): Path<String>, Params(params): Params) -> Answer<LogsBody> {
-    let lines = match params.get("lines").filter(|text| !text.is_empty()).map(|text| text.parse::<usize>()) {
-        None => usize::MAX,
-        Some(Ok(lines)) => lines,
-        Some(Err(_)) => return Err(Error::new(Kind::InvalidInput, "lines is a number").into()),
-    };
-    let all = api.engine.console(&id, MAX_LOGS).await?;
-    let skipped = all.lines().count().saturating_sub(lines);
-    data(LogsBody { logs: all.split_inclusive('\n').skip(skipped).collect() })
 }
 
 /// Says whether commands can be run.

@@ -38,7 +38,7 @@ pub enum SandboxCommand {
     /// Wait until a sandbox can be used
     Wait(WaitArgs),
     /// Show the end of the guest's console
-    Logs(Target),
+    Logs(LogsArgs),
     /// Run a command in a sandbox; its exit code becomes this command's
     #[command(visible_alias = "run")]
     Exec(ExecArgs),
@@ -171,6 +171,20 @@ pub struct ExecArgs {
     /// The command and its arguments
     #[arg(last = true, required = true, value_name = "COMMAND")]
     pub command: Vec<String>,
+}
+
+/// `miosa sandbox logs`
+#[derive(Debug, Args)]
+pub struct LogsArgs {
+    /// The sandbox
+    #[command(flatten)]
+    pub target: Target,
+    /// Go on until the session's end
+    #[arg(long, short)]
+    pub follow: bool,
+    /// Every byte as it came, with a terminal's control sequences
+    #[arg(long)]
+    pub raw: bool,
 }
 
 /// `miosa sandbox shell`
