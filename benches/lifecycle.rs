@@ -6,6 +6,8 @@
 
 mod harness;
 
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -24,6 +26,9 @@ while last < end:
     longest, last = max(longest, now - last), now
 print(int(longest * 1e6))
 ";
+
+/// Of a freeze, as the daemon counts them.
+const PHASES: [&str; 3] = ["freeze", "commit", "thaw"];
 
 struct Daemon {
     dir: tempfile::TempDir,
@@ -64,6 +69,18 @@ impl Daemon {
 
     fn run(&self, args: &[&str]) -> String {
         self.try_run(args).unwrap_or_else(|| panic!("{args:?} failed"))
+    }
+
+    /// Seconds that guests' file systems have been freezing, kept frozen and thawing so far.
+    fn frozen(&self) -> [f64; 3] {
+        let mut stream = UnixStream::connect(self.dir.path().join("miosa.sock")).expect("the daemon's socket");
+        stream.write_all(b"GET /metrics HTTP/1.0\r\nhost: x\r\n\r\n").expect("a request");
+        let mut text = String::new();
+        stream.read_to_string(&mut text).expect("figures");
+        PHASES.map(|phase| {
+            let name = format!("miosa_freeze_duration_seconds_sum{{phase=\"{phase}\"}} ");
+            text.lines().find_map(|line| line.strip_prefix(&name)).map_or(0.0, |sum| sum.parse().expect("a number"))
+        })
     }
 }
 
@@ -117,12 +134,22 @@ fn main() {
         })
     };
     let (mut without, mut with, mut calls) = (Vec::new(), Vec::new(), Vec::new());
+    let (mut phases, mut whole) = ([const { Vec::new() }; 3], Vec::new());
     for _ in 0..rounds {
         without.push(stalls(false).0);
+        let before = daemon.frozen();
         let (longest, mut taken) = stalls(true);
         with.push(longest);
         calls.push(taken.quantile_us(0.5) / 1e3);
+        let after = daemon.frozen();
+        let took: [f64; 3] = std::array::from_fn(|phase| (after[phase] - before[phase]) * 1e3);
+        phases.iter_mut().zip(took).for_each(|(all, ms)| all.push(ms));
+        whole.push(took.iter().sum());
     }
+    for (phase, all) in PHASES.iter().zip(phases) {
+        report.row("miosa", &format!("freeze of a running guest: {phase}"), "median", harness::median(all), "ms");
+    }
+    report.row("miosa", "freeze of a running guest, asked until thawed", "median", harness::median(whole), "ms");
     report.row("miosa", "writes of a running guest", "longest gap, alone", harness::median(without), "ms");
     report.row("miosa", "writes of a running guest", "longest gap, snapshot", harness::median(with), "ms");
     report.row("miosa", "snapshot of a running guest", "median", harness::median(calls), "ms");

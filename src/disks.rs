@@ -27,6 +27,7 @@ use crate::engine::lifecycle::State;
 use crate::engine::records::{
     Record, SandboxRecord, SnapshotRecord, StepRecord, TemplateRecord, check_name, is_own_name, load_all,
 };
+use crate::frontend::Traffic;
 pub use archive::ArchiveExport;
 pub use attach::{Attachment, Frontend};
 pub use files::{Content, FileView, Listing};
@@ -161,6 +162,7 @@ pub struct Disks {
     with_engine: bool,
     attached: Mutex<BTreeMap<Source, attach::Shown>>,
     mount: Mutex<Option<Arc<crate::frontend::FuseMount>>>,
+    traffic: Traffic,
     /// Held from looking to changing, so that nobody changes what was looked at.
     changing: Mutex<()>,
 }
@@ -192,6 +194,7 @@ impl Disks {
             with_engine,
             attached: Mutex::default(),
             mount: Mutex::default(),
+            traffic: Traffic::default(),
             changing: Mutex::default(),
         }))
     }
@@ -199,6 +202,11 @@ impl Disks {
     /// The store.
     pub fn store(&self) -> &Store {
         &self.store
+    }
+
+    /// What passes through front ends: those of attached disks, and whoever else counts here.
+    pub fn traffic(&self) -> &Traffic {
+        &self.traffic
     }
 
     /// All disks, by id.

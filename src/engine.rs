@@ -43,6 +43,7 @@ use std::time::Duration;
 use jiff::Timestamp;
 use storage::{SnapshotId, Source, Store};
 use tokio::sync::{Notify, OnceCell, Semaphore};
+use tracing::Instrument;
 use vmm::Vmm;
 use vmm::image::ImageConfig;
 
@@ -151,8 +152,8 @@ impl Shared {
         &self,
         call: impl FnOnce(&Store) -> Result<T> + Send + 'static,
     ) -> Result<T> {
-        let store = self.store.clone();
-        tokio::task::spawn_blocking(move || call(&store))
+        let (store, span) = (self.store.clone(), tracing::Span::current());
+        tokio::task::spawn_blocking(move || span.in_scope(|| call(&store)))
             .await
             .map_err(|e| Error::internal(format!("a call of the store did not end: {e}")))?
     }
@@ -297,10 +298,12 @@ impl Engine {
         Ok(Arc::new(Engine { shared, background }))
     }
 
-    /// Runs `work` to its end even if the caller goes away.
+    /// Runs `work` to its end even if the caller goes away. What it logs is the caller's request still.
     async fn detached<T: Send + 'static>(&self, work: impl Future<Output = Result<T>> + Send + 'static) -> Result<T> {
         self.shared.check_open()?;
-        tokio::spawn(work).await.unwrap_or_else(|e| Err(Error::internal(format!("an operation did not end: {e}"))))
+        tokio::spawn(work.in_current_span())
+            .await
+            .unwrap_or_else(|e| Err(Error::internal(format!("an operation did not end: {e}"))))
     }
 
     /// The sandbox of this id or name.
@@ -373,7 +376,7 @@ impl Engine {
             }
             let starting = tokio::spawn({
                 let sandbox = sandbox.clone();
-                async move { sandbox.start_first(owner).await }
+                async move { sandbox.start_first(owner).await }.in_current_span()
             });
             if request.wait {
                 let started = starting.await;

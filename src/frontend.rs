@@ -9,9 +9,11 @@
 //! Errors of the store become an errno or a virtio status here, in one place, and are logged here, once.
 
 pub mod fuse;
+mod traffic;
 pub mod vhost_user;
 
 pub use fuse::FuseMount;
+pub use traffic::{Device, FUSE, Traffic, VHOST_USER};
 pub use vhost_user::VhostUserServer;
 
 use nix::errno::Errno;

@@ -137,7 +137,8 @@ async fn serve(config: &Config, state: &StateDir, store: storage::Store) -> Resu
             (Arc::new(vmm::FakeVmm::new(guests)), Arc::new(images::FakeImages))
         }
     };
-    let disks = disks::open(config.disk_frontend, config.vmm, &state.fuse())?;
+    let users_disks = Disks::open(store.clone(), state.attached(), true)?;
+    let disks = disks::open(config.disk_frontend, config.vmm, &state.fuse(), users_disks.traffic().clone())?;
     let settings = Settings {
         run_root: state.run(),
         accel: match config.accel {
@@ -157,7 +158,6 @@ async fn serve(config: &Config, state: &StateDir, store: storage::Store) -> Resu
         ..Settings::default()
     };
     settings.guest.check()?;
-    let users_disks = Disks::open(store.clone(), state.attached(), true)?;
     let engine = Engine::open(Parts { store, vmm, disks, templates, settings }).await?;
 
     let served = listen(config, state, engine, users_disks).await;

@@ -495,6 +495,7 @@ fn figures_are_for_prometheus() {
     let d = Daemon::start();
     let id = sandbox(&d);
     post(&d, &format!("/sandboxes/{id}/exec"), &json!({ "command": "true" })).data();
+    post(&d, &format!("/sandboxes/{id}/snapshots"), &json!({})).data();
     get(&d, "/sandboxes/none");
     get(&d, "/no/such/route");
     let mut stream = UnixStream::connect(d.dir.path().join("miosa.sock")).unwrap();
@@ -509,7 +510,14 @@ fn figures_are_for_prometheus() {
         "miosa_boot_duration_seconds_count 1",
         "miosa_http_requests_total{method=\"GET\",route=\"/api/v1/sandboxes/{id}\",status=\"404\"} 1",
         "miosa_http_request_duration_seconds_count{method=\"POST\",route=\"/api/v1/sandboxes\"} 1",
+        "miosa_freeze_duration_seconds_count{phase=\"freeze\"} 1",
+        "miosa_freeze_duration_seconds_count{phase=\"commit\"} 1",
+        "miosa_freezes_failed_total 0",
+        "miosa_disk_requests_total{front_end=\"vhost-user\",operation=\"flush\"} 0",
+        "miosa_disk_bytes_total{front_end=\"fuse\",operation=\"write\"} 0",
+        "miosa_disk_errors_total{front_end=\"vhost-user\",operation=\"read\"} 0",
         "# TYPE miosa_store_stored_bytes gauge",
+        "# TYPE miosa_store_collections counter",
         "miosa_process_open_fds ",
         "# EOF",
     ] {

@@ -8,7 +8,7 @@ use storage::{Disk, Source};
 
 use super::Disks;
 use crate::engine::error::{Error, Kind, Result};
-use crate::frontend::{FuseMount, VhostUserServer};
+use crate::frontend::{FUSE, FuseMount, VHOST_USER, VhostUserServer};
 
 /// How a disk is shown.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
@@ -64,14 +64,18 @@ impl Disks {
         private_dir(&self.dir).map_err(|e| unavailable(format!("cannot make {}: {e}", self.dir.display())))?;
         let (path, service) = match frontend {
             Frontend::VhostUser => {
-                let server = VhostUserServer::start(disk.clone(), &self.dir.join(format!("{source}.sock")))
-                    .map_err(|e| unavailable(chain(&e)).hint("a socket's path has at most 107 bytes"))?;
+                let server = VhostUserServer::start(
+                    self.traffic.counted(VHOST_USER, disk.clone()),
+                    &self.dir.join(format!("{source}.sock")),
+                )
+                .map_err(|e| unavailable(chain(&e)).hint("a socket's path has at most 107 bytes"))?;
                 (server.socket().to_owned(), Service::VhostUser(server))
             }
             Frontend::Fuse => {
                 let mount = self.mounted()?;
                 let name = source.to_string();
-                let path = mount.add(&name, disk.clone()).map_err(|e| unavailable(chain(&e)))?;
+                let path =
+                    mount.add(&name, self.traffic.counted(FUSE, disk.clone())).map_err(|e| unavailable(chain(&e)))?;
                 (path, Service::Fuse { mount, name })
             }
         };

@@ -6,12 +6,15 @@
 //! of the disk, as after a power cut, and the answer says so.
 
 use std::sync::Arc;
+use std::time::Instant;
 
 use jiff::Timestamp;
 use storage::{Source, Store};
+use tracing::Instrument;
 
 use super::error::{Error, Result};
 use super::lifecycle::{Request, State};
+use super::metrics::Freeze;
 use super::records::{Consistency, Record, SandboxRecord, SnapshotRecord, new_id, new_machine_id};
 use super::sandbox::{OwnerGuard, Sandbox};
 use super::session::{Ending, Session, within};
@@ -73,10 +76,20 @@ impl Sandbox {
             return Err(Error::internal(format!("sandbox {} is running without a session", self.name())));
         };
         self.publish(|r| r.state = next);
+        let asked = Instant::now();
         let frozen = freeze(&self.shared, session).await;
+        let freezing = asked.elapsed();
         let committed = self.shared.with_store(move |store| commit(store, Consistency::Crash)).await;
+        let committing = asked.elapsed() - freezing;
         // Also after a failed freeze: it may have taken effect late.
         let stayed_frozen = thaw(&self.shared, session).await;
+        let thawing = asked.elapsed() - freezing - committing;
+        if frozen && stayed_frozen {
+            self.shared.metrics.froze(Freeze { freezing, committing, thawing });
+            tracing::info!(sandbox = %self.id(), ?freezing, ?committing, ?thawing, "the file system was frozen");
+        } else {
+            self.shared.metrics.freeze_failed();
+        }
         if let Ok(Some(after)) = self.decide(Request::CheckpointDone) {
             self.publish(|r| r.state = after);
         }
@@ -262,8 +275,11 @@ impl Sandbox {
         shared.registry.insert_all(children.clone(), reservation);
         // A child that would not outlive its session has one from the start.
         if request.wait || !parent.persistent {
-            let starts: Vec<_> =
-                children.iter().cloned().map(|child| tokio::spawn(async move { child.resume().await })).collect();
+            let starts: Vec<_> = children
+                .iter()
+                .cloned()
+                .map(|child| tokio::spawn(async move { child.resume().await }.in_current_span()))
+                .collect();
             if request.wait {
                 // A child that does not start is there all the same: it says why, and the others are not lost with it.
                 for (start, child) in starts.into_iter().zip(&children) {

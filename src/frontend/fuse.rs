@@ -16,7 +16,7 @@
 
 mod filesystem;
 
-use super::{Error, Result};
+use super::{Device, Error, Result};
 use filesystem::{DiskDirectory, Exports};
 use fuser::{BackgroundSession, Config, Session, SessionACL};
 use nix::errno::Errno;
@@ -26,7 +26,6 @@ use std::io;
 use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use storage::Disk;
 
 /// Requests that can be carried out at the same time. A waiting fsync occupies one for milliseconds.
 const THREADS: usize = 16;
@@ -44,11 +43,7 @@ impl FuseMount {
     /// Mounts on `dir`, which is created if it is not there. What a daemon that died left mounted is cleared away.
     pub fn mount(dir: &Path) -> Result<Self> {
         let failed = |source| Error::Mount { dir: dir.to_path_buf(), source };
-        if let Err(error) = std::fs::symlink_metadata(dir)
-            && error.raw_os_error() == Some(Errno::ENOTCONN as i32)
-        {
-            umount2(dir, MntFlags::MNT_DETACH).map_err(|e| failed(e.into()))?;
-        }
+        clear_away(dir).map_err(failed)?;
         std::fs::create_dir_all(dir).map_err(failed)?;
         let dir = dir.canonicalize().map_err(failed)?;
 
@@ -73,12 +68,12 @@ impl FuseMount {
     }
 
     /// Makes `disk` a file and returns its path.
-    pub fn add(&self, name: &str, disk: Disk) -> Result<PathBuf> {
+    pub fn add(&self, name: &str, disk: impl Into<Device>) -> Result<PathBuf> {
         let reserved = name.is_empty() || name == "." || name == "..";
         if reserved || name.len() > NAME_BYTES_MAX || name.contains(['/', '\0']) {
             return Err(Error::InvalidName(name.into()));
         }
-        if !self.exports.add(name, disk) {
+        if !self.exports.add(name, disk.into()) {
             return Err(Error::NameTaken(name.into()));
         }
         Ok(self.path(name))
@@ -115,6 +110,20 @@ impl FuseMount {
         }
         session.join()
     }
+}
+
+/// Takes away what daemons that died left mounted. Its attributes may still be cached, and it looks like any directory
+/// until it is opened.
+fn clear_away(dir: &Path) -> io::Result<()> {
+    while let Err(error) = std::fs::read_dir(dir) {
+        match error.raw_os_error() {
+            // One of several, or all there was.
+            Some(code) if code == Errno::ENOTCONN as i32 => umount2(dir, MntFlags::MNT_DETACH)?,
+            // Making the directory and mounting on it will say what is wrong with it.
+            _ => break,
+        }
+    }
+    Ok(())
 }
 
 /// Mounts. Done here and not by the crate, which unmounts a second time when its threads end: by then the directory may be

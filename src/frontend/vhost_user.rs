@@ -19,7 +19,7 @@ mod memory;
 mod request;
 mod ring;
 
-use super::{Error, Result};
+use super::{Device, Error, Result};
 use inflight::Inflight;
 use memory::GuestRam;
 use nix::errno::Errno;
@@ -37,7 +37,6 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, PoisonError};
 use std::thread::JoinHandle;
-use storage::Disk;
 use vhost::VhostUserMemoryRegionBase;
 use vhost::vhost_user::message::{
     VhostTransferStateDirection, VhostTransferStatePhase, VhostUserConfigFlags, VhostUserInflight, VhostUserLog,
@@ -85,7 +84,8 @@ struct Shared {
 impl VhostUserServer {
     /// Listens on `socket`, which is replaced if it is a stale socket, and serves `disk` to whoever connects, one at a
     /// time. The guest sees the file's stem as the serial number.
-    pub fn start(disk: Disk, socket: &Path) -> Result<Self> {
+    pub fn start(disk: impl Into<Device>, socket: &Path) -> Result<Self> {
+        let disk = disk.into();
         let failed = |source| Error::Listen { path: socket.to_path_buf(), source };
         if std::fs::symlink_metadata(socket).is_ok_and(|m| m.file_type().is_socket()) {
             std::fs::remove_file(socket).map_err(failed)?;
@@ -165,7 +165,7 @@ struct Acceptor {
     listener: UnixListener,
     woken: UnixStream,
     shared: Arc<Shared>,
-    disk: Disk,
+    disk: Device,
     serial: [u8; SERIAL_BYTES],
 }
 
@@ -257,7 +257,7 @@ impl Connection {
 
 /// One VMM's connection: negotiated features, guest memory and the rings. Dropping it stops the rings.
 struct Session {
-    disk: Disk,
+    disk: Device,
     serial: [u8; SERIAL_BYTES],
     acked_features: u64,
     ram: Option<Arc<GuestRam>>,
@@ -268,7 +268,7 @@ struct Session {
 const PROTOCOL_FEATURES: u64 = VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
 
 impl Session {
-    fn new(disk: Disk, serial: [u8; SERIAL_BYTES]) -> io::Result<Self> {
+    fn new(disk: Device, serial: [u8; SERIAL_BYTES]) -> io::Result<Self> {
         let rings = (0..usize::from(QUEUES)).map(Ring::new).collect::<io::Result<_>>()?;
         Ok(Self { disk, serial, acked_features: 0, ram: None, inflight: None, rings })
     }

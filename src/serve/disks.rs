@@ -10,22 +10,23 @@ use super::Error;
 use crate::config::{DiskFrontendArg, VmmArg};
 use crate::engine::attach::{AttachedDisk, DiskFrontend};
 use crate::engine::error::{Error as EngineError, Kind, Result};
-use crate::frontend::{FuseMount, VhostUserServer};
+use crate::frontend::{FUSE, FuseMount, Traffic, VHOST_USER, VhostUserServer};
 
 /// The front end of the daemon's setting. A fake machine needs none.
 pub(super) fn open(
     kind: DiskFrontendArg,
     vmm: VmmArg,
     dir: &Path,
+    traffic: Traffic,
 ) -> std::result::Result<Arc<dyn DiskFrontend>, Error> {
     match (vmm, kind) {
         (VmmArg::Fake, _) => Ok(Arc::new(Unshown)),
-        (VmmArg::Qemu, DiskFrontendArg::VhostUser) => Ok(Arc::new(VhostUser)),
+        (VmmArg::Qemu, DiskFrontendArg::VhostUser) => Ok(Arc::new(VhostUser { traffic })),
         (VmmArg::Qemu, DiskFrontendArg::Fuse) => {
             let mount = FuseMount::mount(dir).map_err(|e| {
                 Error::new(4, "fuse_unavailable", chain(&e)).hint("install fuse3, or use --disk-frontend vhost-user")
             })?;
-            Ok(Arc::new(Fuse { mount: Arc::new(mount) }))
+            Ok(Arc::new(Fuse { mount: Arc::new(mount), traffic }))
         }
     }
 }
@@ -38,11 +39,13 @@ fn chain(error: &dyn std::error::Error) -> String {
 }
 
 /// One virtio-blk back end a disk.
-struct VhostUser;
+struct VhostUser {
+    traffic: Traffic,
+}
 
 impl DiskFrontend for VhostUser {
     fn attach(&self, _: &str, run_dir: &Path, disk: Disk) -> Result<Box<dyn AttachedDisk>> {
-        let server = VhostUserServer::start(disk, &run_dir.join("disk.sock"))
+        let server = VhostUserServer::start(self.traffic.counted(VHOST_USER, disk), &run_dir.join("disk.sock"))
             .map_err(|e| EngineError::new(Kind::MachineUnavailable, chain(&e)))?;
         Ok(Box::new(VhostUserDisk(server)))
     }
@@ -67,11 +70,14 @@ impl AttachedDisk for VhostUserDisk {
 /// One file a disk.
 struct Fuse {
     mount: Arc<FuseMount>,
+    traffic: Traffic,
 }
 
 impl DiskFrontend for Fuse {
     fn attach(&self, name: &str, _: &Path, disk: Disk) -> Result<Box<dyn AttachedDisk>> {
-        self.mount.add(name, disk).map_err(|e| EngineError::new(Kind::MachineUnavailable, chain(&e)))?;
+        self.mount
+            .add(name, self.traffic.counted(FUSE, disk))
+            .map_err(|e| EngineError::new(Kind::MachineUnavailable, chain(&e)))?;
         Ok(Box::new(FuseDisk { mount: self.mount.clone(), name: name.to_owned() }))
     }
 }

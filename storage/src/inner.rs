@@ -98,6 +98,8 @@ pub(crate) struct Inner {
     pub collecting: Mutex<()>,
     /// Disks and snapshots deleted since garbage was last collected.
     pub deleted: AtomicU64,
+    /// What was done since it was opened.
+    pub totals: Mutex<crate::Totals>,
     pub options: Options,
     /// Where the store is, on a file medium.
     pub dir: Option<PathBuf>,
@@ -131,6 +133,7 @@ impl Inner {
     /// Collects garbage, if need be out of the reserve.
     pub fn collect(&self) -> Result<crate::GcReport> {
         let report = self.with_reserve(|| crate::gc::collect(self, false));
+        self.totals.lock().collection(&report);
         self.set_reserve();
         report
     }

@@ -36,6 +36,7 @@ mod rows;
 mod seal;
 mod state;
 mod store;
+mod totals;
 mod usage;
 mod workers;
 
@@ -52,4 +53,5 @@ pub use repack::RepackReport;
 pub use repair::RepairReport;
 pub use seal::SealReport;
 pub use store::{Commit, DiskInfo, SnapshotInfo, Store, Transaction};
+pub use totals::Totals;
 pub use usage::{GroupUsage, Stats, Usage};

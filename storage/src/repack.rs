@@ -75,6 +75,7 @@ pub(crate) fn repack(inner: &Inner, made_before: Option<u64>, rest: &mut Rest<'_
         }
         later = after;
     }
+    inner.totals.lock().repacking(&report);
     Ok(report)
 }
 

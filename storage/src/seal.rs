@@ -80,6 +80,7 @@ pub(crate) fn checkpoint_all(inner: &Inner) -> Result<SealReport> {
 /// A checkpoint, with `running` held. Whoever waits for room in the log hears of it.
 fn checkpoint_locked(inner: &Inner, whole: bool) -> Result<SealReport> {
     let outcome = try_checkpoint(inner, whole);
+    inner.totals.lock().checkpoint(&outcome);
     let mut state = inner.sealer.state.lock();
     state.tried += 1;
     state.failure = outcome.as_ref().err().cloned();

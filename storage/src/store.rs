@@ -127,6 +127,7 @@ impl Store {
             sealer: Sealer::default(),
             collecting: Mutex::new(()),
             deleted: AtomicU64::new(0),
+            totals: Mutex::default(),
             options,
             dir,
             _lock: lock,
@@ -227,6 +228,11 @@ impl Store {
     /// The store's figures. Walks the rows of all packs and the overlays of all disks.
     pub fn stats(&self) -> Result<crate::Stats> {
         crate::usage::stats(self.inner())
+    }
+
+    /// What was done since the store was opened.
+    pub fn totals(&self) -> crate::Totals {
+        *self.inner().totals.lock()
     }
 
     /// Bytes of the non-zero blocks of a disk or snapshot.

@@ -159,13 +159,20 @@ fn logs_can_be_json_and_hold_no_secrets() {
     d.run(&["sandbox", "create", "--name", "one", "--wait", "--env", "TOKEN=hush-hush-1"]);
     d.run(&["sandbox", "exec", "one", "--env", "PASSWORD=hush-hush-2", "--", "true"]);
     d.run_with(&["sandbox", "write-file", "one", "/f", "-"], b"hush-hush-3");
+    d.run(&["sandbox", "snapshot", "one"]);
     d.run(&["sandbox", "show", "nobody"]);
     d.end(nix::sys::signal::Signal::SIGTERM);
-    let log = d.log();
+    let (log, mut frozen) = (d.log(), 0);
     for line in log.lines() {
         let line: serde_json::Value = serde_json::from_str(line).unwrap_or_else(|e| panic!("{e}: {line}"));
         assert!(line["level"].is_string() && line["timestamp"].is_string(), "{line}");
+        // What goes on without its caller is told as part of the caller's request.
+        if line.to_string().contains("the file system was frozen") {
+            assert!(line.to_string().contains("req-"), "{line}");
+            frozen += 1;
+        }
     }
+    assert_eq!(frozen, 1, "{log}");
     assert!(log.contains("req-"), "{log}");
     assert!(!log.contains("hush-hush") && !log.contains(&key), "{log}");
 }

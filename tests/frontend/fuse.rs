@@ -39,9 +39,13 @@ fn errno<T: std::fmt::Debug>(result: io::Result<T>) -> i32 {
     result.unwrap_err().raw_os_error().unwrap()
 }
 
-fn is_mounted(dir: &Path) -> bool {
+fn mounts_on(dir: &Path) -> usize {
     let mounts = std::fs::read_to_string("/proc/self/mounts").unwrap();
-    mounts.lines().any(|line| line.split(' ').nth(1) == dir.to_str())
+    mounts.lines().filter(|line| line.split(' ').nth(1) == dir.to_str()).count()
+}
+
+fn is_mounted(dir: &Path) -> bool {
+    mounts_on(dir) > 0
 }
 
 #[test]
@@ -371,6 +375,26 @@ fn unmounting_waits_for_nobody_and_leaves_nothing() {
     // Somebody else unmounts it.
     run("umount", &[dir.to_str().unwrap()]);
     drop(again);
+    assert!(!is_mounted(&dir));
+    drop(file);
+}
+
+#[test]
+fn what_a_dead_server_left_mounted_is_cleared_away() {
+    let setup = mounted();
+    let dir = setup.mount.dir().to_path_buf();
+    let path = setup.add("disk", MIB);
+    let file = open(&path);
+    assert!(std::fs::symlink_metadata(&dir).is_ok());
+    // As the death of a server: the connection is over, and the mount, being in use, stays.
+    nix::mount::umount2(&dir, nix::mount::MntFlags::MNT_FORCE).unwrap_err();
+    assert_eq!(errno(std::fs::read_dir(&dir)), libc::ENOTCONN);
+    // The kernel still knows what the directory was like, and does not ask.
+    assert!(std::fs::symlink_metadata(&dir).is_ok());
+    let again = FuseMount::mount(&dir).unwrap();
+    assert_eq!(mounts_on(&dir), 1);
+    assert_eq!(std::fs::read_dir(&dir).unwrap().count(), 0);
+    again.unmount().unwrap();
     assert!(!is_mounted(&dir));
     drop(file);
 }

@@ -9,6 +9,7 @@ use axum::extract::{Request, State as AppState};
 use axum::response::Response;
 use futures_util::{StreamExt, stream};
 use parking_lot::Mutex;
+use tracing::Instrument;
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 use vmm::agent::{Controls, Stdin};
@@ -227,10 +228,13 @@ fn feed(exec: &mut RunningExec, body: &ExecBody) {
         && let Some(mut stdin) = exec.take_stdin()
     {
         let content = content.clone();
-        tokio::spawn(async move {
-            // A command that does not read to the end is no error.
-            let _ = stdin.write(content.as_bytes()).await;
-        });
+        tokio::spawn(
+            async move {
+                // A command that does not read to the end is no error.
+                let _ = stdin.write(content.as_bytes()).await;
+            }
+            .in_current_span(),
+        );
     }
 }
 

@@ -3,7 +3,7 @@
 //! Labels are routes, methods, statuses and states: what callers send never becomes a label.
 
 use std::sync::Arc;
-use std::sync::atomic::AtomicU64;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use axum::extract::{MatchedPath, Request, State as AppState};
@@ -56,6 +56,7 @@ pub(super) struct Metrics {
     latency: Family<Route, Histogram>,
     sandboxes: Family<InState, Gauge>,
     store: Vec<(Read, Gauge)>,
+    totals: Vec<(ReadTotal, Counter)>,
     process: Process,
     disks: Arc<Disks>,
     measured: Mutex<Option<Instant>>,
@@ -73,13 +74,20 @@ impl Metrics {
         let sandboxes = Family::<InState, Gauge>::default();
         registry.register("sandboxes", "Sandboxes by state, destroyed ones aside", sandboxes.clone());
         engine.metrics().register(&mut registry);
+        disks.traffic().register(&mut registry);
+        let totals = TOTALS.map(|(name, help, read)| {
+            let counter = Counter::<u64>::default();
+            registry.register(name, help, counter.clone());
+            (read, counter)
+        });
         let store = STORE.map(|(name, help, read)| {
             let gauge = Gauge::<i64>::default();
             registry.register(name, help, gauge.clone());
             (read, gauge)
         });
         let process = Process::register(&mut registry);
-        Self { registry, requests, latency, sandboxes, store: store.into(), process, disks, measured: Mutex::default() }
+        let (store, totals, measured) = (store.into(), totals.into(), Mutex::default());
+        Self { registry, requests, latency, sandboxes, store, totals, process, disks, measured }
     }
 
     /// The figures as text, those that are read now read now. It may block.
@@ -96,10 +104,20 @@ impl Metrics {
             }
         }
         self.measure_store()?;
+        self.measure_totals();
         self.process.measure();
         let mut text = String::new();
         encode(&mut text, &self.registry).map_err(|e| Error::internal(format!("figures could not be written: {e}")))?;
         Ok(text)
+    }
+
+    /// Figures that the store counts itself.
+    fn measure_totals(&self) {
+        let totals = self.disks.store().totals();
+        for (read, counter) in &self.totals {
+            // Both only grow; who asks at the same time may have told some of it.
+            counter.inner().fetch_max(read(&totals), Ordering::Relaxed);
+        }
     }
 
     fn measure_store(&self) -> Result<(), Error> {
@@ -130,6 +148,22 @@ const STORE: [Figure; 9] = [
     ("store_index_bytes", "The catalogue and index", |s| s.index_bytes),
     ("store_log_bytes", "The log: what waits to be packed", |s| s.log_bytes),
     ("store_stored_bytes", "All that the store occupies", |s| s.stored_bytes),
+];
+
+/// Takes a sum out of the store's.
+type ReadTotal = fn(&storage::Totals) -> u64;
+
+const TOTALS: [(&str, &str, ReadTotal); 10] = [
+    ("store_checkpoints", "Checkpoints: what the log held was packed", |t| t.checkpoints),
+    ("store_checkpoints_failed", "Checkpoints that failed", |t| t.checkpoints_failed),
+    ("store_sealed_blocks", "Blocks of 4 KiB taken from the log by checkpoints", |t| t.sealed_blocks),
+    ("store_new_blocks", "Of these, blocks that were not stored yet", |t| t.new_blocks),
+    ("store_packed_bytes", "Bytes of packs that checkpoints wrote", |t| t.packed_bytes),
+    ("store_collections", "Garbage collections", |t| t.collections),
+    ("store_collections_failed", "Garbage collections that failed", |t| t.collections_failed),
+    ("store_collected_bytes", "Bytes of packs that collections gave back", |t| t.collected_bytes),
+    ("store_repacked_packs", "Packs that were packed again", |t| t.repacked_packs),
+    ("store_repacked_bytes", "Bytes that packing again gave back", |t| t.repacked_bytes),
 ];
 
 /// Figures of this process, under the names that they have everywhere.

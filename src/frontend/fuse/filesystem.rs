@@ -1,6 +1,6 @@
 //! The requests of the kernel: decode, check bounds, call the disk, map the error.
 
-use crate::frontend::{errno, log_storage_error};
+use crate::frontend::{Device, errno, log_storage_error};
 use fuser::{
     BsdFileFlags, Errno, FileAttr, FileHandle, FileType, Filesystem, FopenFlags, Generation, INodeNo, InitFlags,
     IoctlFlags, KernelConfig, LockOwner, OpenAccMode, OpenFlags, RenameFlags, ReplyAttr, ReplyCreate, ReplyData,
@@ -16,7 +16,6 @@ use std::io;
 use std::ops::Bound;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
-use storage::Disk;
 
 /// The kernel's own limit is 256 pages.
 const REQUEST_BYTES_MAX: u32 = 1 << 20;
@@ -57,7 +56,7 @@ struct Export {
     added: SystemTime,
     times: Mutex<Times>,
     /// Held for reading over every request; taken for writing, and emptied, by removal.
-    disk: RwLock<Option<Disk>>,
+    disk: RwLock<Option<Device>>,
 }
 
 struct Times {
@@ -67,7 +66,7 @@ struct Times {
 
 impl Exports {
     /// False if the name is taken.
-    pub(super) fn add(&self, name: &str, disk: Disk) -> bool {
+    pub(super) fn add(&self, name: &str, disk: Device) -> bool {
         let mut table = self.0.write();
         if table.by_name.contains_key(name) {
             return false;
@@ -132,7 +131,7 @@ impl Export {
     fn with_disk<T>(
         &self,
         name: &'static str,
-        operation: impl FnOnce(&Disk) -> storage::Result<T>,
+        operation: impl FnOnce(&Device) -> storage::Result<T>,
     ) -> Result<T, Errno> {
         let disk = self.disk.read();
         let disk = disk.as_ref().ok_or(Errno::ENODEV)?;
@@ -178,7 +177,7 @@ impl Export {
         if self.read_only {
             return Ok(());
         }
-        self.with_disk("flush", Disk::flush)
+        self.with_disk("flush", Device::flush)
     }
 
     fn allocate(&self, offset: u64, len: u64, mode: i32) -> Result<(), Errno> {

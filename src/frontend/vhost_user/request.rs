@@ -7,9 +7,8 @@
 //! another, and the status is the last writable byte.
 
 use super::memory::GuestRam;
-use crate::frontend::{log_storage_error, virtio_status};
+use crate::frontend::{Device, log_storage_error, virtio_status};
 use std::ops::Deref;
-use storage::Disk;
 use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP, VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_FLUSH,
     VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_WRITE_ZEROES,
@@ -145,7 +144,7 @@ impl<'a> Cursor<'a> {
 
 /// The device as one queue sees it.
 pub(super) struct BlockDevice {
-    disk: Disk,
+    disk: Device,
     serial: [u8; SERIAL_BYTES],
     /// The driver did not take VIRTIO_BLK_F_FLUSH, so it cannot ask: a completed write has to be durable.
     write_through: bool,
@@ -154,7 +153,7 @@ pub(super) struct BlockDevice {
 }
 
 impl BlockDevice {
-    pub(super) fn new(disk: Disk, serial: [u8; SERIAL_BYTES], write_through: bool) -> Self {
+    pub(super) fn new(disk: Device, serial: [u8; SERIAL_BYTES], write_through: bool) -> Self {
         Self { disk, serial, write_through, segments: Segments::default(), buffer: Vec::new() }
     }
 
