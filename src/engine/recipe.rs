@@ -38,7 +38,7 @@ pub struct Recipe {
     pub description: Option<String>,
     /// The template it starts from, or `debian`.
     pub from: String,
-    /// Size of the disk, such as `10gb`; only if it starts from `debian`.
+    /// Size of the disk, such as `10gb`: at least that of what it starts from.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub disk: Option<String>,
     /// Debian packages to install, first.
@@ -215,15 +215,10 @@ impl Recipe {
         })
     }
 
-    /// Size of the disk that a recipe from [`DEBIAN`] makes.
+    /// Size of the disk, if it is not that of the template it starts from.
     pub(super) fn disk_mib(&self) -> Result<Option<u64>> {
         let disk = size("disk", self.disk.as_deref())?;
-        match (self.from == DEBIAN, disk) {
-            (true, disk) => Ok(Some(disk.unwrap_or(DISK_MIB))),
-            (false, None) => Ok(None),
-            (false, Some(_)) => Err(Error::invalid(format!("the recipe sets a disk, but starts from {:?}", self.from))
-                .hint("a template's disk is as large as that it starts from: set it in a recipe from debian")),
-        }
+        Ok(disk.or_else(|| (self.from == DEBIAN).then_some(DISK_MIB)))
     }
 
     /// Memory of the build and of the template's sandboxes, in MiB.
@@ -384,7 +379,7 @@ mod tests {
             assert!(error.to_string().contains(word), "{text}: {error}");
         }
         for (text, word) in [
-            ("from = \"base\"\ndisk = \"10gb\"", "disk"),
+            ("from = \"base\"\ndisk = \"many\"", "disk"),
             ("from = \"debian\"\ndisk = \"1mb\"", "1 GiB"),
             ("from = \"debian\"\ndisk = \"many\"", "disk"),
             ("from = \"base\"\npackages = [\"--force\"]", "--force"),

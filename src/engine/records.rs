@@ -192,6 +192,9 @@ pub struct TemplateRecord {
     /// What it was built by, unless it was imported or that is large.
     #[serde(default)]
     pub recipe: Option<Recipe>,
+    /// The state of its last step that it is a copy of, if it was built by a recipe.
+    #[serde(default)]
+    pub built_on: Option<SnapshotId>,
 }
 
 /// The state after a step of a template's build, from which the next build of the same steps goes on.

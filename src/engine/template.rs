@@ -17,6 +17,7 @@ use std::sync::Arc;
 use async_trait::async_trait;
 use jiff::Timestamp;
 use storage::{Disk, SnapshotId, Source, Store, Transaction};
+use tracing::Instrument;
 use vmm::image::{ImageFormat, ReadyImage};
 
 use super::error::{Error, Kind, Result};
@@ -95,12 +96,12 @@ pub struct BuildRequest {
     pub no_cache: bool,
 }
 
-/// What a template costs, and who came from it.
+/// What a template costs, with the states that its builds kept, which go with it.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct TemplateUsage {
-    /// Bytes in packs of everything it refers to.
+    /// Bytes in packs of everything they refer to.
     pub referenced_bytes: u64,
-    /// Of those, what nothing else refers to: about what deleting it gives back.
+    /// Of those, what nothing else refers to: about what deleting the template gives back.
     pub exclusive_bytes: u64,
 }
 
@@ -125,23 +126,21 @@ impl Engine {
 
     /// What one template costs, or all, in the order asked for. Walks their maps.
     pub async fn template_usage(&self, templates: &[TemplateRecord]) -> Result<Vec<TemplateUsage>> {
-        let states: Vec<SnapshotId> = templates.iter().map(|t| t.snapshot).collect();
+        let wanted: Vec<(String, SnapshotId)> = templates.iter().map(|t| (t.name.clone(), t.snapshot)).collect();
         self.shared
             .with_store(move |store| {
-                let all = match states.as_slice() {
-                    [] => Vec::new(),
-                    [one] => vec![store.usage_of(Source::Snapshot(*one))?],
-                    _ => store.usage()?,
+                let steps: Vec<StepRecord> = load_all(store)?;
+                let group = |(name, state): &(String, SnapshotId)| {
+                    let kept = steps.iter().filter(|step| step.template == *name).map(|step| step.snapshot);
+                    std::iter::once(*state).chain(kept).map(Source::Snapshot).collect()
                 };
-                let of = |state: &SnapshotId| {
-                    let id = Source::Snapshot(*state).to_string();
-                    let found = all.iter().find(|usage| usage.id == id);
-                    found.map_or(TemplateUsage::default(), |usage| TemplateUsage {
-                        referenced_bytes: usage.referenced_bytes,
-                        exclusive_bytes: usage.exclusive_bytes,
-                    })
+                let groups: Vec<Vec<Source>> = wanted.iter().map(group).collect();
+                let costs = store.usage_of_groups(&groups)?;
+                let usage = |cost: &storage::GroupUsage| TemplateUsage {
+                    referenced_bytes: cost.referenced_bytes,
+                    exclusive_bytes: cost.exclusive_bytes,
                 };
-                Ok(states.iter().map(of).collect())
+                Ok(costs.iter().map(usage).collect())
             })
             .await
     }
@@ -160,7 +159,7 @@ impl Engine {
     pub fn start_build(self: &Arc<Self>, request: BuildRequest) -> Result<BuildView> {
         let (engine, build) = (self.clone(), self.begin_build(&request)?);
         let begun = build.view();
-        tokio::spawn(async move { engine.run_build(build, request, Arc::new(|_| {})).await });
+        tokio::spawn(async move { engine.run_build(build, request, Arc::new(|_| {})).await }.in_current_span());
         Ok(begun)
     }
 
@@ -268,6 +267,7 @@ async fn import_template(
                     cpus: None,
                     memory_mib: None,
                     recipe: None,
+                    built_on: None,
                 };
                 put_template(tx, &record, old.as_ref())?;
                 Ok(record)

@@ -78,6 +78,66 @@ fn steps_that_were_done_before_are_not_done_again() {
 }
 
 #[test]
+fn a_build_that_does_nothing_new_leaves_the_template_as_it_is() {
+    let lab = Lab::fake();
+    let text = "from = \"base\"\nmemory = \"512mb\"\nrun = [\"echo x\"]\n";
+    let build = |text: &str, more: &[&str]| {
+        let file = recipe(&lab, text);
+        lab.json(&[&["template", "build", "mine", "--file", &file], more].concat())["created_at"].clone()
+    };
+    let first = build(text, &[]);
+    assert_eq!(build(text, &[]), first);
+    // Another memory, or steps done anew, make another one.
+    let second = build(&text.replace("512", "640"), &[]);
+    assert_ne!(second, first);
+    assert_ne!(build(&text.replace("512", "640"), &["--no-cache"]), second);
+    assert_eq!(lab.json(&["template", "show", "mine"])["memory_mb"], 640);
+    assert_eq!(lab.snapshots(), 3);
+}
+
+#[test]
+fn a_recipe_can_enlarge_the_disk() {
+    let lab = Lab::fake();
+    // With steps, all of them done before, and without any.
+    for (name, steps) in [("one", "run = [\"true\"]\n"), ("again", "run = [\"true\"]\n"), ("none", "")] {
+        let file = recipe(&lab, &format!("from = \"base\"\ndisk = \"1gb\"\n{steps}"));
+        let built = lab.json(&["template", "build", name, "--file", &file]);
+        assert_eq!(built["disk_size_mb"], 1_024, "{built}");
+        let made = lab.json(&["sandbox", "create", "--template", name, "--name", &format!("of-{name}"), "--no-start"]);
+        assert_eq!(made["disk_size_mb"], 1_024, "{made}");
+    }
+    let same = recipe(&lab, "from = \"one\"\nrun = [\"echo more\"]\n");
+    assert_eq!(lab.json(&["template", "build", "two", "--file", &same])["disk_size_mb"], 1_024);
+    let larger = recipe(&lab, "from = \"one\"\ndisk = \"2gb\"\n");
+    assert_eq!(lab.json(&["template", "build", "large", "--file", &larger])["disk_size_mb"], 2_048);
+    let smaller = recipe(&lab, "from = \"large\"\ndisk = \"1gb\"\n");
+    let message = lab.error(1, &["template", "build", "small", "--file", &smaller]);
+    assert!(message.contains("1024 MiB") && message.contains("2048 MiB"), "{message}");
+}
+
+#[test]
+fn deleting_a_template_gives_back_what_was_told() {
+    let lab = Lab::fake();
+    // Content of its own, which no other template has.
+    let noise: Vec<u8> =
+        (0..256 * 1_024_u32).flat_map(|n| blake3::hash(&n.to_le_bytes()).as_bytes()[..8].to_vec()).collect();
+    let image = lab.write("noise.raw", &noise);
+    lab.json(&["template", "import", image.to_str().unwrap(), "--name", "noise"]);
+    let file = recipe(&lab, "from = \"noise\"\nrun = [\"true\"]\n");
+    lab.json(&["template", "build", "mine", "--file", &file]);
+    let cost = |name: &str| lab.json(&["template", "show", name])["exclusive_bytes"].as_u64().unwrap();
+    // Both have it, so neither alone gives it back.
+    assert!(cost("noise") < 100_000 && cost("mine") < 100_000);
+    lab.json(&["template", "delete", "noise"]);
+    // The state of the step has it too, and goes with its template.
+    let told = cost("mine");
+    assert!((2 << 20..3 << 20).contains(&told), "{told}");
+    lab.json(&["template", "delete", "mine"]);
+    let freed = lab.json(&["store", "gc"])["bytes_freed"].as_u64().unwrap();
+    assert!(freed * 100 >= told * 95, "{freed} of {told} bytes");
+}
+
+#[test]
 fn a_failing_step_is_named_and_leaves_nothing() {
     let lab = Lab::fake();
     let file = recipe(&lab, "from = \"base\"\nrun = [\"echo fine\", \"echo the last words; exit 3\"]\n");

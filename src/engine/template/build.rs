@@ -45,6 +45,23 @@ struct Position {
     state: BuildState,
 }
 
+impl Position {
+    fn after(self, snapshot: SnapshotId, disk_size_bytes: u64, digest: String) -> Self {
+        Self { digest, state: BuildState { snapshot, disk_size_bytes, ..self.state } }
+    }
+}
+
+/// Size of the disk of a recipe's template, which starts from a disk of `from` bytes.
+fn enlarged(recipe: &Recipe, from: u64) -> Result<u64> {
+    let Some(mib) = recipe.disk_mib()? else { return Ok(from) };
+    if mib << 20 < from {
+        let message =
+            format!("the recipe's disk has {mib} MiB, and what it starts from has {} MiB already", from >> 20);
+        return Err(Error::invalid(message).hint("leave it out, or ask for a larger one"));
+    }
+    Ok(mib << 20)
+}
+
 pub(super) async fn run(
     engine: &Arc<Engine>,
     name: &str,
@@ -57,6 +74,8 @@ pub(super) async fn run(
         return Err(Error::invalid(format!("template {name:?} cannot start from itself")).hint("choose another name"));
     }
     let mut position = beginning(engine, name, &recipe, progress).await?;
+    // The first step's sandbox has it, and with it all states from there on.
+    let disk_size_bytes = enlarged(&recipe, position.state.disk_size_bytes)?;
     let mut used = vec![position.digest.clone()];
     let mut bench: Option<Bench> = None;
     let mut failed = None;
@@ -69,21 +88,21 @@ pub(super) async fn run(
             && let Some(done) = kept(engine, &digest)
         {
             progress(format!("{title} (done before)"));
-            position.state.snapshot = done.snapshot;
-            position.digest = digest;
+            position = position.after(done.snapshot, disk_size_bytes, digest);
             continue;
         }
         progress(title);
         let done = async {
             let bench = match &bench {
                 Some(bench) => bench,
-                None => bench.insert(Bench::set_up(engine, name, &recipe, &position.state, progress).await?),
+                None => bench
+                    .insert(Bench::set_up(engine, name, &recipe, &position.state, disk_size_bytes, progress).await?),
             };
             bench.carry_out(step, progress).await?;
             bench.keep(name, &digest).await
         };
         match done.await {
-            Ok(snapshot) => position = Position { digest, state: BuildState { snapshot, ..position.state } },
+            Ok(snapshot) => position = position.after(snapshot, disk_size_bytes, digest),
             Err(error) => {
                 let message = format!("step {} of {} ({}) failed: {error}", index + 1, steps.len(), step.title());
                 // What went wrong here, and not in the recipe, stays what it is.
@@ -100,8 +119,7 @@ pub(super) async fn run(
     if let Some(error) = failed {
         return Err(error);
     }
-    progress("registering the template".to_owned());
-    let record = register(&engine.shared, name, recipe, position).await?;
+    let record = register(&engine.shared, name, recipe, position.state, disk_size_bytes, progress).await?;
     forget_others(&engine.shared, name, used).await;
     engine.shared.want_seal();
     Ok(record)
@@ -124,7 +142,10 @@ async fn beginning(engine: &Arc<Engine>, name: &str, recipe: &Recipe, progress: 
             engine.clone().run_build(build, request, progress.clone()).await?
         }
     };
-    let digest = digest(&["template", &parent.snapshot.to_string()]);
+    let digest = match recipe.disk_mib()? {
+        None => digest(&["template", &parent.snapshot.to_string()]),
+        Some(mib) => digest(&["template", &parent.snapshot.to_string(), &format!("disk {mib}")]),
+    };
     let state = BuildState { snapshot: parent.snapshot, disk_size_bytes: parent.disk_size_bytes, image: parent.image };
     Ok(Position { digest, state })
 }
@@ -153,35 +174,54 @@ async fn bare(shared: &Arc<Shared>, name: &str, recipe: &Recipe, progress: &Prog
     Ok(Position { digest, state: state(snapshot) })
 }
 
-/// Makes the template of a state: a copy of it that costs nothing.
-async fn register(shared: &Arc<Shared>, name: &str, recipe: Recipe, position: Position) -> Result<TemplateRecord> {
-    let state = position.state;
+/// Makes the template of a state: a copy of it that costs nothing. One that is this already stays as it is.
+async fn register(
+    shared: &Arc<Shared>,
+    name: &str,
+    recipe: Recipe,
+    state: BuildState,
+    disk_size_bytes: u64,
+    progress: &Progress,
+) -> Result<TemplateRecord> {
     let mut image = state.image;
     image.env.extend(recipe.env.clone());
     image.workdir = recipe.workdir.clone().or(image.workdir);
     let origin = recipe.description.clone().unwrap_or_else(|| format!("recipe from {}", recipe.from));
     let small = serde_json::to_vec(&recipe).is_ok_and(|text| text.len() <= MAX_KEPT_RECIPE);
     let old = shared.registry.template(name).ok();
-    let (name, cpus, memory_mib) = (name.to_owned(), recipe.cpus, recipe.memory_mib()?);
+    let mut record = TemplateRecord {
+        name: name.to_owned(),
+        snapshot: state.snapshot,
+        disk_size_bytes,
+        data_bytes: 0,
+        origin,
+        created_at: Timestamp::now(),
+        image,
+        cpus: recipe.cpus,
+        memory_mib: recipe.memory_mib()?,
+        recipe: small.then_some(recipe),
+        built_on: Some(state.snapshot),
+    };
+    if let Some(old) = &old {
+        let TemplateRecord { snapshot, data_bytes, created_at, .. } = *old;
+        if *old == (TemplateRecord { snapshot, data_bytes, created_at, ..record.clone() }) {
+            progress("the template is up to date".to_owned());
+            return Ok(old.clone());
+        }
+    }
+    progress("registering the template".to_owned());
     let record = shared
         .with_store(move |store| {
-            let data_bytes = store.logical_bytes(Source::Snapshot(state.snapshot))?;
+            record.data_bytes = store.logical_bytes(Source::Snapshot(state.snapshot))?;
             let mut tx = store.begin();
-            let disk = tx.fork(Source::Snapshot(state.snapshot), &new_id("import"));
-            let snapshot = tx.snapshot(disk, &new_id("template"));
-            tx.delete_disk(disk);
-            let record = TemplateRecord {
-                name,
-                snapshot,
-                disk_size_bytes: state.disk_size_bytes,
-                data_bytes,
-                origin,
-                created_at: Timestamp::now(),
-                image,
-                cpus,
-                memory_mib,
-                recipe: small.then_some(recipe),
+            let (from, copy) = (Source::Snapshot(state.snapshot), new_id("import"));
+            let disk = match disk_size_bytes > state.disk_size_bytes {
+                // No step has made it larger.
+                true => tx.fork_larger(from, &copy, disk_size_bytes),
+                false => tx.fork(from, &copy),
             };
+            record.snapshot = tx.snapshot(disk, &new_id("template"));
+            tx.delete_disk(disk);
             put_template(&mut tx, &record, old.as_ref())?;
             tx.commit_durable()?;
             Ok(record)
@@ -255,6 +295,7 @@ impl Bench {
         name: &str,
         recipe: &Recipe,
         state: &BuildState,
+        disk_size_bytes: u64,
         progress: &Progress,
     ) -> Result<Bench> {
         progress("starting a sandbox to build in".to_owned());
@@ -265,7 +306,7 @@ impl Bench {
             name: Some(format!("{short}-{id}")),
             cpus: recipe.cpus.unwrap_or(CPUS),
             memory_mib: recipe.memory_mib()?.unwrap_or(MEMORY_MIB),
-            disk_mib: None,
+            disk_mib: Some(disk_size_bytes >> 20),
             timeout: None,
             idle_timeout: None,
             persistent: false,
