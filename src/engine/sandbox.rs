@@ -199,11 +199,16 @@ impl Sandbox {
             .await
     }
 
-    /// Saves, where the operation has had its effect already: after a crash the record is corrected by recovery.
-    async fn save_or_warn(&self) {
-        if let Err(error) = self.save().await {
+    /// Changes the record: durable first, then seen. If it cannot be made durable it is seen all the same, where the
+    /// change is what has happened; after a crash the record is corrected by recovery.
+    async fn record_fact(&self, change: impl Fn(&mut SandboxRecord)) -> Result<()> {
+        let mut record = self.record();
+        change(&mut record);
+        let saved = self.save_as(record).await;
+        self.publish(change);
+        saved.inspect_err(|error| {
             tracing::warn!(sandbox = %self.id, %error, "the record could not be saved; it is corrected at the next start");
-        }
+        })
     }
 
     /// The first session, with the lock taken before the sandbox could be found.
@@ -250,11 +255,12 @@ impl Sandbox {
             Err(error) => {
                 self.shared.metrics.boot_failed();
                 self.decide(Request::StartFailed)?;
-                self.publish(|r| {
+                let recorded = self.record_fact(|r| {
                     r.state = State::Error;
                     r.last_error = Some(error.to_string());
                 });
-                self.save_or_warn().await;
+                // What is told is why it did not start.
+                let _ = recorded.await;
                 Err(error)
             }
         }
@@ -268,14 +274,17 @@ impl Sandbox {
 
     /// There is a session from now on.
     pub(super) async fn begun(self: &Arc<Self>, owner: &mut OwnerGuard, session: Session) {
-        self.publish(|r| {
+        let now = Timestamp::now();
+        let recorded = self.record_fact(|r| {
             r.state = State::Running;
             // Until an orderly end says otherwise.
             r.unclean = true;
-            r.ready_at.get_or_insert_with(Timestamp::now);
+            r.ready_at.get_or_insert(now);
             r.boot_ms = Some(session.boot.as_millis() as u64);
             r.accel = Some(session.accel);
         });
+        // It runs, whatever is known of that after a crash.
+        let _ = recorded.await;
         {
             let mut face = self.face.write();
             let (cpus, memory_mib) = (face.record.cpus, face.record.memory_mib);
@@ -285,7 +294,6 @@ impl Sandbox {
         self.touch();
         session.supervise(self.clone());
         owner.session = Some(session);
-        self.save_or_warn().await;
     }
 
     pub(super) async fn stop(self: &Arc<Self>) -> Result<SandboxView> {
@@ -350,14 +358,15 @@ impl Sandbox {
             Ok(trouble) => trouble.clone().or(note.clone()),
             Err(error) => Some(error.to_string()),
         };
-        self.publish(|r| {
-            r.state = next;
-            r.last_error = problem;
-            if matches!(ended, Ok(None)) && note.is_none() {
-                r.unclean = false;
-            }
-        });
-        let saved = self.save().await;
+        let saved = self
+            .record_fact(|r| {
+                r.state = next;
+                r.last_error = problem.clone();
+                if matches!(ended, Ok(None)) && note.is_none() {
+                    r.unclean = false;
+                }
+            })
+            .await;
         self.shared.want_seal();
         ended?;
         saved

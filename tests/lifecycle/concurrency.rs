@@ -199,27 +199,41 @@ fn is_durable(w: &World, record: &SandboxRecord) -> bool {
     durable["state"] == record.state.name()
 }
 
-/// What must be true whenever nobody is doing anything.
-fn check_invariants(w: &World) {
+/// What is not as it must be whenever nobody is doing anything.
+fn what_is_amiss(w: &World) -> Option<String> {
     let (mut live, mut names) = (0, std::collections::BTreeSet::new());
     for state in State::ALL {
         for view in w.engine.list(Some(state)) {
             let r = view.record;
-            assert!(is_durable(w, &r), "{}: what is durable is what is told", r.name);
-            assert_eq!(w.vmm.machine(&r.id).is_some(), state == State::Running, "{} is {state:?}", r.name);
-            match state {
-                State::Creating | State::Snapshotting => panic!("{} is {state:?} for nobody", r.name),
-                State::Destroyed => assert!(w.store.disk(r.disk).is_err(), "{} has its disk", r.name),
+            let wrong = match state {
+                _ if !is_durable(w, &r) => "is durable as something else than what is told",
+                _ if w.vmm.machine(&r.id).is_some() != (state == State::Running) => "has a machine or has none",
+                State::Creating | State::Snapshotting => "is that for nobody",
+                State::Destroyed if w.store.disk(r.disk).is_ok() => "has its disk",
+                State::Destroyed => continue,
+                _ if w.store.disk(r.disk).is_err() => "has no disk",
+                _ if !names.insert(r.name.clone()) => "has the name of another that lives",
                 _ => {
-                    assert!(w.store.disk(r.disk).is_ok(), "{} has no disk", r.name);
-                    assert!(names.insert(r.name.clone()), "two live sandboxes are named {}", r.name);
                     live += 1;
+                    continue;
                 }
-            }
+            };
+            return Some(format!("{}, which is {state:?}, {wrong}", r.name));
         }
     }
-    assert_eq!(w.store.disks().len(), live, "no disk is left over");
-    assert_eq!(w.store.snapshots().len(), 1 + w.engine.snapshots(None).unwrap().len());
+    let (disks, snapshots) = (w.store.disks().len(), w.store.snapshots().len());
+    let known = 1 + w.engine.snapshots(None).unwrap().len();
+    (disks != live || snapshots != known)
+        .then(|| format!("{disks} disks of {live} sandboxes, {snapshots} states of which {known} are known"))
+}
+
+/// Machines may still be dying by their scripts, and it takes a while until that is seen; but not longer.
+async fn nothing_is_amiss(w: &World) {
+    let began = std::time::Instant::now();
+    while let Some(wrong) = what_is_amiss(w) {
+        assert!(began.elapsed() < Duration::from_secs(60), "{wrong}");
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -243,20 +257,15 @@ async fn any_calls_at_once_have_sensible_answers_and_leave_nothing_amiss() {
         for caller in callers.collect::<Vec<_>>() {
             caller.await.unwrap();
         }
-        // Creates that nobody waited for, and machines that are scripted to die.
-        tokio::time::sleep(Duration::from_millis(100)).await;
-        w.until_true(|| w.engine.list(Some(State::Creating)).is_empty()).await;
-        let settled = || w.engine.list(Some(State::Running)).iter().all(|v| w.vmm.machine(&v.record.id).is_some());
-        w.until_true(settled).await;
-        // The loss of a machine is told before it is durable, since nobody waits for it.
-        w.until_true(|| State::ALL.iter().flat_map(|s| w.engine.list(Some(*s))).all(|v| is_durable(&w, &v.record)))
-            .await;
-        check_invariants(&w);
+        nothing_is_amiss(&w).await;
         for view in w.engine.list(None) {
             let out = loop {
                 match w.sh(&view.record.id, "echo up").await {
                     Ok((out, _)) => break out,
-                    // A script that nobody had used yet.
+                    // A script that nobody had used yet: its machine dies, and with it what is not persistent.
+                    Err(error) if error.kind() == Kind::SandboxDestroyed && !view.record.persistent => {
+                        break String::new();
+                    }
                     Err(error) => assert_eq!(error.kind(), Kind::SessionEnded, "{error}"),
                 }
             };

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use miosa::engine::error::Kind;
 use miosa::engine::lifecycle::State;
-use miosa::engine::{CreateRequest, Settings};
+use miosa::engine::{Changes, CreateRequest, Settings};
 use storage::catalogue::MemCatalogue;
 use storage::medium::sim::SimMedium;
 use storage::{Options, Store};
@@ -150,6 +150,34 @@ async fn a_restore_that_is_cut_off_leaves_the_old_state_or_the_restored_one() {
         }
     }
     assert!(old > 0 && restored > 0, "{old} times the old state, {restored} times the restored one");
+}
+
+/// The power goes right after a change was answered, with and without what was not synced.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_change_that_was_answered_is_there_after_a_power_cut() {
+    for outcome in 0..8 {
+        let medium = SimMedium::new();
+        let catalogue = MemCatalogue::new(medium.clone());
+        let w = world_on(&medium, &catalogue).await;
+        w.import("base").await;
+        w.create("one").await;
+        let changes = Changes {
+            name: Some("two".to_owned()),
+            memory_mib: Some(512),
+            timeout: Some(Some(Duration::from_secs(77))),
+            env: [("COLOUR".to_owned(), Some("red".to_owned()))].into(),
+            tags: Some(vec!["kept".to_owned()]),
+            ..Changes::default()
+        };
+        w.engine.update("one", changes).await.unwrap();
+        medium.stop_at(medium.events());
+        let medium = medium.after_power_loss(outcome);
+        let w = world_on(&medium, &catalogue.after_power_loss(medium.clone())).await;
+        let record = w.engine.show("two").unwrap().record;
+        assert_eq!((record.memory_mib, record.timeout_ms, record.tags), (512, Some(77_000), vec!["kept".to_owned()]));
+        assert_eq!(record.env.get("COLOUR").map(String::as_str), Some("red"));
+        assert_eq!(refused(w.engine.show("one")), Kind::SandboxNotFound);
+    }
 }
 
 /// What a daemon sees whose wall clock was set: moments in its records that are years ahead, or years ago.

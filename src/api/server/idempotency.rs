@@ -82,9 +82,13 @@ impl Drop for Turn {
     }
 }
 
+/// Tells the time of day.
+type Clock = Box<dyn Fn() -> Timestamp + Send + Sync>;
+
 /// The answers of the last day.
 pub(super) struct Keeper {
     store: Store,
+    clock: Clock,
     turns: Mutex<HashMap<String, Arc<tokio::sync::Mutex<()>>>>,
     swept: Mutex<Timestamp>,
 }
@@ -110,7 +114,11 @@ fn is_harmless(path: &str) -> bool {
 
 impl Keeper {
     pub(super) fn new(store: Store) -> Self {
-        Self { store, turns: Mutex::default(), swept: Mutex::new(Timestamp::UNIX_EPOCH) }
+        Self::with_clock(store, Box::new(Timestamp::now))
+    }
+
+    fn with_clock(store: Store, clock: Clock) -> Self {
+        Self { store, clock, turns: Mutex::default(), swept: Mutex::new(Timestamp::UNIX_EPOCH) }
     }
 
     async fn answer(self: &Arc<Self>, key: &HeaderValue, request: Request, next: Next) -> Result<Response, ApiError> {
@@ -134,7 +142,7 @@ impl Keeper {
         if let Some(kept) = self.find(&name)? {
             return kept.again(&digest);
         }
-        self.put(&name, Kept { digest: digest.clone(), at: Timestamp::now(), answer: None, too_large: false }, false)
+        self.put(&name, Kept { digest: digest.clone(), at: (self.clock)(), answer: None, too_large: false }, false)
             .await?;
         let keeper = self.clone();
         let request = Request::from_parts(parts, Body::from(body));
@@ -159,7 +167,7 @@ impl Keeper {
         let Some(bytes) = self.store.record(RECORD, name) else { return Ok(None) };
         let kept: Kept = serde_json::from_slice(&bytes)
             .map_err(|e| Error::internal(format!("the record of an idempotency key cannot be read: {e}")))?;
-        Ok((!kept.is_old()).then_some(kept))
+        Ok((!kept.is_old((self.clock)())).then_some(kept))
     }
 
     async fn put(&self, name: &str, kept: Kept, durable: bool) -> Result<(), ApiError> {
@@ -193,7 +201,7 @@ impl Keeper {
                 return Ok(response);
             }
             let answer = KeptAnswer { status: status.as_u16(), body: KeptBody::Failure(Box::new((*error).clone())) };
-            let kept = Kept { digest, at: Timestamp::now(), answer: Some(answer), too_large: false };
+            let kept = Kept { digest, at: (self.clock)(), answer: Some(answer), too_large: false };
             self.put(name, kept, true).await?;
             return Ok(response);
         }
@@ -204,13 +212,13 @@ impl Keeper {
         let content = (body.len() <= MAX_ANSWER).then(|| serde_json::from_slice::<Value>(&body).ok()).flatten();
         let too_large = content.is_none();
         let answer = content.map(|value| KeptAnswer { status: status.as_u16(), body: KeptBody::Success(value) });
-        self.put(name, Kept { digest, at: Timestamp::now(), answer, too_large }, true).await?;
+        self.put(name, Kept { digest, at: (self.clock)(), answer, too_large }, true).await?;
         Ok(Response::from_parts(parts, Body::from(body)))
     }
 
     /// Forgets what is older than a day, now and then.
     fn sweep(self: &Arc<Self>) {
-        let now = Timestamp::now();
+        let now = (self.clock)();
         {
             let mut swept = self.swept.lock();
             if now.duration_since(*swept) < SWEEP {
@@ -222,7 +230,7 @@ impl Keeper {
         tokio::task::spawn_blocking(move || {
             let mut transaction = store.begin();
             for (name, bytes) in store.records(RECORD) {
-                if serde_json::from_slice::<Kept>(&bytes).map_or(true, |kept| kept.is_old()) {
+                if serde_json::from_slice::<Kept>(&bytes).map_or(true, |kept| kept.is_old(now)) {
                     transaction.delete_record(RECORD, &name);
                 }
             }
@@ -235,8 +243,8 @@ impl Keeper {
 }
 
 impl Kept {
-    fn is_old(&self) -> bool {
-        Timestamp::now().duration_since(self.at) > KEPT
+    fn is_old(&self, now: Timestamp) -> bool {
+        now.duration_since(self.at) > KEPT
     }
 
     /// The answer to the same request.
@@ -263,5 +271,57 @@ impl Kept {
         };
         response.headers_mut().insert(REPLAYED, HeaderValue::from_static("true"));
         Ok(response)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicU32, Ordering};
+
+    use axum::Router;
+    use axum::middleware::from_fn_with_state;
+    use http_body_util::BodyExt;
+    use hyper::service::Service;
+    use hyper_util::service::TowerToHyperService;
+    use storage::Options;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn an_answer_is_kept_for_a_day_and_then_forgotten() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::open(dir.path(), Options::default()).unwrap();
+        let now = Arc::new(Mutex::new(Timestamp::now()));
+        let clock = now.clone();
+        let keeper = Arc::new(Keeper::with_clock(store.clone(), Box::new(move || *clock.lock())));
+        let done = Arc::new(AtomicU32::new(0));
+        let carry_out = move || std::future::ready(axum::Json(done.fetch_add(1, Ordering::SeqCst) + 1));
+        let routes = Router::new().fallback(carry_out).layer(from_fn_with_state(keeper, once));
+        let service = TowerToHyperService::new(routes);
+        let ask = async |key: &str| {
+            let request =
+                Request::post("/api/v1/things").header("idempotency-key", key).body(Body::from("{}")).unwrap();
+            let answer = service.call(request).await.unwrap();
+            let again = answer.headers().contains_key(REPLAYED);
+            (answer.into_body().collect().await.unwrap().to_bytes().to_vec(), again)
+        };
+        let later = |by: SignedDuration| *now.lock() += by;
+        assert_eq!(ask("a").await, (b"1".to_vec(), false));
+        assert_eq!(ask("a").await, (b"1".to_vec(), true));
+        later(SignedDuration::from_hours(24) - SignedDuration::from_secs(1));
+        assert_eq!(ask("a").await, (b"1".to_vec(), true));
+        later(SignedDuration::from_secs(2));
+        assert_eq!(ask("a").await, (b"2".to_vec(), false));
+        // What nobody asks for again goes when somebody asks for something else.
+        later(SignedDuration::from_hours(25));
+        assert_eq!(ask("b").await, (b"3".to_vec(), false));
+        let began = std::time::Instant::now();
+        while store.records(RECORD).len() > 1 {
+            assert!(began.elapsed() < std::time::Duration::from_secs(60), "old keys are not forgotten");
+            tokio::time::sleep(std::time::Duration::from_millis(5)).await;
+        }
+        // A clock that is set back makes none old.
+        later(-SignedDuration::from_hours(100));
+        assert_eq!(ask("b").await, (b"3".to_vec(), true));
     }
 }
