@@ -62,7 +62,7 @@ pub fn examine(config: &Config, broken: Option<&ConfigError>) -> Vec<Check> {
     let mut checks = vec![
         configuration(broken),
         kernel(),
-        kvm(),
+        kvm(config),
         qemu(),
         agent(config),
         fuse(),
@@ -107,39 +107,57 @@ fn kernel() -> Check {
     }
 }
 
-/// Whether the kernel can accelerate machines.
-fn kvm() -> Check {
-    let device = Path::new("/dev/kvm");
+/// Whether machines can be accelerated: what the daemon found when it booted one with KVM, or that it has not yet.
+fn kvm(config: &Config) -> Check {
+    let (name, device) = ("kvm", Path::new("/dev/kvm"));
     let slow = "machines are translated (tcg), some ten times slower than with KVM";
     if !device.exists() {
         return Check::warn(
-            "kvm",
+            name,
             format!("there is no /dev/kvm: {slow}"),
             "switch virtualisation on, in the firmware or for this virtual machine",
         );
     }
-    match access(device, AccessFlags::R_OK | AccessFlags::W_OK) {
-        Ok(()) => Check::warn(
-            "kvm",
-            "/dev/kvm can be opened, which does not prove that a machine boots on it",
-            "the daemon tries once, says in its log what it found, and takes tcg if need be; --accel kvm insists",
+    if let Err(error) = access(device, AccessFlags::R_OK | AccessFlags::W_OK) {
+        let message = format!("/dev/kvm cannot be opened: {}; {slow}", error.desc());
+        return Check::warn(name, message, "add this user to the group kvm");
+    }
+    let ask = "the daemon boots a guest with it once, at the first start of a machine; to have it asked now: miosa \
+               template build base; --accel kvm insists";
+    let qemu = qemu_version().unwrap_or_default();
+    match vmm::qemu::kept_kvm_answer(&config.cache_dir, &qemu) {
+        Some(answer) if answer.outdated => {
+            let message =
+                format!("/dev/kvm can be opened; what is known of it is of another host or QEMU: {}", answer.found);
+            Check::warn(name, message, ask)
+        }
+        Some(answer) if answer.works => Check::ok(name, format!("works: {}", answer.found)),
+        Some(answer) => Check::warn(
+            name,
+            format!("/dev/kvm can be opened, but does not work: {}; {slow}", answer.found),
+            format!("to have it tried again: rm {}", answer.file.display()),
         ),
-        Err(error) => Check::warn(
-            "kvm",
-            format!("/dev/kvm cannot be opened: {}; {slow}", error.desc()),
-            "add this user to the group kvm",
-        ),
+        None => Check::warn(name, "/dev/kvm can be opened, which does not prove that a machine boots on it", ask),
+    }
+}
+
+/// The first line of what QEMU says of itself.
+fn qemu_version() -> std::result::Result<String, String> {
+    match Command::new("qemu-system-x86_64").arg("--version").output() {
+        Ok(output) if output.status.success() => {
+            Ok(String::from_utf8_lossy(&output.stdout).lines().next().unwrap_or_default().to_owned())
+        }
+        Ok(output) => Err(format!("qemu-system-x86_64 does not run: {}", output.status)),
+        Err(error) => Err(format!("qemu-system-x86_64 was not found: {error}")),
     }
 }
 
 fn qemu() -> Check {
     let hint = "install it: apt-get install qemu-system-x86";
-    let output = match Command::new("qemu-system-x86_64").arg("--version").output() {
-        Ok(output) if output.status.success() => String::from_utf8_lossy(&output.stdout).into_owned(),
-        Ok(output) => return Check::fail("qemu", format!("qemu-system-x86_64 does not run: {}", output.status), hint),
-        Err(error) => return Check::fail("qemu", format!("qemu-system-x86_64 was not found: {error}"), hint),
+    let line = match qemu_version() {
+        Ok(line) => line,
+        Err(why) => return Check::fail("qemu", why, hint),
     };
-    let line = output.lines().next().unwrap_or_default().to_owned();
     let major = line.split_whitespace().find_map(|word| word.split('.').next()?.parse::<u32>().ok());
     match major {
         Some(major) if major < 7 => Check::fail("qemu", line, "use QEMU 7 or later"),

@@ -30,6 +30,7 @@ use crate::process::{ProcessId, RECORD, RUN_DIR_VARIABLE};
 use crate::qmp::{Qmp, QmpEvent};
 use crate::{Acceleration, Agent, BootTiming, Error, ErrorKind, ExitReason, Machine, MachineSpec, Reaped, Result, Vmm};
 use command::Paths;
+pub use probe::{KvmAnswer, kept_kvm_answer};
 
 /// Bytes of console shown when a boot fails.
 const SHOWN: usize = 1500;

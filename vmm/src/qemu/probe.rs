@@ -83,19 +83,49 @@ async fn question(vmm: &QemuVmm, kernel: &Path) -> Result<Answer> {
     let kernel = kernel.to_owned();
     super::blocking(move || {
         let bytes = std::fs::read(&kernel).map_err(|e| Error::io(kernel.display(), e))?;
-        let host = nix::sys::utsname::uname().map_err(|e| Error::io("uname", e))?;
-        let processors = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-        let model = processors.lines().find_map(|line| line.strip_prefix("model name")?.split_once(':'));
+        let (host, processor) = this_host().map_err(|e| Error::io("uname", e))?;
         Ok(Answer {
             kernel_blake3: blake3::hash(&bytes).to_hex().to_string(),
-            host: format!("{} {}", host.release().to_string_lossy(), host.version().to_string_lossy()),
-            processor: model.map_or("unknown", |(_, name)| name.trim()).to_owned(),
+            host,
+            processor,
             vmm: version,
             works: false,
             found: String::new(),
         })
     })
     .await
+}
+
+/// Kernel and processor.
+fn this_host() -> nix::Result<(String, String)> {
+    let host = nix::sys::utsname::uname()?;
+    let processors = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let model = processors.lines().find_map(|line| line.strip_prefix("model name")?.split_once(':'));
+    let kernel = format!("{} {}", host.release().to_string_lossy(), host.version().to_string_lossy());
+    Ok((kernel, model.map_or("unknown", |(_, name)| name.trim()).to_owned()))
+}
+
+/// What was found out about KVM, for people.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct KvmAnswer {
+    /// A guest booted with it.
+    pub works: bool,
+    /// What was seen.
+    pub found: String,
+    /// The host's kernel, processor or QEMU is another by now: it is asked again.
+    pub outdated: bool,
+    /// Where it is kept; deleting that asks again.
+    pub file: std::path::PathBuf,
+}
+
+/// What is kept in `cache_dir` about KVM, if it was ever tried. `qemu` is the first line of QEMU's version now. Tries
+/// nothing.
+pub fn kept_kvm_answer(cache_dir: &Path, qemu: &str) -> Option<KvmAnswer> {
+    let file = cache_dir.join(ANSWER);
+    let kept: Answer = serde_json::from_slice(&std::fs::read(&file).ok()?).ok()?;
+    let now = this_host().ok()?;
+    let outdated = (&kept.host, &kept.processor, kept.vmm.as_str()) != (&now.0, &now.1, qemu);
+    Some(KvmAnswer { works: kept.works, found: kept.found, outdated, file })
 }
 
 /// Boots a guest with KVM; how long that took, in milliseconds.
@@ -143,5 +173,25 @@ fn keep(file: &Path, answer: &Answer) {
     });
     if let Err(error) = written {
         tracing::warn!(file = %file.display(), %error, "what was found about KVM is not kept; it is asked again");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_kept_answer_is_told_and_is_outdated_on_another_host() {
+        let dir = tempfile::tempdir().unwrap();
+        assert_eq!(kept_kvm_answer(dir.path(), "QEMU 7"), None);
+        let (host, processor) = this_host().unwrap();
+        let file = dir.path().join(ANSWER);
+        let (vmm, found) = ("QEMU 7".to_owned(), "a guest booted".to_owned());
+        keep(&file, &Answer { kernel_blake3: String::new(), host, processor, vmm, works: true, found: found.clone() });
+        let answer = KvmAnswer { works: true, found, outdated: false, file: file.clone() };
+        assert_eq!(kept_kvm_answer(dir.path(), "QEMU 7"), Some(answer.clone()));
+        assert_eq!(kept_kvm_answer(dir.path(), "QEMU 8"), Some(KvmAnswer { outdated: true, ..answer }));
+        std::fs::write(&file, "{").unwrap();
+        assert_eq!(kept_kvm_answer(dir.path(), "QEMU 7"), None, "half an answer is none");
     }
 }
