@@ -182,7 +182,7 @@ impl Drop for Lab {
         }
         // Of a daemon that was killed with its FUSE mount.
         let disks = self.dir.path().join("disks");
-        let _ = nix::mount::umount2(&disks, nix::mount::MntFlags::MNT_DETACH);
+        while nix::mount::umount2(&disks, nix::mount::MntFlags::MNT_DETACH).is_ok() {}
     }
 }
 
@@ -444,21 +444,40 @@ fn disks_through_fuse_hold_the_same_promises() {
     assert!(lab.machines().is_empty());
     lab.start_daemon();
     assert_eq!(lab.sh("one", "cat /workspace/kept"), "unsynced\n");
+    // However often its daemon was killed, there was one mount.
+    assert_eq!(lab.end_daemon(), Some(0));
+    let mounts = std::fs::read_to_string("/proc/self/mounts").unwrap();
+    assert!(!mounts.contains(lab.dir.path().to_str().unwrap()), "{mounts}");
 }
 
-/// Fifty forks of a running sandbox with a disk larger than its template's. `MIOSA_E2E_STARTED` says how many of them are
-/// started and looked into, a few at a time; the others stay paused.
+/// Of each child and of the parent: what is to be its own, a line each.
+const LOOK: &str = "cat /etc/machine-id; hostname; cat /sys/class/net/eth0/address; \
+    ssh-keyscan -t ed25519 127.0.0.1 2>/dev/null | cut -d' ' -f3; cat /proc/sys/kernel/random/boot_id; \
+    od -An -N16 -tx1 /dev/urandom; date +%s; cat /workspace/note; grep 127.0.1.1 /etc/hosts";
+
+/// Fifty forks of a running sandbox that is an ssh server, on a disk larger than its template's. `MIOSA_E2E_STARTED` says
+/// how many of them are started and looked into, the others stay paused; `MIOSA_E2E_TOGETHER`, how many of them run at a
+/// time.
 #[test]
 fn forks_of_a_running_sandbox_are_sandboxes_of_their_own() {
-    let started: usize = std::env::var("MIOSA_E2E_STARTED").map_or(2, |n| n.parse().unwrap());
+    let number = |name, or| std::env::var(name).map_or(or, |n| n.parse::<usize>().unwrap());
+    let (started, together) = (number("MIOSA_E2E_STARTED", 2), number("MIOSA_E2E_TOGETHER", 2));
     let lab = Lab::new(&[]);
-    let parent = ["sandbox", "create", "--name", "parent", "--memory", "256mb", "--disk", "4gb", "--wait"];
-    assert_eq!(lab.json(&parent)["disk_size_mb"], 4_096);
+    // Installed in a guest, over its own network, on a disk that the recipe enlarges.
+    let recipe = lab.dir.path().join("ssh.toml");
+    std::fs::write(&recipe, "from = \"base\"\ndisk = \"3gb\"\nmemory = \"512mb\"\npackages = [\"openssh-server\"]\n")
+        .unwrap();
+    let built = lab.json(&["template", "build", "ssh", "--file", recipe.to_str().unwrap()]);
+    assert_eq!(built["disk_size_mb"], 3_072, "{built}");
+    let parent = ["sandbox", "create", "--name", "parent", "--template", "ssh", "--memory", "256mb", "--disk", "4gb"];
+    assert_eq!(lab.json(&[&parent[..], &["--wait"]].concat())["disk_size_mb"], 4_096);
     let size: u64 = lab.sh("parent", "df -B1 --output=size / | tail -1").trim().parse().unwrap();
     assert!(size > 3 << 30, "the file system has {size} bytes");
-    lab.sh("parent", "mkdir -p /etc/ssh && echo secret > /etc/ssh/ssh_host_rsa_key && echo kept > /workspace/note");
+    let serve = "until [ -s /etc/ssh/ssh_host_ed25519_key.pub ]; do sleep 1; done; mkdir -p /run/sshd; /usr/sbin/sshd";
+    lab.sh("parent", &format!("{serve}; echo kept > /workspace/note"));
     lab.sh("parent", "(i=0; while :; do i=$((i+1)); echo $i > /workspace/count; sleep 0.1; done) >/dev/null 2>&1 &");
     let counted = || lab.sh("parent", "cat /workspace/count").trim().parse::<u64>().unwrap_or(0);
+    let own = lab.sh("parent", LOOK);
 
     let children = lab.json(&["sandbox", "fork", "parent", "--name", "child", "--count", "50"]);
     assert_eq!(children.as_array().unwrap().len(), 50);
@@ -466,37 +485,129 @@ fn forks_of_a_running_sandbox_are_sandboxes_of_their_own() {
     until("the parent to go on", || counted() > before);
 
     // What nobody has written to costs nothing of its own.
-    let nodes = lab.json(&["sandbox", "snapshots", "tree"]);
-    let child = |name: &str| nodes.as_array().unwrap().iter().find(|n| n["name"] == name).unwrap().clone();
-    let last = child("child-50");
-    assert_eq!((last["exclusive_bytes"].as_u64(), last["unsealed_bytes"].as_u64()), (Some(0), Some(0)), "{last}");
+    let cost = |name: &str| {
+        let nodes = lab.json(&["sandbox", "snapshots", "tree"]);
+        let node = nodes.as_array().unwrap().iter().find(|n| n["name"] == name).unwrap().clone();
+        (node["exclusive_bytes"].as_u64().unwrap(), node["unsealed_bytes"].as_u64().unwrap())
+    };
+    assert_eq!(cost("child-50"), (0, 0));
 
-    let look = "cat /etc/machine-id; hostname; cat /sys/class/net/eth0/address; cat /workspace/note; grep 127.0.1.1 /etc/hosts; ls /etc/ssh";
     let mut seen = std::collections::BTreeSet::new();
-    let own = lab.sh("parent", look);
-    seen.insert(own.lines().next().unwrap().to_owned());
-    seen.insert(own.lines().nth(2).unwrap().to_owned());
-    for number in 1..=started {
-        let name = format!("child-{number}");
-        let told = lab.sh(&name, look);
+    let mut tell = |name: &str, told: &str| {
         let lines: Vec<&str> = told.lines().collect();
-        assert_eq!(
-            (lines[1], lines[3], lines[4]),
-            (name.as_str(), "kept", format!("127.0.1.1 {name}").as_str()),
-            "{told}"
-        );
-        assert!(!told.contains("ssh_host_rsa_key"), "{told}");
-        assert!(
-            seen.insert(lines[0].to_owned()) && seen.insert(lines[2].to_owned()),
-            "{name} has what another has: {told}"
-        );
-        lab.sh(&name, &format!("echo {name} > /workspace/note"));
-        // A few at a time: this machine has not the memory of fifty.
-        if number > 2 {
-            lab.json(&["sandbox", "stop", &format!("child-{}", number - 2)]);
+        assert_eq!(lines.len(), 9, "{name}: {told}");
+        assert_eq!((lines[1], lines[7], lines[8]), (name, "kept", &*format!("127.0.1.1 {name}")), "{told}");
+        for (what, index) in
+            [("machine id", 0), ("hardware address", 2), ("ssh host key", 3), ("boot id", 4), ("random number", 5)]
+        {
+            assert!(!lines[index].is_empty() && seen.insert(lines[index].to_owned()), "{name}'s {what}: {told}");
+        }
+        let clock: i64 = lines[6].parse().unwrap();
+        let here = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_secs() as i64;
+        assert!((clock - here).abs() < 300, "{name}'s clock says {clock}, ours {here}");
+    };
+    tell("parent", &own);
+    let child = |number: usize| format!("child-{number}");
+    for number in 1..=started {
+        let name = child(number);
+        lab.sh(&name, serve);
+        tell(&name, &lab.sh(&name, LOOK));
+        lab.sh(&name, &format!("echo {name} > /workspace/note; head -c 1048576 /dev/urandom > /workspace/own"));
+        if number > together {
+            lab.json(&["sandbox", "stop", &child(number - together)]);
         }
     }
     assert_eq!(lab.sh("parent", "cat /workspace/note"), "kept\n");
     let before = counted();
     until("the parent to go on", || counted() > before);
+    // Those that still run, all at once, are what they were.
+    for number in (started + 1).saturating_sub(together).max(1)..=started {
+        assert_eq!(lab.sh(&child(number), "cat /workspace/note"), format!("{}\n", child(number)));
+        lab.json(&["sandbox", "stop", &child(number)]);
+    }
+    // Each costs what it has written itself, which is a MiB and what a boot and a new identity write.
+    lab.json(&["store", "seal"]);
+    for number in 1..=started {
+        let (exclusive, unsealed) = cost(&child(number));
+        assert!(
+            unsealed == 0 && (1 << 20..32 << 20).contains(&exclusive),
+            "{number}: {exclusive} and {unsealed} bytes"
+        );
+    }
+    assert!(started == 50 || cost("child-50") == (0, 0));
+}
+
+/// What a running guest has written is read from outside, compared, and taken to another daemon, while a command that nobody
+/// waits for goes on.
+#[test]
+fn what_a_running_guest_has_written_is_read_compared_and_taken_elsewhere() {
+    let lab = Lab::new(&[]);
+    lab.json(&["sandbox", "create", "--name", "one", "--wait"]);
+    lab.sh("one", "mkdir -p /workspace/app && cd /workspace/app && echo first > a && echo gone > b && echo same > c");
+    lab.json(&["sandbox", "snapshot", "one", "--name", "before"]);
+    let script =
+        "i=0; while [ ! -e /run/stop ]; do i=$((i+1)); echo $i; echo $i > /workspace/count; sleep 0.1; done; exit 3";
+    let detached = ["sandbox", "exec", "one", "--detached", "--quiet", "--", "sh", "-c", script];
+    let (code, command, err) = lab.run(&detached);
+    assert_eq!(code, 0, "{err}");
+    let command = command.trim();
+    let counted = || lab.sh("one", "cat /workspace/count || true").trim().parse::<u64>().unwrap_or(0);
+    let goes_on = || {
+        let before = counted();
+        until("the command to go on", || counted() > before);
+    };
+    goes_on();
+    // Its caller has not synced it; the difference to the present state has it all the same.
+    lab.sh(
+        "one",
+        "cd /workspace/app && echo second > a && rm b && head -c 3000000 /dev/urandom > blob && chmod 640 blob",
+    );
+    let differences = |a: &str, b: &str| {
+        let diff = lab.json(&["sandbox", "snapshots", "diff", a, b]);
+        let of = |change: &Value| {
+            let path = change["path"].as_str().unwrap();
+            let told = format!("{} {path}", change["how"].as_str().unwrap());
+            path.starts_with("/workspace/app/").then_some(told)
+        };
+        let mut told: Vec<String> = diff["changes"].as_array().unwrap().iter().filter_map(of).collect();
+        told.sort();
+        told
+    };
+    let expected = ["added /workspace/app/blob", "changed /workspace/app/a", "removed /workspace/app/b"];
+    assert_eq!(differences("before", "one"), expected);
+    lab.json(&["sandbox", "snapshot", "one", "--name", "after"]);
+    assert_eq!(differences("before", "after"), expected);
+    goes_on();
+
+    let (_, listed, _) = lab.run(&["sandbox", "snapshots", "ls", "after", "/workspace/app", "-l"]);
+    assert!(listed.contains("-rw-r-----") && listed.contains("3000000") && listed.contains("blob"), "{listed}");
+    assert_eq!(lab.run(&["sandbox", "snapshots", "cat", "before", "/workspace/app/b"]).1, "gone\n");
+    let (code, _, err) = lab.run(&["sandbox", "snapshots", "cat", "after", "/workspace/app/b"]);
+    assert_eq!(code, 1, "{err}");
+    let tar = lab.dir.path().join("app.tar");
+    lab.json(&["sandbox", "snapshots", "extract", "after", "/workspace/app", "-o", tar.to_str().unwrap()]);
+    let out = lab.dir.path().join("out");
+    std::fs::create_dir(&out).unwrap();
+    assert!(Command::new("tar").arg("-xf").arg(&tar).arg("-C").arg(&out).status().unwrap().success());
+    let found = Command::new("sh").arg("-c").arg("sha256sum $(find . -name blob)").current_dir(&out).output().unwrap();
+    let sum = lab.sh("one", "sha256sum < /workspace/app/blob");
+    let sum = sum.split(' ').next().unwrap();
+    assert!(String::from_utf8_lossy(&found.stdout).starts_with(sum), "{sum}: {found:?}");
+
+    // Taken to another daemon, it boots there.
+    let archive = lab.dir.path().join("after.miosa");
+    lab.json(&["sandbox", "snapshots", "export", "after", archive.to_str().unwrap()]);
+    let there = Lab::new(&[]);
+    let arrived = there.json(&["sandbox", "snapshots", "import", archive.to_str().unwrap()]);
+    assert_eq!((arrived["comment"].as_str(), arrived["consistency"].as_str()), (Some("after"), Some("filesystem")));
+    there.json(&["sandbox", "create", "--snapshot", "after", "--name", "copy", "--wait"]);
+    let told = there.sh("copy", "cd /workspace/app && cat a && ls && sha256sum < blob");
+    assert_eq!(told, format!("second\na\nblob\nc\n{sum}  -\n"));
+
+    goes_on();
+    lab.sh("one", "touch /run/stop");
+    let ended = || lab.json(&["sandbox", "command", "get", "one", command]);
+    until("the command to end", || ended()["exit_code"] == 3);
+    let (_, logs, _) = lab.run(&["sandbox", "command", "logs", "one", command]);
+    assert!(logs.starts_with("1\n2\n3\n"), "{logs}");
 }
