@@ -11,6 +11,7 @@ mod archive;
 mod attach;
 mod files;
 pub mod frames;
+mod publish;
 mod report;
 mod transfer;
 
@@ -30,7 +31,8 @@ use crate::engine::records::{
 use crate::frontend::Traffic;
 pub use archive::ArchiveExport;
 pub use attach::{Attachment, Frontend};
-pub use files::{Content, FileView, Listing};
+pub use files::{Content, FileView, Listing, Still};
+pub use publish::PublishRequest;
 pub use report::{Family, Member, Report};
 pub use transfer::{Export, Import};
 
@@ -156,7 +158,7 @@ pub struct Range {
 /// The disks of an open store.
 pub struct Disks {
     store: Store,
-    /// For sockets, and for the mount.
+    /// For sockets, the mount, and files without names.
     dir: PathBuf,
     /// An engine works on the same store.
     with_engine: bool,

@@ -442,7 +442,17 @@ impl Engine {
     /// Sees that all a running guest has written is on its disk, as far as the guest can be asked.
     pub async fn settle(&self, key: &str) -> Result<()> {
         let sandbox = self.find(key)?;
-        self.detached(async move { sandbox.settle().await }).await
+        self.detached(async move { sandbox.settled(|| Ok(())).await }).await
+    }
+
+    /// Runs `take` at one consistent point of a sandbox: with its guest frozen, as far as the guest can be asked.
+    pub async fn settled<T: Clone + Send + 'static>(
+        &self,
+        key: &str,
+        take: impl FnOnce() -> Result<T> + Send + 'static,
+    ) -> Result<T> {
+        let sandbox = self.find(key)?;
+        self.detached(async move { sandbox.settled(take).await }).await
     }
 
     /// Makes sandboxes on the present state of another.

@@ -31,6 +31,11 @@ const MAX_PATH: usize = 4096;
 const MAX_DIRECTORY: u64 = 1 << 30;
 /// Pieces of one file.
 const MAX_RUNS: usize = 4 << 20;
+/// Holes of a file that are noted as such: in all, and each. Smaller ones are written as zeroes, which everybody can read.
+const MIN_HOLES: u64 = 64 << 20;
+const MIN_HOLE: u64 = 1 << 20;
+/// Most pieces of data between noted holes: lists of them are bounded where they are read.
+const MAX_PIECES: usize = 16_000;
 /// Bytes of one file: 2^32 blocks of 4 KiB.
 const MAX_FILE: u64 = 1 << 44;
 
@@ -266,7 +271,14 @@ impl FileSystem {
     pub fn xattrs(&self, node: &Node) -> Result<Vec<(String, Vec<u8>)>> {
         let all = fs_ext4::xattr::read_all_resolved(&self.fs, &node.inode, &node.raw)?;
         // Where a file without blocks keeps its content is no attribute.
-        let mut all: Vec<_> = all.into_iter().filter(|e| e.name != "system.data").map(|e| (e.name, e.value)).collect();
+        let all = all.into_iter().filter(|e| e.name != "system.data");
+        let shown = all.map(|e| {
+            Ok(match e.name.starts_with("system.posix_acl_") {
+                true => (e.name, access_list(&e.value)?),
+                false => (e.name, e.value),
+            })
+        });
+        let mut all = shown.collect::<Result<Vec<_>>>()?;
         all.sort();
         Ok(all)
     }
@@ -427,6 +439,28 @@ impl File {
     pub fn node(&self) -> &Node {
         &self.node
     }
+
+    /// Offset and length of what is between its holes, in order, with the end as the last if a hole is there; none if its
+    /// holes are not worth the trouble, or too many.
+    fn pieces(&self) -> Option<Vec<(u64, u64)>> {
+        let size = self.node.size();
+        let mut pieces: Vec<(u64, u64)> = Vec::new();
+        for run in self.runs.as_ref()?.iter().take_while(|run| run.logical < size) {
+            let end = (run.logical + run.len).min(size);
+            match pieces.last_mut() {
+                Some((at, len)) if run.logical - (*at + *len) < MIN_HOLE => *len = end - *at,
+                _ => pieces.push((run.logical, end - run.logical)),
+            }
+        }
+        let data: u64 = pieces.iter().map(|(_, len)| len).sum();
+        if size - data < MIN_HOLES || pieces.len() > MAX_PIECES {
+            return None;
+        }
+        if pieces.last().is_none_or(|(at, len)| at + len < size) {
+            pieces.push((size, 0));
+        }
+        Some(pieces)
+    }
 }
 
 /// Directories have one place. A tree in which one comes up again has no end.
@@ -440,6 +474,17 @@ impl Visited {
         }
         Err(Error::Unreadable(format!("its file system is damaged: directory {ino} is in two places")))
     }
+}
+
+/// An access control list as system calls show it; on the disk it has a form of its own.
+fn access_list(stored: &[u8]) -> Result<Vec<u8>> {
+    let mut shown = 2_u32.to_le_bytes().to_vec();
+    for entry in fs_ext4::acl::decode(stored)? {
+        shown.extend((entry.tag as u16).to_le_bytes());
+        shown.extend(entry.perm.to_le_bytes());
+        shown.extend(entry.id.unwrap_or(u32::MAX).to_le_bytes());
+    }
+    Ok(shown)
 }
 
 fn entry(entry: fs_ext4::dir::DirEntry) -> Entry {

@@ -9,6 +9,7 @@
 //! | [`disks`] | the store's disks without sandboxes: by name, in and out, attached |
 //! | [`doctor`] | what this machine has of what the daemon needs |
 //! | [`ext4`] | the files on a disk, read without mounting it |
+//! | [`oci`] | container images, written |
 //! | [`frontend`] | disks of the store as devices |
 //! | [`config`] | where things are |
 //! | [`sparse`] | holes and zeroes |
@@ -26,6 +27,7 @@ pub mod doctor;
 pub mod engine;
 pub mod ext4;
 pub mod frontend;
+pub mod oci;
 pub mod serve;
 pub mod sparse;
 pub mod units;

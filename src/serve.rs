@@ -134,7 +134,7 @@ async fn serve(config: &Config, state: &StateDir, store: storage::Store) -> Resu
         }
         VmmArg::Fake => {
             let guests = state.root().join("fake-guests");
-            (Arc::new(vmm::FakeVmm::new(guests)), Arc::new(images::FakeImages))
+            (Arc::new(vmm::FakeVmm::new(guests)), Arc::new(images::FakeImages { work: state.boot() }))
         }
     };
     let users_disks = Disks::open(store.clone(), state.attached(), true)?;

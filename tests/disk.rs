@@ -10,6 +10,8 @@ mod archives;
 mod contents;
 #[path = "disk/images.rs"]
 mod images;
+#[path = "disk/publish.rs"]
+mod publish;
 #[path = "disk/shared.rs"]
 mod shared;
 #[path = "cli/support.rs"]

@@ -8,7 +8,7 @@ use futures_util::stream::SplitSink;
 use futures_util::{SinkExt, Stream, StreamExt, TryStreamExt};
 use http_body_util::{BodyExt, Full, StreamBody, combinators::UnsyncBoxBody};
 use hyper::body::{Frame, Incoming};
-use hyper::header::{AUTHORIZATION, CONTENT_TYPE, HOST, HeaderValue};
+use hyper::header::{AUTHORIZATION, CONTENT_TYPE, HOST, HeaderMap, HeaderValue};
 use hyper::{Method, Request, Response, StatusCode};
 use hyper_util::rt::TokioIo;
 use serde::Serialize;
@@ -33,6 +33,11 @@ pub const BYTES: &str = "application/octet-stream";
 pub const ARCHIVE: &str = "application/x-tar";
 /// Content type of a body that carries states of the store.
 pub const MIOSA_ARCHIVE: &str = "application/x-miosa-archive";
+
+/// Header of a published image: what it is called.
+pub const IMAGE_NAME: &str = "x-image-name";
+/// Header of a published image: its digest.
+pub const IMAGE_DIGEST: &str = "x-image-digest";
 
 /// Why a call failed.
 #[derive(Debug, thiserror::Error)]
@@ -210,20 +215,24 @@ impl Client {
     /// `GET` of a body that is read as it comes.
     pub async fn download(&self, path: &str) -> Result<Download> {
         let response = self.send(Method::GET, path, empty(), "application/json").await?;
-        let archive = response.headers().get(CONTENT_TYPE).is_some_and(|kind| kind == ARCHIVE);
-        Ok(Download { body: response.into_body(), archive })
+        Ok(Download::from(response))
+    }
+
+    /// `POST` with a JSON body, answered with a body that is read as it comes.
+    pub async fn post_download(&self, path: &str, body: &impl Serialize) -> Result<Download> {
+        Ok(Download::from(self.send(Method::POST, path, encode(body)?, "application/json").await?))
     }
 
     /// `POST` that answers with events.
     pub async fn events(&self, path: &str, body: &impl Serialize) -> Result<Events> {
         let response = self.send(Method::POST, path, encode(body)?, "application/json").await?;
-        Ok(Events { download: Download { body: response.into_body(), archive: false }, pending: BytesMut::new() })
+        Ok(Events { download: Download::from(response), pending: BytesMut::new() })
     }
 
     /// `GET`, answered with server-sent events.
     pub async fn watch(&self, path: &str) -> Result<Events> {
         let response = self.send(Method::GET, path, empty(), "application/json").await?;
-        Ok(Events { download: Download { body: response.into_body(), archive: false }, pending: BytesMut::new() })
+        Ok(Events { download: Download::from(response), pending: BytesMut::new() })
     }
 
     /// `GET`, answered with a WebSocket.
@@ -306,7 +315,7 @@ fn encode(body: &impl Serialize) -> Result<Body> {
 }
 
 async fn collect(response: Response<Incoming>) -> Result<Bytes> {
-    let mut download = Download { body: response.into_body(), archive: false };
+    let mut download = Download::from(response);
     let mut all = BytesMut::new();
     while let Some(piece) = download.next_piece().await? {
         if all.len() + piece.len() > MAX_ANSWER {
@@ -333,14 +342,26 @@ fn describe(error: &hyper::Error) -> String {
 /// A body that is read as it comes.
 #[derive(Debug)]
 pub struct Download {
+    headers: HeaderMap,
     body: Incoming,
-    archive: bool,
+}
+
+impl From<Response<Incoming>> for Download {
+    fn from(response: Response<Incoming>) -> Self {
+        let (head, body) = response.into_parts();
+        Self { headers: head.headers, body }
+    }
 }
 
 impl Download {
     /// Whether it is a tar archive.
     pub fn is_archive(&self) -> bool {
-        self.archive
+        self.headers.get(CONTENT_TYPE).is_some_and(|kind| kind == ARCHIVE)
+    }
+
+    /// A header, if it is text.
+    pub fn header(&self, name: &str) -> Option<&str> {
+        self.headers.get(name)?.to_str().ok()
     }
 
     /// The next piece; none at the end. A body that breaks off is an error.

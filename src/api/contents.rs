@@ -1,15 +1,18 @@
 //! Routes of the files on disks and snapshots: lists, content and differences, without booting anything.
 
+use std::collections::BTreeMap;
 use std::io::Write;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use axum::body::Body;
 use axum::extract::State as AppState;
-use axum::http::{HeaderValue, header};
+use axum::http::{HeaderName, HeaderValue, header};
 use axum::response::{IntoResponse, Response};
 use bytes::Bytes;
 use futures_util::stream;
 use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
 use tokio::sync::mpsc;
 use utoipa::ToSchema;
 use utoipa_axum::router::OpenApiRouter;
@@ -17,13 +20,14 @@ use utoipa_axum::routes;
 
 use super::client;
 use super::disks::blocking;
-use super::server::{Answer, ApiError, Params, Path, data, flag};
+use super::server::{Answer, ApiError, JsonBody, Params, Path, data, flag, refuse_unsupported};
 use super::types::Envelope;
-use crate::disks::{Content, Disks, FileView};
+use crate::disks::{Content, Disks, FileView, PublishRequest, Still};
 use crate::engine::Engine;
 use crate::engine::error::{Error, Kind, Result};
 use crate::engine::lifecycle::State;
 use crate::ext4::diff::FileDiff;
+use crate::oci::Compression;
 
 /// Bytes of an archive that are sent at a time.
 const PIECE: usize = 256 << 10;
@@ -55,6 +59,8 @@ pub fn routes<S: Clone + Send + Sync + 'static>(disks: Arc<Disks>, engine: Optio
         .routes(routes!(disk_tree))
         .routes(routes!(disk_files))
         .routes(routes!(disk_file_diff))
+        .routes(routes!(publish_snapshot))
+        .routes(routes!(publish_sandbox))
         .with_state(Contents { disks, engine })
 }
 
@@ -64,6 +70,18 @@ pub(super) async fn settle(engine: Option<&Arc<Engine>>, key: &str) -> Result<()
     match engine.show(key) {
         Ok(sandbox) if sandbox.record.state == State::Running => engine.settle(&sandbox.record.id).await,
         _ => Ok(()),
+    }
+}
+
+/// The state of what `key` names; of a sandbox that runs with all that it has written.
+async fn still(at: &Contents, key: &str) -> Result<Arc<Still>> {
+    let (disks, name) = (at.disks.clone(), key.to_owned());
+    let take = move || disks.still(&name).map(Arc::new);
+    match &at.engine {
+        Some(engine) if engine.show(key).is_ok_and(|s| s.record.state == State::Running) => {
+            engine.settled(key, take).await
+        }
+        _ => blocking(take).await,
     }
 }
 
@@ -135,6 +153,120 @@ async fn diff(AppState(at): AppState<Contents>, Path(key): Path<String>, params:
     settle(at.engine.as_ref(), &key).await?;
     settle(at.engine.as_ref(), &with).await?;
     data(blocking(move || at.disks.file_diff(&key, &with)).await?)
+}
+
+/// What becomes an image, and how it wants to be run.
+#[derive(Debug, Clone, Default, Serialize, Deserialize, ToSchema)]
+#[serde(default)]
+#[allow(missing_docs)]
+pub struct PublishBody {
+    /// What is published: an absolute path, `/` for the whole file system. It is at the same path in the image.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(default = "/workspace")]
+    pub path: Option<String>,
+    /// The image's name, such as `web:1`; by default the sandbox's.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tag: Option<String>,
+    /// A template or snapshot whose whole file system lies below.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub base: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub cmd: Option<Vec<String>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub entrypoint: Option<Vec<String>>,
+    pub env: BTreeMap<String, String>,
+    /// Such as `3000` or `53/udp`.
+    pub ports: Vec<String>,
+    /// By default the path, if that is a directory.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub workdir: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub user: Option<String>,
+    /// How layers are compressed.
+    #[schema(default = "gzip")]
+    pub compression: Compression,
+    /// Whatever else the request has; see [`unsupported`].
+    #[serde(flatten)]
+    #[schema(ignore)]
+    pub other: Map<String, Value>,
+}
+
+/// Makes a container image of a sandbox's files, as an archive in the OCI image layout that `docker load` takes, too. A
+/// sandbox that runs goes on; one that is paused stays so.
+#[utoipa::path(post, path = "/sandboxes/{id}/publish", tag = "publish", request_body = PublishBody, responses((status = 200, description = "The archive. Headers: x-image-name, x-image-digest", body = Vec<u8>, content_type = "application/x-tar")))]
+async fn publish_sandbox(at: AppState<Contents>, key: Path<String>, body: JsonBody<PublishBody>) -> Sent {
+    if let Some(engine) = &at.engine {
+        engine.show(&key.0)?;
+    }
+    publish(at, key, body).await
+}
+
+/// Makes a container image of the files of a snapshot; the key can be that of a sandbox, a template or a disk, too.
+#[utoipa::path(post, path = "/snapshots/{snapshot}/publish", tag = "publish", request_body = PublishBody, responses((status = 200, description = "The archive. Headers: x-image-name, x-image-digest", body = Vec<u8>, content_type = "application/x-tar")))]
+async fn publish_snapshot(at: AppState<Contents>, key: Path<String>, body: JsonBody<PublishBody>) -> Sent {
+    publish(at, key, body).await
+}
+
+async fn publish(
+    AppState(at): AppState<Contents>,
+    Path(key): Path<String>,
+    JsonBody(body): JsonBody<PublishBody>,
+) -> Sent {
+    refuse_unsupported("publish", &body.other)?;
+    let from = still(&at, &key).await?;
+    let base = match &body.base {
+        Some(base) => Some(still(&at, base).await?),
+        None => None,
+    };
+    let request = PublishRequest {
+        path: body.path.unwrap_or_else(|| "/workspace".to_owned()),
+        name: body.tag,
+        cmd: body.cmd,
+        entrypoint: body.entrypoint,
+        env: body.env,
+        ports: body.ports,
+        workdir: body.workdir,
+        user: body.user,
+        compression: body.compression,
+    };
+    // Set when the caller goes away, and this future with it.
+    let given_up = GivenUp::default();
+    let flag = given_up.0.clone();
+    let image = blocking(move || at.disks.publish(&from, base.as_deref(), &request, &flag)).await?;
+    let (size, name, digest) = (image.size_bytes(), image.name(), image.digest());
+    let mut response = stream_of(move |to| image.write(to)).into_response();
+    let headers = response.headers_mut();
+    headers.insert(header::CONTENT_TYPE, HeaderValue::from_static(client::ARCHIVE));
+    headers.insert(header::CONTENT_LENGTH, HeaderValue::from(size));
+    for (key, value) in [(client::IMAGE_NAME, name), (client::IMAGE_DIGEST, digest)] {
+        headers.extend(HeaderValue::from_str(&value).ok().map(|value| (HeaderName::from_static(key), value)));
+    }
+    Ok(response)
+}
+
+/// Tells work that goes on elsewhere that nobody waits for it.
+#[derive(Default)]
+struct GivenUp(Arc<AtomicBool>);
+
+impl Drop for GivenUp {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
+/// A body of what `write` writes in a thread of its own. What fails on the way breaks the body off.
+fn stream_of(write: impl FnOnce(&mut dyn Write) -> std::io::Result<()> + Send + 'static) -> Body {
+    let (to, from) = mpsc::channel(4);
+    tokio::task::spawn_blocking(move || {
+        let mut pieces = std::io::BufWriter::with_capacity(PIECE, Pieces(to.clone()));
+        if let Err(error) = write(&mut pieces).and_then(|()| pieces.flush())
+            && error.kind() != std::io::ErrorKind::BrokenPipe
+        {
+            tracing::error!(%error, "an answer broke off");
+            let _ = to.blocking_send(Err(error));
+        }
+    });
+    Body::from_stream(stream::unfold(from, |mut from| async move { Some((from.recv().await?, from)) }))
 }
 
 /// A file's bytes, or an archive. What fails on the way breaks the body off.

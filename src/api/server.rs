@@ -39,7 +39,7 @@ use crate::engine::Engine;
 pub use answer::ApiError;
 pub(super) use answer::{Answer, ListAnswer, data, list_all, list_of};
 pub use auth::Keys;
-pub(super) use request::{JsonBody, Paging, Params, Path, flag};
+pub(super) use request::{JsonBody, Paging, Params, Path, flag, refuse_unsupported};
 
 /// What a sandbox has that does not ask for it.
 #[derive(Debug, Clone)]

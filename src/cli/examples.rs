@@ -64,6 +64,10 @@ const EXAMPLES: &[(&str, &str)] = &[
     ("sandbox restore", "miosa sandbox restore web \"after install\""),
     ("sandbox snapshots tree", "miosa sandbox snapshots tree web"),
     ("sandbox fork", "miosa sandbox fork web --name try --count 8 --wait"),
+    (
+        "sandbox publish",
+        "miosa sandbox publish web --path / --output web.tar --tag web:1\nmiosa sandbox publish web --base node --cmd \"npm start\" --port 3000 --docker",
+    ),
     ("sandbox destroy", "miosa sandbox destroy web"),
     ("sandbox extend", "miosa sandbox extend web --timeout 2h"),
     ("template", "miosa template build base"),

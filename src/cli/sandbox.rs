@@ -62,6 +62,7 @@ pub(super) async fn run(client: &Client, out: Out, command: SandboxCommand) -> R
             })?;
         }
         SandboxCommand::Fork(args) => fork(client, out, args).await?,
+        SandboxCommand::Publish(args) => super::publish::run(client, out, args).await?,
         SandboxCommand::Destroy(target) => {
             let sandbox: SandboxBody = client.delete(&path(&target.sandbox, "")).await?;
             out.answer(&sandbox, &sandbox.id, |out| changed(out, &sandbox, "miosa sandbox list"))?;

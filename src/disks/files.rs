@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 use storage::Source;
+use vmm::image::ImageConfig;
 
 use super::{Disks, EXPORTING, TEMPORARY, parse_id};
 use crate::engine::error::{Error, Kind, Result};
@@ -74,29 +75,56 @@ impl From<ext4::Error> for Error {
     }
 }
 
+/// What a key names.
+#[derive(Debug, Clone)]
+struct Found {
+    source: Source,
+    /// What people call it.
+    name: String,
+    /// How the image it came from wants programs to be run.
+    image: ImageConfig,
+    /// When it was as it is, if that does not change.
+    created_at: Option<jiff::Timestamp>,
+}
+
 /// A state that stands still while it is read.
 pub struct Still {
     disks: Arc<Disks>,
-    source: Source,
+    found: Found,
     temporary: bool,
 }
 
 impl Still {
     /// What stands still.
     pub fn source(&self) -> Source {
-        self.source
+        self.found.source
+    }
+
+    /// What people call what it is a state of.
+    pub fn name(&self) -> &str {
+        &self.found.name
+    }
+
+    /// How the image it came from wants programs to be run.
+    pub fn image(&self) -> &ImageConfig {
+        &self.found.image
+    }
+
+    /// When it was as it is; none: just now.
+    pub fn created_at(&self) -> Option<jiff::Timestamp> {
+        self.found.created_at
     }
 
     /// Opens its file system.
     pub fn open(&self) -> Result<FileSystem> {
-        let disk = self.disks.store.open_source(self.source)?;
+        let disk = self.disks.store.open_source(self.source())?;
         Ok(contained(|| FileSystem::open(disk))?)
     }
 }
 
 impl Drop for Still {
     fn drop(&mut self) {
-        let Source::Snapshot(id) = self.source else { return };
+        let Source::Snapshot(id) = self.source() else { return };
         if !self.temporary {
             return;
         }
@@ -165,33 +193,51 @@ impl Content {
     }
 }
 
+impl From<&SnapshotRecord> for Found {
+    fn from(r: &SnapshotRecord) -> Self {
+        let name = r.comment.clone().unwrap_or_else(|| r.id.clone());
+        let (image, created_at) = (r.image.clone(), Some(r.created_at));
+        Self { source: Source::Snapshot(r.snapshot), name, image, created_at }
+    }
+}
+
+impl From<&SandboxRecord> for Found {
+    fn from(r: &SandboxRecord) -> Self {
+        Self { source: Source::Disk(r.disk), name: r.name.clone(), image: r.image.clone(), created_at: None }
+    }
+}
+
+impl From<&TemplateRecord> for Found {
+    fn from(r: &TemplateRecord) -> Self {
+        let (image, created_at) = (r.image.clone(), Some(r.created_at));
+        Self { source: Source::Snapshot(r.snapshot), name: r.name.clone(), image, created_at }
+    }
+}
+
 impl Disks {
     /// A disk or snapshot of the store, a snapshot of a sandbox, a sandbox or a template: by id, or by a name that only one
     /// has.
-    fn find_state(&self, key: &str) -> Result<Source> {
+    fn find_state(&self, key: &str) -> Result<Found> {
         let snapshots = load_all::<SnapshotRecord>(&self.store)?;
         let sandboxes = load_all::<SandboxRecord>(&self.store)?;
         let sandboxes: Vec<_> = sandboxes.into_iter().filter(|r| r.state != State::Destroyed).collect();
         if let Some(record) = snapshots.iter().find(|r| r.id == key) {
-            return Ok(Source::Snapshot(record.snapshot));
+            return Ok(Found::from(record));
         }
         if let Some(record) = sandboxes.iter().find(|r| r.id == key) {
-            return Ok(Source::Disk(record.disk));
+            return Ok(Found::from(record));
         }
         let templates = load_all::<TemplateRecord>(&self.store)?;
-        let named: Vec<(&str, Source)> = [
-            snapshots
-                .iter()
-                .filter(|r| r.comment.as_deref() == Some(key))
-                .map(|r| (&r.id[..], Source::Snapshot(r.snapshot)))
-                .collect::<Vec<_>>(),
-            sandboxes.iter().filter(|r| r.name == key).map(|r| (&r.id[..], Source::Disk(r.disk))).collect(),
-            templates.iter().filter(|r| r.key() == key).map(|r| (r.key(), Source::Snapshot(r.snapshot))).collect(),
-        ]
-        .concat();
+        let snapshots = snapshots.iter().filter(|r| r.comment.as_deref() == Some(key)).map(|r| (&r.id[..], r.into()));
+        let sandboxes = sandboxes.iter().filter(|r| r.name == key).map(|r| (&r.id[..], r.into()));
+        let templates = templates.iter().filter(|r| r.key() == key).map(|r| (r.key(), r.into()));
+        let named: Vec<(&str, Found)> = snapshots.chain(sandboxes).chain(templates).collect();
         match named.as_slice() {
-            [] => self.find(key),
-            [(_, one)] if parse_id(key).is_none() && self.store.disk_by_name(key).is_none() => Ok(*one),
+            [] => {
+                let source = self.find(key)?;
+                Ok(Found { source, name: key.to_owned(), image: ImageConfig::default(), created_at: None })
+            }
+            [(_, one)] if parse_id(key).is_none() && self.store.disk_by_name(key).is_none() => Ok(one.clone()),
             several => {
                 let ids: Vec<_> = several.iter().map(|(id, _)| *id).collect();
                 Err(Error::new(Kind::DiskAmbiguous, format!("{key:?} is the name of several: {}", ids.join(", ")))
@@ -202,16 +248,17 @@ impl Disks {
 
     /// The state of what `key` names, as it is now.
     pub fn still(self: &Arc<Self>, key: &str) -> Result<Still> {
-        let source = self.find_state(key)?;
-        let Source::Disk(id) = source else {
-            return Ok(Still { disks: self.clone(), source, temporary: false });
+        let mut found = self.find_state(key)?;
+        let Source::Disk(id) = found.source else {
+            return Ok(Still { disks: self.clone(), found, temporary: false });
         };
         let mut tx = self.store.begin();
         let snapshot = tx.snapshot(id, "reading files");
         tx.put_record(TEMPORARY, &snapshot.to_string(), EXPORTING);
         // It need not survive anything, so nobody waits for a sync.
         drop(tx.commit()?);
-        Ok(Still { disks: self.clone(), source: Source::Snapshot(snapshot), temporary: true })
+        found.source = Source::Snapshot(snapshot);
+        Ok(Still { disks: self.clone(), found, temporary: true })
     }
 
     /// What a directory has; with `recursive`, all below it, too.
@@ -240,7 +287,7 @@ impl Disks {
     /// Which files two states have differently.
     pub fn file_diff(self: &Arc<Self>, a: &str, b: &str) -> Result<FileDiff> {
         let (a, b) = (self.still(a)?, self.still(b)?);
-        let ranges = self.store.diff(a.source, b.source)?;
+        let ranges = self.store.diff(a.source(), b.source())?;
         let (one, other) = (a.open()?, b.open()?);
         Ok(contained(|| ext4::diff::diff(&one, &other, ranges.iter().map(|r| (r.offset, r.bytes))))?)
     }

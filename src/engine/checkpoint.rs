@@ -107,10 +107,14 @@ impl Sandbox {
         }
     }
 
-    /// Freezes and thaws: what the guest held back is on its disk then.
-    pub(super) async fn settle(self: &Arc<Self>) -> Result<()> {
+    /// Runs `take` while the guest is frozen, if it runs and freezes: what it held back is on its disk then.
+    pub(super) async fn settled<T: Clone + Send + 'static>(
+        self: &Arc<Self>,
+        take: impl FnOnce() -> Result<T> + Send + 'static,
+    ) -> Result<T> {
         let mut owner = self.own().await;
-        self.at_one_point(&mut owner, Request::Snapshot, |_, _| Ok(()), |_, ()| Ok(())).await.map(drop)
+        let (taken, _) = self.at_one_point(&mut owner, Request::Snapshot, |_, _| take(), |_, _| Ok(())).await?;
+        Ok(taken)
     }
 
     pub(super) async fn snapshot(self: &Arc<Self>, request: SnapshotRequest) -> Result<SnapshotRecord> {

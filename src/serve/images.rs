@@ -97,8 +97,11 @@ async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + '
         .map_err(|e| Error::new(Kind::Internal, format!("a build did not end: {e}")))?
 }
 
-/// Fake machines boot nothing.
-pub(super) struct FakeImages;
+/// Fake machines boot nothing. A file is taken as it is, unless it is said to be of some format.
+pub(super) struct FakeImages {
+    /// Where archives are unpacked.
+    pub(super) work: PathBuf,
+}
 
 #[async_trait]
 impl TemplateBuilder for FakeImages {
@@ -116,5 +119,20 @@ impl TemplateBuilder for FakeImages {
     async fn build_base(&self, _: u64, _: Progress) -> Result<(PathBuf, String)> {
         Err(Error::new(Kind::ImageMissing, "a daemon with fake machines builds no base image")
             .hint("import one: --image FILE"))
+    }
+
+    async fn prepare_image(
+        &self,
+        file: &Path,
+        format: Option<ImageFormat>,
+        disk_bytes: u64,
+        _: Progress,
+    ) -> Result<ReadyImage> {
+        let (file, work) = (file.to_owned(), self.work.clone());
+        blocking(move || match format {
+            Some(_) => Ok(image::prepare(&file, format, disk_bytes, &work, &mut |_| {})?),
+            None => Ok(ReadyImage::whole(file.clone(), format!("image {}", file.display()))?),
+        })
+        .await
     }
 }

@@ -11,7 +11,7 @@ use storage::{Options, Source, Store};
 use crate::words::{Place, noise, text};
 
 /// Runs a tool of e2fsprogs and the like.
-fn tool(program: &str, args: &[&str]) -> String {
+pub fn tool(program: &str, args: &[&str]) -> String {
     let ran = Command::new(program).args(args).env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin").output().unwrap();
     let told = String::from_utf8_lossy(&ran.stderr).into_owned();
     assert!(ran.status.success(), "{program} {args:?}: {told}");
@@ -19,7 +19,7 @@ fn tool(program: &str, args: &[&str]) -> String {
 }
 
 /// Files of all kinds that an unprivileged user can make, and what they are.
-fn make_tree(top: &Path) {
+pub fn make_tree(top: &Path) {
     let write = |name: &str, bytes: &[u8]| std::fs::write(top.join(name), bytes).unwrap();
     for dir in ["dir", "dir/sub", "many"] {
         std::fs::create_dir_all(top.join(dir)).unwrap();
@@ -43,7 +43,7 @@ fn make_tree(top: &Path) {
     nix::unistd::mkfifo(&top.join("pipe"), nix::sys::stat::Mode::from_bits_truncate(0o640)).unwrap();
 }
 
-fn make_image(tree: &Path, image: &Path, options: &[&str]) {
+pub fn make_image(tree: &Path, image: &Path, options: &[&str]) {
     let file = std::fs::File::create(image).unwrap();
     file.set_len(128 << 20).unwrap();
     let mut args = vec!["-q", "-F", "-d", text(tree)];

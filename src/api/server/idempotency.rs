@@ -109,7 +109,7 @@ pub(super) fn takes_key(path: &str) -> bool {
 
 /// Whether doing it twice is the same as doing it once.
 fn is_harmless(path: &str) -> bool {
-    path.contains("/fs/") || path.starts_with("/api/v1/store/")
+    path.contains("/fs/") || path.starts_with("/api/v1/store/") || path.ends_with("/publish")
 }
 
 impl Keeper {

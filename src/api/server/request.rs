@@ -135,7 +135,7 @@ pub(super) async fn collect(body: Body, most: usize) -> Result<Bytes, ApiError> 
 }
 
 /// What would be done otherwise than asked for is not done.
-pub(super) fn refuse_unsupported(
+pub(crate) fn refuse_unsupported(
     what: &str,
     other: &serde_json::Map<String, serde_json::Value>,
 ) -> Result<(), ApiError> {

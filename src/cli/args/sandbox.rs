@@ -6,6 +6,7 @@ use std::time::Duration;
 use clap::{Args, Subcommand};
 
 use super::{CatArgs, ExtractArgs, FileDiffArgs, LsArgs, parse_env, parse_mode};
+use crate::oci::Compression;
 use crate::units::{parse_duration, parse_size_mib};
 
 /// `miosa sandbox`
@@ -66,6 +67,8 @@ pub enum SandboxCommand {
     },
     /// Create sandboxes on the present state of another
     Fork(ForkArgs),
+    /// Make a container image of a sandbox's files
+    Publish(PublishArgs),
     /// Delete a sandbox for good
     #[command(visible_aliases = ["delete", "rm"])]
     Destroy(Target),
@@ -439,4 +442,64 @@ pub struct ForkArgs {
     /// Start a session in each child and return when it can be used
     #[arg(long)]
     pub wait: bool,
+}
+
+/// `miosa sandbox publish`
+#[derive(Debug, Args)]
+#[command(group = clap::ArgGroup::new("to").required(true).multiple(true).args(["output", "docker"]))]
+pub struct PublishArgs {
+    /// Id or name of the sandbox, or of a snapshot
+    #[arg(value_name = "SANDBOX")]
+    pub key: String,
+    /// What becomes the image, at the same path in it; / is the whole file system
+    #[arg(long, default_value = "/workspace")]
+    pub path: String,
+    /// Write the image here as an OCI archive, or - for stdout
+    #[arg(long, short, value_name = "FILE")]
+    pub output: Option<PathBuf>,
+    /// Load the image into the local Docker
+    #[arg(long)]
+    pub docker: bool,
+    /// What the image is called [default: the sandbox's name, and latest]
+    #[arg(long, value_name = "NAME:TAG")]
+    pub tag: Option<String>,
+    /// A template or snapshot whose file system lies below the path
+    #[arg(long, value_name = "TEMPLATE")]
+    pub base: Option<String>,
+    /// What the image runs: a line for sh -c, or a JSON list of words
+    #[arg(long, value_name = "COMMAND", value_parser = parse_words)]
+    pub cmd: Option<Words>,
+    /// What runs the command, written in the same way
+    #[arg(long, value_name = "COMMAND", value_parser = parse_words)]
+    pub entrypoint: Option<Words>,
+    /// Environment of the image; the sandbox's own is not taken along
+    #[arg(long, value_parser = parse_env, value_name = "NAME=VALUE")]
+    pub env: Vec<(String, String)>,
+    /// A port that the image listens on, such as 3000 or 53/udp
+    #[arg(long, value_name = "PORT")]
+    pub port: Vec<String>,
+    /// Where the command starts [default: the path, if it is a directory]
+    #[arg(long, value_name = "DIR")]
+    pub workdir: Option<String>,
+    /// Who the command runs as
+    #[arg(long)]
+    pub user: Option<String>,
+    /// How layers are compressed: gzip, zstd, none
+    #[arg(long, value_name = "NAME", default_value = "gzip", value_parser = parse_compression)]
+    pub compression: Compression,
+}
+
+/// A command as its words.
+pub type Words = Vec<String>;
+
+/// As a container file has it: a list in JSON is taken as it is, anything else is a line for the shell.
+fn parse_words(text: &str) -> Result<Words, String> {
+    if text.trim_start().starts_with('[') {
+        return serde_json::from_str(text).map_err(|e| format!("it begins like a JSON list of words, but: {e}"));
+    }
+    Ok(["/bin/sh", "-c", text].map(str::to_owned).to_vec())
+}
+
+fn parse_compression(name: &str) -> Result<Compression, String> {
+    Compression::parse(name).ok_or_else(|| "write gzip, zstd or none".to_owned())
 }

@@ -10,6 +10,9 @@ use tar::{Archive, Entry, EntryType};
 use super::tree::{Meta, Tree, bad_path, broken, shown};
 use crate::{Error, ErrorKind, Result};
 
+/// Longest list of a file's pieces, in units of 512 bytes.
+const MAX_LIST: u32 = 1 << 16;
+
 /// What was left out of an archive.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(super) struct LeftOut {
@@ -33,10 +36,14 @@ pub(super) fn apply(tree: &mut Tree, stream: impl Read, whiteouts: bool, left_ou
         if count > 8_000_000 {
             return Err(Error::new(ErrorKind::Invalid, "the archive has more than 8000000 entries"));
         }
+        let (meta, sparse) = meta(&last, &mut entry)?;
+        if let Some(sparse) = &sparse {
+            last.clone_from(&sparse.name);
+        }
         if whiteouts && obey_whiteout(tree, &last)? {
             continue;
         }
-        add(tree, &last, &mut entry, left_out)?;
+        add(tree, &last, meta, sparse, &mut entry, left_out)?;
     }
     if count == 0 && !whiteouts && tree.len() == before {
         return Err(Error::new(ErrorKind::Invalid, "the archive has no entries"));
@@ -61,13 +68,22 @@ fn obey_whiteout(tree: &mut Tree, path: &[u8]) -> Result<bool> {
     Ok(true)
 }
 
-fn add<R: Read>(tree: &mut Tree, path: &[u8], entry: &mut Entry<'_, R>, left_out: &mut LeftOut) -> Result<()> {
-    let kind = entry.header().entry_type();
-    let meta = meta(path, entry)?;
-    match kind {
+fn add<R: Read>(
+    tree: &mut Tree,
+    path: &[u8],
+    meta: Meta,
+    sparse: Option<Sparse>,
+    entry: &mut Entry<'_, R>,
+    left_out: &mut LeftOut,
+) -> Result<()> {
+    match entry.header().entry_type() {
         EntryType::Directory => tree.add_directory(path, meta),
         // Of old archives: a directory is a file whose name ends in a slash.
         EntryType::Regular if path.ends_with(b"/") && entry.size() == 0 => tree.add_directory(path, meta),
+        EntryType::Regular | EntryType::Continuous if let Some(sparse) = sparse => {
+            let pieces = read_pieces(entry, sparse.size).map_err(|why| bad_path(path, &why))?;
+            tree.add_file_with_holes(path, meta, sparse.size, &pieces, entry)
+        }
         EntryType::Regular | EntryType::Continuous | EntryType::GNUSparse => {
             let size = entry.size();
             tree.add_file(path, meta, size, entry)
@@ -90,7 +106,52 @@ fn add<R: Read>(tree: &mut Tree, path: &[u8], entry: &mut Entry<'_, R>, left_out
     }
 }
 
-fn meta<R: Read>(path: &[u8], entry: &mut Entry<'_, R>) -> Result<Meta> {
+/// A file that is stored without its holes, as version 1.0 of GNU tar's form has it: under a placeholder's name, with a list
+/// of its pieces in front of them.
+#[derive(Debug, Default)]
+struct Sparse {
+    name: Vec<u8>,
+    size: u64,
+}
+
+/// The list in front of the pieces: numbers in lines, padded to whole 512 bytes.
+fn read_pieces(from: &mut impl Read, size: u64) -> std::result::Result<Vec<(u64, u64)>, String> {
+    let mut unit = [0; 512];
+    let (mut at, mut units) = (unit.len(), 0);
+    let mut number = || {
+        let mut value: Option<u64> = None;
+        loop {
+            if at == unit.len() {
+                units += 1;
+                if units > MAX_LIST || read_full(from, &mut unit).ok() != Some(unit.len()) {
+                    return Err("the list of its pieces is cut off or too long".to_owned());
+                }
+                at = 0;
+            }
+            let byte = unit[at];
+            at += 1;
+            match (byte, value) {
+                (b'\n', Some(value)) => return Ok(value),
+                (b'0'..=b'9', _) => {
+                    let more = value.unwrap_or(0).checked_mul(10).and_then(|v| v.checked_add(u64::from(byte - b'0')));
+                    value = Some(more.ok_or("a piece's place is no number")?);
+                }
+                _ => return Err("a piece's place is no number".to_owned()),
+            }
+        }
+    };
+    let mut pieces = Vec::new();
+    let mut end = 0;
+    for _ in 0..number()? {
+        let (offset, len) = (number()?, number()?);
+        let upto = offset.checked_add(len).filter(|upto| offset >= end && *upto <= size);
+        end = upto.ok_or("its pieces are out of order or beyond its end")?;
+        pieces.push((offset, len));
+    }
+    Ok(pieces)
+}
+
+fn meta<R: Read>(path: &[u8], entry: &mut Entry<'_, R>) -> Result<(Meta, Option<Sparse>)> {
     let number = |value: std::io::Result<u64>, what: &str| {
         let value = value.map_err(|e| broken(&format!("in {}", shown(path)), &e))?;
         u32::try_from(value).map_err(|_| bad_path(path, &format!("its {what} {value} is out of range")))
@@ -104,8 +165,9 @@ fn meta<R: Read>(path: &[u8], entry: &mut Entry<'_, R>) -> Result<Meta> {
         xattrs: Vec::new(),
     };
     let Some(extensions) = entry.pax_extensions().map_err(|e| broken(&format!("in {}", shown(path)), &e))? else {
-        return Ok(meta);
+        return Ok((meta, None));
     };
+    let (mut sparse, mut version) = (Sparse::default(), None);
     for extension in extensions {
         let extension = extension.map_err(|e| broken(&format!("in {}", shown(path)), &e))?;
         let value = || extension.value().ok().and_then(|v| v.parse().ok());
@@ -116,8 +178,15 @@ fn meta<R: Read>(path: &[u8], entry: &mut Entry<'_, R>) -> Result<Meta> {
                 let text = extension.value().unwrap_or_default();
                 meta.mtime = text.split('.').next().and_then(|s| s.parse().ok()).unwrap_or(meta.mtime);
             }
-            b"GNU.sparse.major" | b"GNU.sparse.map" | b"GNU.sparse.offset" => {
-                return Err(bad_path(path, "it is stored with holes").hint("make the archive without --sparse"));
+            b"GNU.sparse.major" => version = extension.value().ok().map(str::to_owned),
+            b"GNU.sparse.name" => sparse.name = extension.value_bytes().to_vec(),
+            b"GNU.sparse.realsize" => {
+                let size = extension.value().ok().and_then(|v| v.parse().ok());
+                sparse.size = size.ok_or_else(|| bad_path(path, "its size is no number"))?;
+            }
+            b"GNU.sparse.map" | b"GNU.sparse.offset" => {
+                return Err(bad_path(path, "it is stored with holes in an old form")
+                    .hint("make the archive without --sparse, or with --sparse-version=1.0"));
             }
             key => {
                 if let Some(name) = key.strip_prefix(b"SCHILY.xattr.") {
@@ -126,7 +195,12 @@ fn meta<R: Read>(path: &[u8], entry: &mut Entry<'_, R>) -> Result<Meta> {
             }
         }
     }
-    Ok(meta)
+    match version.as_deref() {
+        None => Ok((meta, None)),
+        Some("1") if !sparse.name.is_empty() => Ok((meta, Some(sparse))),
+        Some(_) => Err(bad_path(path, "it is stored with holes in a form that is not known")
+            .hint("make the archive without --sparse, or with --sparse-version=1.0")),
+    }
 }
 
 /// A file's content with the compression taken off, as its first bytes say.
@@ -188,5 +262,75 @@ impl Drop for Unxz {
     fn drop(&mut self) {
         let _ = self.0.kill();
         let _ = self.0.wait();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// An archive of one sparse file `dir/holes`.
+    fn archive(list: &str, data: &[u8], size: u64) -> Vec<u8> {
+        let mut builder = tar::Builder::new(Vec::new());
+        let size = size.to_string();
+        let extensions: [(&str, &[u8]); 4] = [
+            ("GNU.sparse.major", b"1"),
+            ("GNU.sparse.minor", b"0"),
+            ("GNU.sparse.name", b"dir/holes"),
+            ("GNU.sparse.realsize", size.as_bytes()),
+        ];
+        builder.append_pax_extensions(extensions).unwrap();
+        let mut content = list.as_bytes().to_vec();
+        content.resize(content.len().next_multiple_of(512), 0);
+        content.extend_from_slice(data);
+        let mut header = tar::Header::new_gnu();
+        header.set_mode(0o640);
+        header.set_uid(7);
+        header.set_gid(8);
+        header.set_size(content.len() as u64);
+        builder.append_data(&mut header, "GNUSparseFile.0/holes", &*content).unwrap();
+        builder.into_inner().unwrap()
+    }
+
+    fn read(archive: &[u8]) -> Result<(tempfile::TempDir, Tree)> {
+        let dir = tempfile::tempdir().unwrap();
+        let mut tree = Tree::new(dir.path().to_owned(), 1 << 20);
+        apply(&mut tree, archive, true, &mut LeftOut::default())?;
+        Ok((dir, tree))
+    }
+
+    #[test]
+    fn files_with_holes_come_back_with_them() {
+        use std::os::unix::fs::{FileExt, MetadataExt};
+        // Larger than the tree may be: its holes do not count.
+        let size = 3 << 30;
+        let (dir, tree) = read(&archive("3\n4096\n5\n1073741824\n3\n3221225472\n0\n", b"helloend", size)).unwrap();
+        assert_eq!(tree.bytes(), 8);
+        let files: Vec<_> = std::fs::read_dir(dir.path()).unwrap().map(|e| e.unwrap().path()).collect();
+        let file = File::open(&files[0]).unwrap();
+        let meta = file.metadata().unwrap();
+        assert!(meta.size() == size && meta.blocks() < 1_000, "{meta:?}");
+        let mut five = [0; 5];
+        for (at, expected) in [(4_096, b"hello"), (1 << 30, b"end\0\0"), (0, b"\0\0\0\0\0")] {
+            file.read_exact_at(&mut five, at).unwrap();
+            assert_eq!(&five, expected);
+        }
+    }
+
+    #[test]
+    fn lists_of_pieces_are_not_believed() {
+        for (list, data) in [
+            ("", &b""[..]),
+            ("x\n", b""),
+            ("1\n0\n", b""),
+            ("2\n10\n1\n5\n1\n", b"ab"),
+            ("1\n99999999999\n1\n", b"a"),
+            ("1\n18446744073709551615\n2\n", b"ab"),
+            ("1\n99999999999999999999\n2\n", b"ab"),
+            ("1\n0\n9\n", b"short"),
+            ("1\n0\n2\n", b"too long"),
+        ] {
+            assert!(read(&archive(list, data, 1 << 20)).is_err(), "{list:?}");
+        }
     }
 }

@@ -7,7 +7,7 @@
 use std::collections::BTreeMap;
 use std::ffi::OsStr;
 use std::fs::{self, File, Permissions};
-use std::io::{Read, Write};
+use std::io::{Read, Seek, SeekFrom, Write};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{PermissionsExt, lchown, symlink};
 use std::path::{Path, PathBuf};
@@ -20,6 +20,8 @@ use crate::{Error, ErrorKind, Result};
 
 /// Most names in a tree.
 const MAX_NODES: usize = 4_000_000;
+/// Largest file, holes included: what ext4 takes.
+const MAX_FILE: u64 = (1 << 44) - 4_096;
 /// Longest path; what a host's path can hold, less the directory it is laid down in.
 const MAX_PATH: usize = 3_800;
 /// Deepest directory: links can make a tree deeper than any one path of the archive.
@@ -46,10 +48,10 @@ pub(super) struct Meta {
 #[derive(Debug)]
 enum Kind {
     Directory(BTreeMap<Name, Place>),
-    /// The number of its content, its size, and the names it has.
+    /// The number of its content, its bytes but for holes, and the names it has.
     File {
         content: u64,
-        size: u64,
+        bytes: u64,
         names: u32,
     },
     Link(Vec<u8>),
@@ -121,34 +123,54 @@ impl Tree {
 
     /// Adds a file with all that `content` gives; `size` is what the archive says of it.
     pub(super) fn add_file(&mut self, path: &[u8], meta: Meta, size: u64, content: &mut dyn Read) -> Result<()> {
+        self.add_file_with_holes(path, meta, size, &[(0, size)], content)
+    }
+
+    /// Adds a file of which `content` gives the pieces between holes, whose offsets and lengths are in order and within
+    /// `size`.
+    pub(super) fn add_file_with_holes(
+        &mut self,
+        path: &[u8],
+        meta: Meta,
+        size: u64,
+        pieces: &[(u64, u64)],
+        content: &mut dyn Read,
+    ) -> Result<()> {
         let (parent, name) = self.locate(path)?.ok_or_else(|| bad_path(path, "it is the root, and no file"))?;
-        if self.live_bytes.saturating_add(size) > self.max_bytes {
+        let bytes = pieces.iter().map(|(_, len)| len).fold(0, |sum: u64, len| sum.saturating_add(*len));
+        if self.live_bytes.saturating_add(bytes) > self.max_bytes {
             let message = format!("the content does not fit the disk of {} MiB", self.max_bytes >> 20);
             return Err(Error::new(ErrorKind::Invalid, message).hint("ask for a larger disk: --disk SIZE"));
+        }
+        if size > MAX_FILE {
+            return Err(bad_path(path, "it is larger than a file can be"));
         }
         let number = self.next_content;
         let at = self.content_path(number);
         let failed = |e: std::io::Error| Error::io(at.display(), e);
         let mut file = File::options().write(true).create_new(true).open(&at).map_err(failed)?;
-        let (mut written, mut buffer) = (0_u64, vec![0; 64 << 10]);
-        loop {
-            let len = content.read(&mut buffer).map_err(|e| broken(&format!("in {}", shown(path)), &e))?;
-            if len == 0 {
-                break;
+        let mut buffer = vec![0; 64 << 10];
+        for (offset, len) in pieces {
+            file.seek(SeekFrom::Start(*offset)).map_err(failed)?;
+            let mut left = *len;
+            while left > 0 {
+                let part = buffer.len().min(usize::try_from(left).unwrap_or(usize::MAX));
+                let read = content.read(&mut buffer[..part]).map_err(|e| broken(&format!("in {}", shown(path)), &e))?;
+                if read == 0 {
+                    return Err(broken(&format!("in {}", shown(path)), &"it ends too early"));
+                }
+                file.write_all(&buffer[..read]).map_err(failed)?;
+                left -= read as u64;
             }
-            written += len as u64;
-            // An archive that lies about a size must not fill the host.
-            if written > size {
-                return Err(bad_path(path, "it is longer than the archive says"));
-            }
-            file.write_all(&buffer[..len]).map_err(failed)?;
         }
-        if written < size {
-            return Err(broken(&format!("in {}", shown(path)), &"it ends too early"));
+        // An archive that lies about a size must not fill the host.
+        if content.read(&mut buffer[..1]).map_err(|e| broken(&format!("in {}", shown(path)), &e))? > 0 {
+            return Err(bad_path(path, "it is longer than the archive says"));
         }
+        file.set_len(size).map_err(failed)?;
         self.next_content += 1;
-        self.live_bytes += written;
-        self.add(parent, name, Kind::File { content: number, size, names: 1 }, meta)
+        self.live_bytes += bytes;
+        self.add(parent, name, Kind::File { content: number, bytes, names: 1 }, meta)
     }
 
     /// Adds a symbolic link; where it leads is the guest's business.
@@ -259,11 +281,11 @@ impl Tree {
                     self.take_out(place.node, &name);
                 }
             }
-            Kind::File { content, size, names } => {
+            Kind::File { content, bytes, names } => {
                 *names -= 1;
                 if *names == 0 {
-                    let (content, size) = (*content, *size);
-                    self.live_bytes -= size;
+                    let (content, bytes) = (*content, *bytes);
+                    self.live_bytes -= bytes;
                     let _ = fs::remove_file(self.content_path(content));
                 }
             }
