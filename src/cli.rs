@@ -26,6 +26,7 @@ mod template;
 mod terminal;
 mod transfer;
 mod tree;
+mod usage;
 
 use std::process::ExitCode;
 
@@ -130,6 +131,9 @@ async fn run(cli: Cli, config: Config, broken: Option<ConfigError>) -> output::R
             }
         }),
         Command::Sandbox(command) => sandbox::run(&place.client, out, command).await,
+        Command::Usage { sandbox, period } => {
+            usage::run(&place.client, out, sandbox.as_deref(), &period).await.map(|()| ExitCode::SUCCESS)
+        }
         Command::Template(command) => template::run(&place.client, out, command).await.map(|()| ExitCode::SUCCESS),
         Command::Disk(command) => disk::run(&place, out, command).await.map(|()| ExitCode::SUCCESS),
         Command::Completion { shell } => examples::completion(shell).map(|()| ExitCode::SUCCESS),

@@ -31,6 +31,7 @@ mod snapshots;
 mod survivor;
 mod template;
 mod update;
+pub mod usage;
 mod watch;
 
 use std::collections::BTreeMap;
@@ -66,6 +67,7 @@ pub use template::{
     BASE, BootFiles, BuildRequest, BuildStatus, BuildView, ImageSource, Progress, TemplateBuilder, TemplateUsage,
 };
 pub use update::Changes;
+pub use usage::{Compute, Period, SandboxUsage, Saved, SessionUsage, Used};
 pub use vmm::agent::ExecEvent;
 pub use vmm::{CommandStatus, DirEntry, FileKind, FileStat, TerminalSize, TreeSummary};
 pub use watch::{StateChange, Watch};
@@ -95,6 +97,8 @@ pub struct Settings {
     pub freeze_deadline: Duration,
     /// Machines that may boot at once; more wait.
     pub concurrent_boots: usize,
+    /// How often it is measured what is kept for sandboxes, at most; it is also done soon after a session has ended.
+    pub usage_period: Duration,
 }
 
 impl Default for Settings {
@@ -111,6 +115,7 @@ impl Default for Settings {
             agent_deadline: Duration::from_secs(30),
             freeze_deadline: Duration::from_secs(15),
             concurrent_boots: std::thread::available_parallelism().map_or(2, |n| n.get().max(2)),
+            usage_period: Duration::from_secs(600),
         }
     }
 }
@@ -140,6 +145,7 @@ pub(crate) struct Shared {
     builds: template::Builds,
     pub(crate) boots: Semaphore,
     pub(crate) metrics: Metrics,
+    usage: usage::Ledgers,
     acceleration: OnceCell<vmm::Acceleration>,
     changes: watch::Changes,
     closing: AtomicBool,
@@ -198,17 +204,6 @@ pub struct SandboxView {
     pub compute: Compute,
 }
 
-/// What sessions had, over time.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Compute {
-    /// How long they lasted.
-    pub runtime_ms: u64,
-    /// That, times their processors.
-    pub vcpu_ms: u64,
-    /// That, times their memory in MiB.
-    pub memory_mib_ms: u64,
-}
-
 /// What a new sandbox starts from.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Origin {
@@ -264,7 +259,7 @@ pub struct CreateRequest {
 /// The engine. Share it in an `Arc`.
 pub struct Engine {
     shared: Arc<Shared>,
-    background: [tokio::task::JoinHandle<()>; 2],
+    background: [tokio::task::JoinHandle<()>; 3],
 }
 
 impl Engine {
@@ -287,14 +282,18 @@ impl Engine {
             builds: template::Builds::default(),
             boots,
             metrics: Metrics::default(),
+            usage: usage::Ledgers::default(),
             acceleration: OnceCell::new(),
             changes: watch::Changes::default(),
             closing: AtomicBool::new(false),
             seal_wanted: Notify::new(),
         });
         recover::run(&shared).await?;
-        let background =
-            [tokio::spawn(seal_when_wanted(shared.clone())), tokio::spawn(snapshots::delete_expired(shared.clone()))];
+        let background = [
+            tokio::spawn(seal_when_wanted(shared.clone())),
+            tokio::spawn(snapshots::delete_expired(shared.clone())),
+            tokio::spawn(usage::watch(shared.clone())),
+        ];
         Ok(Arc::new(Engine { shared, background }))
     }
 
@@ -516,7 +515,10 @@ async fn seal_when_wanted(shared: Arc<Shared>) {
     loop {
         shared.seal_wanted.notified().await;
         match shared.with_store(|store| Ok(store.seal()?)).await {
-            Ok(report) => tracing::debug!(?report, "sealed"),
+            Ok(report) => {
+                tracing::debug!(?report, "sealed");
+                shared.usage.look_soon();
+            }
             Err(error) => tracing::warn!(%error, "sealing failed; it is tried again after the next stop"),
         }
     }

@@ -15,3 +15,5 @@ mod story;
 mod support;
 #[path = "cli/terminal.rs"]
 mod terminal;
+#[path = "cli/usage.rs"]
+mod usage;

@@ -9,6 +9,7 @@ mod changes;
 mod commands;
 mod events;
 mod exec;
+mod exports;
 mod files;
 mod history;
 mod idempotency;
@@ -83,6 +84,7 @@ pub fn router(engine: Arc<Engine>, disks: Arc<Disks>, defaults: Defaults) -> Rou
         .merge(processes::routes())
         .merge(terminal::routes())
         .merge(files::routes())
+        .merge(exports::routes())
         .merge(paths::routes())
         .merge(templates::routes())
         .merge(super::archives::routes(disks.clone(), Some(engine.clone())))

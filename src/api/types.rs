@@ -3,6 +3,7 @@
 mod process;
 mod template;
 mod terminal;
+mod usage;
 
 use std::collections::BTreeMap;
 
@@ -14,6 +15,7 @@ use utoipa::ToSchema;
 pub use process::*;
 pub use template::*;
 pub use terminal::*;
+pub use usage::*;
 
 use crate::engine::lifecycle::State;
 use crate::engine::records::{Consistency, NetworkPolicy, SnapshotRecord, slug};

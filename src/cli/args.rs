@@ -71,6 +71,14 @@ pub enum Command {
     /// Use the store's disks without sandboxes, with or without a daemon
     #[command(subcommand, visible_alias = "disks")]
     Disk(DiskCommand),
+    /// Show what sandboxes used over time: compute, and what was saved for them
+    Usage {
+        /// Id or name of a sandbox [default: all]
+        sandbox: Option<String>,
+        /// How much of the past
+        #[command(flatten)]
+        period: PeriodArgs,
+    },
     /// See whether this machine has what the daemon needs, and what to do where not
     Doctor,
     /// Print a script that completes commands, for a shell to read

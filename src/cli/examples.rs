@@ -64,6 +64,8 @@ const EXAMPLES: &[(&str, &str)] = &[
     ("sandbox restore", "miosa sandbox restore web \"after install\""),
     ("sandbox snapshots tree", "miosa sandbox snapshots tree web"),
     ("sandbox fork", "miosa sandbox fork web --name try --count 8 --wait"),
+    ("sandbox usage", "miosa sandbox usage web --period 7d"),
+    ("usage", "miosa usage --period 7d\nmiosa usage --sessions --period 24h"),
     (
         "sandbox publish",
         "miosa sandbox publish web --path / --output web.tar --tag web:1\nmiosa sandbox publish web --base node --cmd \"npm start\" --port 3000 --docker",

@@ -62,6 +62,9 @@ pub(super) async fn run(client: &Client, out: Out, command: SandboxCommand) -> R
             })?;
         }
         SandboxCommand::Fork(args) => fork(client, out, args).await?,
+        SandboxCommand::Usage { target, period } => {
+            super::usage::run(client, out, Some(&target.sandbox), &period).await?;
+        }
         SandboxCommand::Publish(args) => super::publish::run(client, out, args).await?,
         SandboxCommand::Destroy(target) => {
             let sandbox: SandboxBody = client.delete(&path(&target.sandbox, "")).await?;

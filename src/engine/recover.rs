@@ -25,6 +25,7 @@ use super::records::{Record, SandboxRecord, SnapshotRecord, StepRecord, Template
 use super::sandbox::Sandbox;
 use super::survivor::{LOST, Survivor};
 use super::template::is_bench;
+use super::usage::{Compute, Ledgers};
 
 pub(super) async fn run(shared: &Arc<Shared>) -> Result<()> {
     let run_root = shared.settings.run_root.clone();
@@ -43,10 +44,12 @@ pub(super) async fn run(shared: &Arc<Shared>) -> Result<()> {
         let steps: Vec<StepRecord> = load_all(store)?;
         let states = snapshots.iter().map(|r| r.snapshot).chain(templates.iter().map(|r| r.snapshot));
         let states = states.chain(steps.iter().map(|r| r.snapshot)).collect();
-        put_right(store, &mut sandboxes, &going_on, &states)?;
-        Ok((sandboxes, snapshots, templates))
+        let (ledgers, lost) = Ledgers::load(store, |id| going_on.contains(id))?;
+        put_right(store, &mut sandboxes, &going_on, &states, &lost)?;
+        Ok((sandboxes, snapshots, templates, ledgers))
     });
-    let (sandboxes, snapshots, templates) = put_right.await?;
+    let (sandboxes, snapshots, templates, ledgers) = put_right.await?;
+    shared.usage.restore(ledgers);
     for record in sandboxes {
         let live = record.state != State::Destroyed;
         let sandbox = Sandbox::new(shared.clone(), record);
@@ -83,12 +86,14 @@ async fn find_survivors(shared: &Arc<Shared>, sandboxes: &[SandboxRecord]) -> Re
     tokio::task::spawn_blocking(find).await.map_err(|e| Error::internal(format!("looking for survivors: {e}")))
 }
 
-/// Brings records and the store to what is there now, in one transaction. `states` are those that have a record.
+/// Brings records and the store to what is there now, in one transaction. `states` are those that have a record, and
+/// `lost` is what sessions had, as far as it is known, that nobody ended.
 fn put_right(
     store: &Store,
     sandboxes: &mut [SandboxRecord],
     going_on: &BTreeSet<String>,
     states: &BTreeSet<SnapshotId>,
+    lost: &BTreeMap<String, Compute>,
 ) -> Result<()> {
     let mut tx = store.begin();
     let mut changed = false;
@@ -98,6 +103,10 @@ fn put_right(
             record.last_error = Some(LOST.into());
             record.unclean |= record.state != State::Paused;
             record.state = next;
+            let had = lost.get(&record.id).copied().unwrap_or_default();
+            record.total_runtime_ms += had.runtime_ms;
+            record.vcpu_ms += had.vcpu_ms;
+            record.memory_mib_ms += had.memory_mib_ms;
             if next == State::Destroyed {
                 record.destroyed_at = Some(Timestamp::now());
                 record.last_error = None;

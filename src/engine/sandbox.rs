@@ -183,6 +183,11 @@ impl Sandbox {
         self.face.write().deadline = deadline;
     }
 
+    /// How long the present session has lasted.
+    pub(super) fn session_age(&self) -> Option<Duration> {
+        self.face.read().running.map(|running| running.began.elapsed())
+    }
+
     /// Makes the record durable as it is now.
     pub(super) async fn save(&self) -> Result<()> {
         self.save_as(self.record()).await
@@ -190,10 +195,12 @@ impl Sandbox {
 
     /// Makes the record durable as it is to be.
     pub(super) async fn save_as(&self, record: SandboxRecord) -> Result<()> {
+        let usage = self.shared.clone();
         self.shared
             .with_store(move |store| {
                 let mut tx = store.begin();
                 tx.put_record(SandboxRecord::KIND, &record.id, record.encode()?);
+                usage.usage.put(&mut tx, &record.id)?;
                 Ok(tx.commit_durable()?)
             })
             .await
@@ -241,6 +248,7 @@ impl Sandbox {
             r.started_at = Some(Timestamp::now());
             r.ready_at = None;
         });
+        self.shared.usage.session_began(&self.record());
         let begun = match self.save().await {
             Ok(()) => Session::begin(&self.shared, &self.record(), number).await,
             Err(error) => Err(error),
@@ -254,6 +262,7 @@ impl Sandbox {
             }
             Err(error) => {
                 self.shared.metrics.boot_failed();
+                self.shared.usage.session_ended(&self.record(), None);
                 self.decide(Request::StartFailed)?;
                 let recorded = self.record_fact(|r| {
                     r.state = State::Error;
@@ -354,6 +363,8 @@ impl Sandbox {
             return self.remove(owner, how).await;
         }
         let ended = self.end_session(owner, how).await;
+        // One that could not be taken over was not ended here.
+        self.shared.usage.session_ended(&self.record(), None);
         let problem = match &ended {
             Ok(trouble) => trouble.clone().or(note.clone()),
             Err(error) => Some(error.to_string()),
@@ -383,7 +394,8 @@ impl Sandbox {
             let mut face = self.face.write();
             face.deadline = None;
             let compute = face.compute(now);
-            face.running = None;
+            let ran = face.running.take().map(|running| now.saturating_duration_since(running.began));
+            self.shared.usage.session_ended(&face.record, ran);
             face.record.total_runtime_ms = compute.runtime_ms;
             face.record.vcpu_ms = compute.vcpu_ms;
             face.record.memory_mib_ms = compute.memory_mib_ms;
@@ -410,13 +422,14 @@ impl Sandbox {
         record.state = State::Destroyed;
         record.destroyed_at = Some(Timestamp::now());
         record.last_error = None;
-        let to_save = record.clone();
+        let (to_save, usage) = (record.clone(), self.shared.clone());
         let removed = self
             .shared
             .with_store(move |store| {
                 let mut tx = store.begin();
                 tx.delete_disk(to_save.disk);
                 tx.put_record(SandboxRecord::KIND, &to_save.id, to_save.encode()?);
+                usage.usage.put(&mut tx, &to_save.id)?;
                 Ok(tx.commit_durable()?)
             })
             .await;
@@ -431,6 +444,7 @@ impl Sandbox {
         let name = record.name.clone();
         self.publish(|r| *r = record);
         self.shared.registry.release_name(&name, &self.id);
+        self.shared.usage.look_soon();
         forget_long_destroyed(&self.shared).await;
         Ok(())
     }

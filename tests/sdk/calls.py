@@ -6,7 +6,9 @@ table is what happened. The daemon's address and key are in MIOSA_TEST_URL and M
 
 import asyncio
 import inspect
+import io
 import os
+import tarfile
 
 import miosa
 from miosa.errors import MiosaError
@@ -93,8 +95,11 @@ CALLS = {
         ("client.sandboxes._transport.request('GET', f'/sandboxes/{box.id}/files/workspace/b', raw_response=True)", "it.content == bytes(256)"),
         ("box.get_logs(lines=10)", None),
         ("box.stream_logs()", None),
-        ("box.create_export('/workspace/b')", None),
-        ("box.download_export('/workspace/b')", None),
+        ("box.create_export('/workspace/b')", "(it['size_bytes'], it['filename']) == (256, 'b')"),
+        ("box.create_export(['/workspace/b', '/workspace/none'])", None),
+        ("box.download_export('/workspace/b')", "it == bytes(256)"),
+        ("box.download_export(['/workspace/b', '/workspace/d'], filename='all.tar.gz')",
+         "{'workspace/b': 256, 'workspace/d/g': 1}.items() <= members(it).items()"),
     ],
     "Snapshots": [
         ("snap = box.create_snapshot('first')", "it['status'] == 'ready'"),
@@ -119,10 +124,15 @@ CALLS = {
     "Templates and usage": [
         ("client.sandboxes.list_templates()", "it['data'][0]['name'] == 'base'"),
         ("client.sandboxes.get_template('base')", "it['data']['name'] == 'base'"),
-        ("client.usage.get()", "any(u['sandbox_id'] == box.id for u in it)"),
-        ("client.usage.get(period='7d')", None),
-        ("client.usage.current()", "it['running'] > 0"),
-        ("client.usage.sessions()", None),
+        ("client.usage.get()", "box.id in [r['sandbox_id'] for r in it['results']] and it['total']['runtime_sec'] > 0"),
+        ("client.usage.get(period='7d')", "it['period_start'] < it['period_end'] and any(r['sandbox_id'] == box.id and r['sessions'] > 1 for r in it['results'])"),
+        ("client.usage.get(start='2020-01-01T00:00:00Z', end='2020-01-02T00:00:00Z')", "all(r['sessions'] == 0 for r in it['results'])"),
+        ("client.usage.get(period='long')", None),
+        ("client.usage.get(group_by='workspace_id')", None),
+        ("client.usage.current()", "it['running'] > 0 and it['runtime_sec'] > 0"),
+        ("client.usage.report(period_start='2020-01-01T00:00:00Z')", "it['period_start'].startswith('2020')"),
+        ("client.usage.sessions()", "box.id in [s['sandbox_id'] for s in it]"),
+        ("client.usage.sessions(sandbox_id=fork.id, period='1h')", "{s['sandbox_id'] for s in it} <= {fork.id}"),
     ],
     "Other parts of the hosted product": [
         ("box.expose(3000)", None),
@@ -143,6 +153,11 @@ CALLS = {
         ("box.update(name='again')", None),
     ],
 }
+
+
+def members(archive):
+    """Sizes by name."""
+    return {m.name: m.size for m in tarfile.open(fileobj=io.BytesIO(archive)).getmembers()}
 
 
 async def outcome(call, expected, names):
@@ -174,8 +189,8 @@ async def run(names):
 async def main():
     to = {"api_key": os.environ["MIOSA_TEST_KEY"], "base_url": os.environ["MIOSA_TEST_URL"], "max_retries": 0, "timeout": 120}
     plain, waited = miosa.Miosa(**to), miosa.AsyncMiosa(**to)
-    first = await run({"client": plain, "name": "calls"})
-    second = await run({"client": waited, "name": "calls-async"})
+    first = await run({"client": plain, "name": "calls", "members": members})
+    second = await run({"client": waited, "name": "calls-async", "members": members})
     for section, rows in first.items():
         for row, other in zip(rows, second[section]):
             assert row == other, (row, other)

@@ -38,12 +38,11 @@ const AREAS: [(&[&str], &str); 8] = [
 ];
 
 /// The same of what comes after a sandbox's id.
-const OF_SANDBOXES: [(&[&str], &str); 6] = [
+const OF_SANDBOXES: [(&[&str], &str); 5] = [
     (&["deploy", "template", "artifacts", "services"], "nothing is deployed from here"),
     (&["agent", "connectors", "browser", "code"], "run a program of your own: POST …/exec"),
     (&["ssh-certificates", "ssh-info", "ssh-tunnel"], "open a terminal: GET …/terminal"),
     (&["expose", "preview-token", "previews", "shares"], "ports of a sandbox are not reached from outside yet"),
-    (&["exports"], "read a file or a directory: GET …/fs/download, GET …/fs/archive"),
     (&["metrics", "audit"], "see …/usage, and the daemon's own figures at /metrics"),
 ];
 

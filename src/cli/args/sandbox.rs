@@ -69,6 +69,15 @@ pub enum SandboxCommand {
     Fork(ForkArgs),
     /// Make a container image of a sandbox's files
     Publish(PublishArgs),
+    /// Show what a sandbox used over time
+    Usage {
+        /// The sandbox
+        #[command(flatten)]
+        target: Target,
+        /// How much of the past
+        #[command(flatten)]
+        period: PeriodArgs,
+    },
     /// Delete a sandbox for good
     #[command(visible_aliases = ["delete", "rm"])]
     Destroy(Target),
@@ -442,6 +451,26 @@ pub struct ForkArgs {
     /// Start a session in each child and return when it can be used
     #[arg(long)]
     pub wait: bool,
+}
+
+/// A stretch of the past.
+#[derive(Debug, Args)]
+pub struct PeriodArgs {
+    /// How far back from now: 24h, 7d, 30d, month-to-date
+    #[arg(long, value_name = "PERIOD", default_value = "30d", conflicts_with = "start")]
+    pub period: String,
+    /// From this time on, such as 2026-01-31T00:00:00Z
+    #[arg(long, value_name = "TIME")]
+    pub start: Option<String>,
+    /// Until this time [default: now]
+    #[arg(long, value_name = "TIME")]
+    pub end: Option<String>,
+    /// List sessions and not sums
+    #[arg(long)]
+    pub sessions: bool,
+    /// Look now at what is kept, before answering
+    #[arg(long, conflicts_with = "sessions")]
+    pub measure: bool,
 }
 
 /// `miosa sandbox publish`
