@@ -354,6 +354,32 @@ fn lists_come_in_pages() {
 }
 
 #[test]
+fn lists_are_filtered_by_state_name_and_tags() {
+    let d = Daemon::start();
+    for (name, tags) in [("a", json!(["ci", "eu"])), ("b", json!(["ci"])), ("c", json!([]))] {
+        post(&d, "/sandboxes", &json!({ "name": name, "tags": tags, "auto_start": name == "b" })).data();
+    }
+    let found = |query: &str| -> Vec<String> {
+        let list = get(&d, &format!("/sandboxes?{query}")).json();
+        list["data"].as_array().unwrap().iter().map(|s| s["name"].as_str().unwrap().to_owned()).collect()
+    };
+    for (query, expected) in [
+        ("tags=ci", &["a", "b"][..]),
+        ("tags=ci,eu", &["a"]),
+        ("tags=eu,ci&limit=1", &["a"]),
+        ("tags=none", &[]),
+        ("tags=%2C", &[]),
+        ("name=c", &["c"]),
+        ("name=c&tags=ci", &[]),
+        ("name=&tags=&state=", &["a", "b", "c"]),
+        ("state=paused&tags=ci", &["a"]),
+        ("state=destroyed", &[]),
+    ] {
+        assert_eq!(found(query), expected, "{query}");
+    }
+}
+
+#[test]
 fn the_document_describes_what_is_served() {
     let d = Daemon::start();
     let document = get(&d, "/openapi.json").json();

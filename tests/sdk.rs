@@ -63,6 +63,18 @@ fn the_public_sdk_works_unchanged() {
     assert_eq!(String::from_utf8_lossy(&output.stdout), "the story is told\n", "{}", d.log());
 }
 
+/// As its description on PyPI prints it, but for the preview.
+#[test]
+fn the_sdks_quick_start_works() {
+    let bin = python(SDK);
+    let (d, url, key) = start();
+    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/sdk/quickstart.py");
+    let mut command = Command::new(bin.join("python"));
+    command.arg(script).env("MIOSA_TEST_URL", url).env("MIOSA_TEST_KEY", key);
+    let output = succeed(&mut command);
+    assert_eq!(String::from_utf8_lossy(&output.stdout), "started quickly\n", "{}", d.log());
+}
+
 /// The table in `docs/api.md` is what happens. To write it anew: `MIOSA_UPDATE_DOCS=1`.
 #[test]
 fn what_becomes_of_each_call_is_as_written() {

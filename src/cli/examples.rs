@@ -16,7 +16,7 @@ const EXAMPLES: &[(&str, &str)] = &[
     ("man", "miosa man /usr/local/share/man/man1"),
     ("sandbox", "miosa sandbox create --template base --name web --wait\nmiosa sandbox exec web -- ls /"),
     ("sandbox create", "miosa sandbox create --template base --name web --size small --timeout 1h --wait"),
-    ("sandbox list", "miosa sandbox list --state paused"),
+    ("sandbox list", "miosa sandbox list --state paused --tag ci"),
     ("sandbox show", "miosa sandbox show web --json"),
     (
         "sandbox write-file",

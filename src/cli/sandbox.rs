@@ -17,7 +17,7 @@ use crate::units::{show_bytes, show_duration};
 pub(super) async fn run(client: &Client, out: Out, command: SandboxCommand) -> Result<ExitCode> {
     match command {
         SandboxCommand::Create(args) => create(client, out, args).await?,
-        SandboxCommand::List { state } => list(client, out, state).await?,
+        SandboxCommand::List { state, tag } => list(client, out, state, &tag).await?,
         SandboxCommand::Show(target) => {
             let sandbox: SandboxBody = client.get(&path(&target.sandbox, "")).await?;
             out.answer(&sandbox, &sandbox.id, |out| show(out, &sandbox))?;
@@ -193,9 +193,10 @@ fn has_listener(table: &str, port: u16) -> bool {
     })
 }
 
-async fn list(client: &Client, out: Out, state: Option<String>) -> Result<()> {
-    let query = state.map(|s| format!("?state={}", escape(&s))).unwrap_or_default();
-    let sandboxes: Vec<SandboxBody> = client.get(&format!("/sandboxes{query}")).await?;
+async fn list(client: &Client, out: Out, state: Option<String>, tags: &[String]) -> Result<()> {
+    let query = [("state", state.unwrap_or_default()), ("tags", tags.join(","))];
+    let query: Vec<_> = query.iter().map(|(name, value)| format!("{name}={}", escape(value))).collect();
+    let sandboxes: Vec<SandboxBody> = client.get(&format!("/sandboxes?{}", query.join("&"))).await?;
     let ids: Vec<_> = sandboxes.iter().map(|s| s.id.as_str()).collect();
     out.answer(&sandboxes, &ids.join("\n"), |out| {
         if sandboxes.is_empty() {

@@ -21,17 +21,7 @@ const AREAS: [(&[&str], &str); 8] = [
         "a daemon has one owner, and its keys in a file",
     ),
     (
-        &[
-            "volumes",
-            "named-snapshots",
-            "operations",
-            "webhooks",
-            "notifications",
-            "environments",
-            "secrets",
-            "bulk",
-            "usage",
-        ],
+        &["volumes", "named-snapshots", "operations", "webhooks", "notifications", "environments", "secrets", "bulk"],
         "that is not there yet",
     ),
     (&["audit", "activity", "alerts", "quotas", "network", "billing"], "that is in the daemon's log and its figures"),

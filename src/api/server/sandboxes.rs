@@ -45,7 +45,7 @@ pub(super) fn routes() -> OpenApiRouter<Api> {
 }
 
 /// Lists sandboxes, oldest first; destroyed ones only when asked for by state.
-#[utoipa::path(get, path = "/sandboxes", tag = "sandboxes", params(("state" = Option<State>, Query), Paging), responses((status = 200, body = ListEnvelope<SandboxBody>)))]
+#[utoipa::path(get, path = "/sandboxes", tag = "sandboxes", params(("state" = Option<State>, Query), ("name" = Option<String>, Query, description = "Only the one of this name"), ("tags" = Option<String>, Query, description = "Only those that have all of these, with commas between"), Paging), responses((status = 200, body = ListEnvelope<SandboxBody>)))]
 async fn list(AppState(api): AppState<Api>, Params(params): Params) -> ListAnswer<SandboxBody> {
     let state = match params.get("state").map(String::as_str).filter(|s| !s.is_empty()) {
         None => None,
@@ -54,7 +54,15 @@ async fn list(AppState(api): AppState<Api>, Params(params): Params) -> ListAnswe
                 .hint(State::ALL.map(State::name).join(", "))
         })?),
     };
-    list_of(api.engine.list(state), &params)
+    let given = |name: &str| params.get(name).map(String::as_str).filter(|text| !text.is_empty());
+    let tags: Vec<&str> = given("tags").or(given("tag")).map(|tags| tags.split(',').collect()).unwrap_or_default();
+    let mut all = api.engine.list(state);
+    all.retain(|view| {
+        let record = &view.record;
+        given("name").is_none_or(|name| record.name == name)
+            && tags.iter().all(|tag| record.tags.iter().any(|own| own == tag))
+    });
+    list_of(all, &params)
 }
 
 /// Makes a sandbox of a template or a snapshot.

@@ -20,6 +20,9 @@ pub enum SandboxCommand {
         /// Only those in this state; destroyed ones are listed only so
         #[arg(long)]
         state: Option<String>,
+        /// Only those with this label; several: with all of them
+        #[arg(long, value_name = "TAG")]
+        tag: Vec<String>,
     },
     /// Show a sandbox
     #[command(visible_alias = "get")]
