@@ -156,7 +156,7 @@ impl Ledger {
         let (first, second) = ((b - a) as u128, (c - b) as u128);
         let mean = |x: u64, y: u64| {
             let both = first + second;
-            if both == 0 { y } else { ((u128::from(x) * first + u128::from(y) * second + both / 2) / both) as u64 }
+            (u128::from(x) * first + u128::from(y) * second + both / 2).checked_div(both).map_or(y, |mean| mean as u64)
         };
         let merged = Saved {
             logical_bytes: mean(one.logical_bytes, two.logical_bytes),
