@@ -28,12 +28,36 @@ pub struct World {
     pub engine: Arc<Engine>,
     pub store: Store,
     pub vmm: Arc<FakeVmm>,
-    pub dir: TempDir,
+    pub dir: Dir,
     /// Shows disks; knows which.
     pub front: Arc<NoFrontend>,
     run_root: PathBuf,
     /// What it came from, which knows nothing of its own end.
     pub _before: Option<Box<World>>,
+}
+
+/// A directory that goes with all that is in it.
+pub struct Dir(TempDir);
+
+impl std::ops::Deref for Dir {
+    type Target = TempDir;
+
+    fn deref(&self) -> &TempDir {
+        &self.0
+    }
+}
+
+impl Drop for Dir {
+    /// Threads of guests that were killed while they started may write a little longer, and make anew what was removed.
+    fn drop(&mut self) {
+        let began = std::time::Instant::now();
+        let mut gone = 0;
+        while gone < 3 && began.elapsed() < Duration::from_secs(10) {
+            let _ = std::fs::remove_dir_all(self.path());
+            gone = if self.path().exists() { 0 } else { gone + 1 };
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    }
 }
 
 impl World {
@@ -80,7 +104,7 @@ impl World {
             settings: Settings { run_root: run_root.clone(), ..settings },
         };
         let engine = Engine::open(parts).await.unwrap();
-        World { engine, store, vmm, dir, front, run_root, _before: None }
+        World { engine, store, vmm, dir: Dir(dir), front, run_root, _before: None }
     }
 
     /// As after `kill -9` of the daemon alone and a new start: as [`World::crash`], and its machines go on.
