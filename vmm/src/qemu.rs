@@ -52,7 +52,12 @@ pub struct QemuVmm {
     program: PathBuf,
     machine: String,
     cgroups: Arc<std::sync::OnceLock<Cgroups>>,
+    records: Records,
 }
+
+/// Held while a run directory's records of process and groups are written, and while they are looked at and removed: the
+/// end of a machine and the start of the next one in its directory do not cross.
+type Records = Arc<parking_lot::Mutex<()>>;
 
 impl Default for QemuVmm {
     fn default() -> QemuVmm {
@@ -64,7 +69,12 @@ impl QemuVmm {
     /// The `qemu-system-x86_64` in `PATH`, with machine type `q35`: under TCG its guests answer about 15 % sooner than
     /// those of `pc` (2.46 s against 2.93 s, means of four boots in turns, by `examples/boot.rs`).
     pub fn new() -> QemuVmm {
-        QemuVmm { program: "qemu-system-x86_64".into(), machine: "q35".into(), cgroups: Arc::default() }
+        QemuVmm {
+            program: "qemu-system-x86_64".into(),
+            machine: "q35".into(),
+            cgroups: Arc::default(),
+            records: Arc::default(),
+        }
     }
 
     /// Another program.
@@ -99,6 +109,7 @@ impl QemuVmm {
         let mut command = Command::new(&self.program);
         command.args(command::arguments(spec, &self.machine)).env(RUN_DIR_VARIABLE, &spec.run_dir);
         command.stdin(Stdio::null()).stderr(output.try_clone().map_err(|e| Error::io("qemu.log", e))?).stdout(output);
+        let _recording = self.records.lock();
         let mut group = self.cgroups.get_or_init(Cgroups::find).make(spec);
         let doors = group.doors();
         // SAFETY: between fork and exec only system calls are made, on what was allocated before.
@@ -119,7 +130,7 @@ impl QemuVmm {
                 return Err(error);
             }
         };
-        Process::watched(id, handle, Some(child), spec.run_dir.clone())
+        Process::watched(id, handle, Some(child), spec.run_dir.clone(), self.records.clone())
     }
 }
 
@@ -162,7 +173,7 @@ impl Vmm for QemuVmm {
 
     async fn adopt(&self, run_dir: &Path, deadline: Duration) -> Result<Option<Arc<dyn Machine>>> {
         let (started, at) = (Instant::now(), deadline_at(deadline));
-        let adopted = match Process::recorded(run_dir) {
+        let adopted = match Process::recorded(run_dir, self.records.clone()) {
             Ok(Some(process)) => process.into_machine(started, at).await.map(Some),
             Ok(None) => Ok(None),
             Err(error) => Err(error),
@@ -283,6 +294,7 @@ async fn watch(
     control: Arc<Control>,
     events: tokio::sync::oneshot::Receiver<mpsc::UnboundedReceiver<QmpEvent>>,
     run_dir: PathBuf,
+    records: Records,
 ) {
     let mut cap = tokio::time::interval(CAP_EVERY);
     loop {
@@ -299,9 +311,12 @@ async fn watch(
     let status = child.and_then(|mut child| child.wait().ok());
     // The directory may already belong to the machine's next process: only its own record goes, and sockets stay until
     // the next start removes them.
-    if ProcessId::read(&run_dir).is_ok_and(|record| record == Some(control.id)) {
-        cgroup::remove_recorded(&run_dir);
-        let _ = std::fs::remove_file(run_dir.join(RECORD));
+    {
+        let _recording = records.lock();
+        if ProcessId::read(&run_dir).is_ok_and(|record| record == Some(control.id)) {
+            cgroup::remove_recorded(&run_dir);
+            let _ = std::fs::remove_file(run_dir.join(RECORD));
+        }
     }
     // The process is gone, so this ends by itself.
     let said = async {
@@ -338,7 +353,13 @@ struct Process {
 }
 
 impl Process {
-    fn watched(id: ProcessId, handle: OwnedFd, child: Option<Child>, run_dir: PathBuf) -> Result<Process> {
+    fn watched(
+        id: ProcessId,
+        handle: OwnedFd,
+        child: Option<Child>,
+        run_dir: PathBuf,
+        records: Records,
+    ) -> Result<Process> {
         let control = Arc::new(Control {
             id,
             paths: Paths::of(&run_dir),
@@ -352,15 +373,15 @@ impl Process {
         // SAFETY: an `OwnedFd` names one open descriptor for as long as it lives, which is in the `AsyncFd` from here on.
         let handle = unsafe { AsyncFd::register_with_interest(handle, tokio::io::Interest::READABLE) }
             .map_err(|e| Error::io(format!("watch process {}", id.pid), e))?;
-        tokio::spawn(watch(handle, child, control, receiver, run_dir));
+        tokio::spawn(watch(handle, child, control, receiver, run_dir, records));
         Ok(process)
     }
 
     /// The live process of an earlier daemon's machine.
-    fn recorded(run_dir: &Path) -> Result<Option<Process>> {
+    fn recorded(run_dir: &Path, records: Records) -> Result<Option<Process>> {
         let Some(id) = ProcessId::read(run_dir)? else { return Ok(None) };
         let Some(handle) = id.open()? else { return Ok(None) };
-        Process::watched(id, handle, None, run_dir.to_owned()).map(Some)
+        Process::watched(id, handle, None, run_dir.to_owned(), records).map(Some)
     }
 
     /// Takes control of the process and waits for its guest. If that fails, the process is gone.
