@@ -107,7 +107,7 @@ impl Daemon {
         let began = Instant::now();
         while self.run(&["sandbox", "list"]).code != 0 {
             let log = || std::fs::read_to_string(self.dir.path().join("log")).unwrap_or_default();
-            assert!(began.elapsed() < Duration::from_secs(60), "the daemon is not ready: {}", log());
+            assert!(began.elapsed() < Duration::from_secs(180), "the daemon is not ready: {}", log());
             std::thread::sleep(Duration::from_millis(20));
         }
     }

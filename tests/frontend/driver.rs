@@ -33,7 +33,7 @@ const GUEST_BASE: u64 = 0x10_0000;
 const RING_BYTES: u64 = 64 << 10;
 const SLOT_HEADER_BYTES: u64 = 64;
 /// After this long a request counts as lost. Only ever reached by a failure.
-const PATIENCE: Duration = Duration::from_secs(30);
+const PATIENCE: Duration = Duration::from_secs(180);
 const CONFIG_BYTES: u32 = 60;
 
 /// What to negotiate.

@@ -41,7 +41,7 @@ impl StoppedClock {
                 done = &mut work => return done,
                 () = real_moment() => tokio::time::advance(Duration::from_millis(1)).await,
             }
-            assert!(began.elapsed() < Duration::from_secs(60), "did not end in a minute");
+            assert!(began.elapsed() < Duration::from_secs(180), "did not end in three minutes");
         }
     }
 
