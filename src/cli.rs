@@ -27,6 +27,7 @@ mod terminal;
 mod transfer;
 mod tree;
 mod usage;
+mod volume;
 
 use std::process::ExitCode;
 
@@ -135,6 +136,7 @@ async fn run(cli: Cli, config: Config, broken: Option<ConfigError>) -> output::R
             usage::run(&place.client, out, sandbox.as_deref(), &period).await.map(|()| ExitCode::SUCCESS)
         }
         Command::Template(command) => template::run(&place.client, out, command).await.map(|()| ExitCode::SUCCESS),
+        Command::Volume(command) => volume::run(&place.client, out, command).await.map(|()| ExitCode::SUCCESS),
         Command::Disk(command) => disk::run(&place, out, command).await.map(|()| ExitCode::SUCCESS),
         Command::Completion { shell } => examples::completion(shell).map(|()| ExitCode::SUCCESS),
         Command::Man { dir } => examples::man(&dir).map(|()| ExitCode::SUCCESS),

@@ -26,7 +26,8 @@ use storage::{DiskId, SnapshotId, Source, Store, Usage};
 use crate::engine::error::{Error, Kind, Result};
 use crate::engine::lifecycle::State;
 use crate::engine::records::{
-    Record, SandboxRecord, SnapshotRecord, StepRecord, TemplateRecord, check_name, is_own_name, load_all,
+    Record, SandboxRecord, SnapshotRecord, StepRecord, TemplateRecord, VolumeRecord, VolumeSnapshotRecord, check_name,
+    is_own_name, load_all,
 };
 use crate::frontend::Traffic;
 pub use archive::ArchiveExport;
@@ -111,6 +112,10 @@ pub enum OwnerKind {
     Snapshot,
     /// A template.
     Template,
+    /// A volume.
+    Volume,
+    /// A snapshot of a volume.
+    VolumeSnapshot,
 }
 
 impl Owner {
@@ -120,6 +125,8 @@ impl Owner {
             OwnerKind::Sandbox => "sandbox",
             OwnerKind::Snapshot => "snapshot",
             OwnerKind::Template => "template",
+            OwnerKind::Volume => "volume",
+            OwnerKind::VolumeSnapshot => "volume snapshot",
         };
         format!("{kind} {}", self.name.as_deref().unwrap_or(&self.id))
     }
@@ -129,6 +136,8 @@ impl Owner {
             OwnerKind::Sandbox => format!("miosa sandbox destroy {}", self.id),
             OwnerKind::Snapshot => format!("miosa sandbox snapshots delete {}", self.id),
             OwnerKind::Template => format!("miosa template delete {}", self.id),
+            OwnerKind::Volume => format!("miosa volume delete {}", self.id),
+            OwnerKind::VolumeSnapshot => format!("miosa volume snapshots delete {}", self.id),
         }
     }
 }
@@ -464,7 +473,7 @@ impl Disks {
         Ok(())
     }
 
-    /// What belongs to sandboxes, their snapshots and templates.
+    /// What belongs to sandboxes, volumes, their snapshots and templates.
     fn owners(&self) -> Result<BTreeMap<Source, Owner>> {
         let sandboxes = load_all::<SandboxRecord>(&self.store)?.into_iter().filter(|r| r.state != State::Destroyed);
         let sandboxes =
@@ -481,7 +490,15 @@ impl Disks {
             let owner = Owner { kind: OwnerKind::Template, id: r.template, name: None };
             (Source::Snapshot(r.snapshot), owner)
         });
-        Ok(sandboxes.chain(snapshots).chain(templates).chain(steps).collect())
+        let volumes = load_all::<VolumeRecord>(&self.store)?
+            .into_iter()
+            .map(|r| (Source::Disk(r.disk), Owner { kind: OwnerKind::Volume, id: r.id, name: Some(r.name) }));
+        let volume_snapshots = load_all::<VolumeSnapshotRecord>(&self.store)?.into_iter().map(|r| {
+            let owner = Owner { kind: OwnerKind::VolumeSnapshot, id: r.id, name: r.name };
+            (Source::Snapshot(r.snapshot), owner)
+        });
+        let templates = templates.chain(steps);
+        Ok(sandboxes.chain(snapshots).chain(templates).chain(volumes).chain(volume_snapshots).collect())
     }
 }
 

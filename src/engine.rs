@@ -15,6 +15,7 @@ pub mod attach;
 mod checkpoint;
 mod commands;
 mod console;
+mod devices;
 pub mod error;
 mod files;
 mod guest;
@@ -32,6 +33,7 @@ mod survivor;
 mod template;
 mod update;
 pub mod usage;
+mod volumes;
 mod watch;
 
 use std::collections::BTreeMap;
@@ -52,7 +54,7 @@ use attach::DiskFrontend;
 use error::{Error, Kind, Result};
 use lifecycle::State;
 pub use metrics::Metrics;
-use records::{NetworkPolicy, Record, SandboxRecord};
+use records::{NetworkPolicy, Record, SandboxRecord, put_all};
 use registry::Registry;
 use sandbox::Sandbox;
 
@@ -70,6 +72,7 @@ pub use update::Changes;
 pub use usage::{Compute, Period, SandboxUsage, Saved, SessionUsage, Used};
 pub use vmm::agent::ExecEvent;
 pub use vmm::{CommandStatus, DirEntry, FileKind, FileStat, TerminalSize, TreeSummary};
+pub use volumes::{Attach, CreateVolume};
 pub use watch::{StateChange, Watch};
 
 /// Settings of the engine that do not change while it runs.
@@ -142,6 +145,7 @@ pub(crate) struct Shared {
     pub(crate) templates: Arc<dyn TemplateBuilder>,
     pub(crate) settings: Settings,
     pub(crate) registry: Registry,
+    pub(crate) volumes: volumes::Volumes,
     builds: template::Builds,
     pub(crate) boots: Semaphore,
     pub(crate) metrics: Metrics,
@@ -250,6 +254,8 @@ pub struct CreateRequest {
     pub metadata: serde_json::Map<String, serde_json::Value>,
     /// The caller's own labels.
     pub tags: Vec<String>,
+    /// Volumes that it has from the start.
+    pub volumes: Vec<Attach>,
     /// Start a session; without, the sandbox is paused.
     pub start: bool,
     /// Answer when the agent answers, not before.
@@ -279,6 +285,7 @@ impl Engine {
             templates,
             settings,
             registry: Registry::default(),
+            volumes: volumes::Volumes::default(),
             builds: template::Builds::default(),
             boots,
             metrics: Metrics::default(),
@@ -353,10 +360,13 @@ impl Engine {
                 memory_mib_ms: 0,
             };
             // The commit point: the disk and the record that names it.
+            let volumes = volumes::attaching(&shared, &record.id, &request.volumes).await?;
+            let attached = volumes.records();
             let record = shared
                 .with_store(move |store| {
                     let mut record = record;
                     let mut tx = store.begin();
+                    put_all(&mut tx, &attached)?;
                     record.disk = match disk_size_bytes > base.disk_size_bytes {
                         true => tx.fork_larger(source, &record.id, disk_size_bytes),
                         false => tx.fork(source, &record.id),
@@ -366,6 +376,7 @@ impl Engine {
                     Ok(record)
                 })
                 .await?;
+            volumes.publish();
             let sandbox = Sandbox::new(shared.clone(), record);
             // Locked before anybody can find it, so that the first session is the first thing that happens to it.
             let owner = sandbox.own().await;

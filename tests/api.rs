@@ -296,7 +296,7 @@ fn what_is_wrong_with_a_request_is_said() {
     let d = Daemon::start();
     for (answer, status, code) in [
         (get(&d, "/nothing"), 404, "route_not_found"),
-        (get(&d, "/volumes"), 501, "not_supported"),
+        (get(&d, "/databases"), 501, "not_supported"),
         (call(&d, "PATCH", "/sandboxes", "application/json", b"{}"), 405, "method_not_allowed"),
         (call(&d, "POST", "/sandboxes", "application/json", b"{"), 400, "invalid_json"),
         (call(&d, "POST", "/sandboxes", "application/json", b"[]"), 400, "invalid_json"),

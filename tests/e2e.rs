@@ -321,7 +321,8 @@ fn fio(dir: &Path) -> PathBuf {
 #[test]
 fn a_guest_does_not_notice_that_its_daemon_is_killed_and_replaced() {
     let mut lab = Lab::new(&["--default-cpus", "2"]);
-    lab.json(&["sandbox", "create", "--name", "one", "--timeout", "5h", "--wait"]);
+    lab.json(&["volume", "create", "data", "--size", "64mb"]);
+    lab.json(&["sandbox", "create", "--name", "one", "--volume", "data:/data", "--timeout", "5h", "--wait"]);
     lab.json(&["sandbox", "create", "--name", "fleeting", "--non-persistent", "--wait"]);
     let tar = fio(lab.dir.path());
     lab.json(&["sandbox", "write-file", "one", "/opt/fio.tar", tar.to_str().unwrap()]);
@@ -356,6 +357,8 @@ END
         until("the load to go on", || rounds(&lab) > done || lab.sh("one", "cat /run/rounds").contains("ended"));
         assert!(!lab.sh("one", "cat /run/rounds").contains("ended"), "restart {restart}: {}", said(&lab));
         assert!(count(&lab) > counted);
+        let kept = lab.sh("one", &format!("echo {restart} >> /data/restarts && sync && wc -l < /data/restarts"));
+        assert_eq!(kept, format!("{}\n", restart + 1), "its volume is there, too");
         assert_eq!((lab.state("one").as_str(), lab.state("fleeting").as_str()), ("running", "running"));
     }
     // A daemon that makes room for another one leaves them too.
@@ -387,15 +390,49 @@ END
 #[test]
 fn what_was_synced_survives_the_death_of_qemu() {
     let lab = Lab::new(&["--accel", "tcg"]);
-    lab.json(&["sandbox", "create", "--name", "one", "--wait"]);
-    lab.sh("one", "for i in $(seq 200); do echo $i > /workspace/f$i; done; sync");
+    lab.json(&["volume", "create", "data", "--size", "1gb"]);
+    lab.json(&["sandbox", "create", "--name", "one", "--volume", "data:/data", "--wait"]);
+    lab.sh("one", "for i in $(seq 200); do echo $i > /workspace/f$i; done; cp /workspace/f* /data; sync");
     let pids = lab.machines();
     assert_eq!(pids.len(), 1);
     kill(Pid::from_raw(pids[0]), Signal::SIGKILL).unwrap();
     until("the loss to be seen", || lab.state("one") == "paused");
     assert!(lab.json(&["sandbox", "show", "one"])["last_error"].is_string());
+    let snapshot = lab.json(&["volume", "snapshot", "data"]);
+    assert_eq!(snapshot["consistency"], "crash", "its journal has not been played back");
     assert_eq!(lab.sh("one", "cat /workspace/f* | wc -l; cat /workspace/f137"), "200\n137\n");
-    lab.json(&["sandbox", "destroy", "one"]);
+    assert_eq!(lab.sh("one", "cat /data/f* | wc -l; cat /data/f137"), "200\n137\n");
+    hand_over(&lab);
+}
+
+/// Sandbox `one` runs, and has the volume `data` at `/data`. What it writes is found by another, which can only read it.
+fn hand_over(lab: &Lab) {
+    lab.sh("one", "dd if=/dev/urandom of=/data/blob bs=1M count=8 2>/dev/null; cd /data; sha256sum blob > sum");
+    assert_eq!(lab.json(&["volume", "snapshot", "data", "--name", "then"])["consistency"], "filesystem");
+    lab.sh("one", "echo unsynced > /data/later");
+    lab.json(&["sandbox", "stop", "one"]);
+    lab.json(&["volume", "detach", "data"]);
+    assert_eq!(lab.sh("one", "ls -A /data"), "", "the directory it was mounted at");
+
+    lab.json(&["volume", "create", "copy", "--snapshot", "then"]);
+    let two = ["sandbox", "create", "--name", "two", "--volume", "data:/mine:ro", "--volume", "copy", "--wait"];
+    lab.json(&two);
+    let look = "cd /mine; sha256sum -c sum; cat later; touch x 2>/dev/null || echo refused; ls /mnt/copy/later 2>&1";
+    let seen = lab.sh("two", &format!("{look} | tail -1; cd /mnt/copy && sha256sum -c sum && touch x"));
+    assert_eq!(seen.lines().collect::<Vec<_>>()[..3], ["blob: OK", "unsynced", "refused"], "{seen}");
+    assert!(seen.contains("No such file") && seen.ends_with("blob: OK\n"), "{seen}");
+    // Not the guest's word: the device refuses.
+    let id = lab.json(&["volume", "show", "data"])["id"].as_str().unwrap().to_owned();
+    let device = format!("for d in /sys/block/vd*; do [ \"$(cat $d/serial)\" = {id} ] && cat $d/ro; done; true");
+    assert_eq!(lab.sh("two", &device), "1\n");
+    let (code, _, err) = lab.run(&["volume", "delete", "data"]);
+    assert!(code == 1 && err.contains("two"), "{err}");
+    for sandbox in ["one", "two"] {
+        lab.json(&["sandbox", "destroy", sandbox]);
+    }
+    for volume in ["data", "copy"] {
+        assert_eq!(lab.json(&["volume", "delete", volume])["status"], "deleted");
+    }
 }
 
 #[test]
@@ -444,6 +481,11 @@ fn disks_through_fuse_hold_the_same_promises() {
     assert!(lab.machines().is_empty());
     lab.start_daemon();
     assert_eq!(lab.sh("one", "cat /workspace/kept"), "unsynced\n");
+    lab.json(&["sandbox", "stop", "one"]);
+    lab.json(&["sandbox", "destroy", "two"]);
+    lab.json(&["volume", "create", "data", "--size", "1gb"]);
+    lab.json(&["volume", "attach", "data", "one", "--mount", "/data"]);
+    hand_over(&lab);
     // However often its daemon was killed, there was one mount.
     assert_eq!(lab.end_daemon(), Some(0));
     let mounts = std::fs::read_to_string("/proc/self/mounts").unwrap();

@@ -19,3 +19,5 @@ mod support;
 mod survival;
 #[path = "lifecycle/timeouts.rs"]
 mod timeouts;
+#[path = "lifecycle/volumes.rs"]
+mod volumes;

@@ -25,6 +25,7 @@ mod snapshots;
 mod templates;
 mod terminal;
 mod usage;
+mod volumes;
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -87,6 +88,7 @@ pub fn router(engine: Arc<Engine>, disks: Arc<Disks>, defaults: Defaults) -> Rou
         .merge(exports::routes())
         .merge(paths::routes())
         .merge(templates::routes())
+        .merge(volumes::routes())
         .merge(super::archives::routes(disks.clone(), Some(engine.clone())))
         .merge(super::contents::routes(disks.clone(), Some(engine.clone())))
         .merge(super::disks::routes(disks.clone()));

@@ -4,6 +4,7 @@ mod process;
 mod template;
 mod terminal;
 mod usage;
+mod volume;
 
 use std::collections::BTreeMap;
 
@@ -16,6 +17,7 @@ pub use process::*;
 pub use template::*;
 pub use terminal::*;
 pub use usage::*;
+pub use volume::*;
 
 use crate::engine::lifecycle::State;
 use crate::engine::records::{Consistency, NetworkPolicy, SnapshotRecord, slug};
@@ -310,6 +312,9 @@ pub struct CreateBody {
     pub metadata: Option<Map<String, Value>>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub tags: Option<Vec<String>>,
+    /// Volumes that it has from the start.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub volumes: Option<Vec<AttachVolumeBody>>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub auto_start: Option<bool>,
     /// Whatever else the request has; see [`unsupported`].

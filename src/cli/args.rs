@@ -6,11 +6,14 @@ mod disk;
 mod sandbox;
 mod store;
 mod template;
+mod volume;
 
 use std::path::PathBuf;
 
 use clap::builder::FalseyValueParser;
 use clap::{Args, Parser, Subcommand};
+
+use crate::api::types::AttachVolumeBody;
 
 pub use contents::*;
 pub use daemon::*;
@@ -18,6 +21,7 @@ pub use disk::*;
 pub use sandbox::*;
 pub use store::*;
 pub use template::*;
+pub use volume::*;
 
 /// Persistent sandboxes on your own machine: create, exec, snapshot, fork, stop, resume.
 #[derive(Debug, Parser)]
@@ -68,6 +72,9 @@ pub enum Command {
     /// Build and list templates
     #[command(subcommand, visible_alias = "templates")]
     Template(TemplateCommand),
+    /// Keep data apart from sandboxes, on disks that are attached to them
+    #[command(subcommand, visible_alias = "volumes")]
+    Volume(VolumeCommand),
     /// Use the store's disks without sandboxes, with or without a daemon
     #[command(subcommand, visible_alias = "disks")]
     Disk(DiskCommand),
@@ -100,6 +107,22 @@ fn parse_env(text: &str) -> Result<(String, String), String> {
     match text.split_once('=') {
         Some((name, value)) if !name.is_empty() => Ok((name.to_owned(), value.to_owned())),
         _ => Err(format!("'{text}' is not NAME=VALUE")),
+    }
+}
+
+/// `VOLUME[:PATH[:ro]]`
+fn parse_volume(text: &str) -> Result<AttachVolumeBody, String> {
+    let mut parts = text.splitn(3, ':');
+    let volume_id = parts.next().unwrap_or_default().to_owned();
+    let mount_path = parts.next().filter(|path| !path.is_empty()).map(str::to_owned);
+    let read_only = match parts.next() {
+        None | Some("rw") => None,
+        Some("ro") => Some(true),
+        Some(other) => return Err(format!("'{other}' is neither 'ro' nor 'rw'")),
+    };
+    match volume_id.is_empty() {
+        true => Err(format!("'{text}' is not VOLUME, VOLUME:PATH or VOLUME:PATH:ro")),
+        false => Ok(AttachVolumeBody { volume_id, mount_path, read_only }),
     }
 }
 
@@ -175,6 +198,10 @@ mod tests {
             &["sandbox", "create", "--timeout", "-5"],
             &["sandbox", "create", "--memory", "4tb"],
             &["sandbox", "create", "--env", "NOVALUE"],
+            &["sandbox", "create", "--volume", ":/data"],
+            &["sandbox", "create", "--volume", "data:/data:no"],
+            &["volume", "create", "data"],
+            &["volume", "create", "data", "--size", "1gb", "--snapshot", "s"],
             &["sandbox", "create", "--template", "a", "--snapshot", "b"],
             &["sandbox", "exec", "sb-1"],
             &["sandbox", "exec", "sb-1", "--"],

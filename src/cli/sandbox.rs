@@ -115,6 +115,7 @@ async fn create(client: &Client, out: Out, args: CreateArgs) -> Result<()> {
         network_policy: args.network_policy,
         metadata: None,
         tags: Some(args.tag).filter(|t| !t.is_empty()),
+        volumes: Some(args.volume).filter(|volumes| !volumes.is_empty()),
         auto_start: args.no_start.then_some(false),
         other: serde_json::Map::new(),
     };

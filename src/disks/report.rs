@@ -57,7 +57,7 @@ pub struct Member {
     pub id: String,
     /// What people know it by.
     pub name: String,
-    /// `sandbox`, `snapshot`, `template` or `disk`.
+    /// `sandbox`, `snapshot`, `template`, `volume`, `volume snapshot` or `disk`.
     pub what: String,
     /// Of a sandbox: `running`, `paused` and so on.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -145,6 +145,8 @@ fn member(view: &DiskView, states: &BTreeMap<String, String>) -> Member {
             OwnerKind::Sandbox => "sandbox",
             OwnerKind::Snapshot => "snapshot",
             OwnerKind::Template => "template",
+            OwnerKind::Volume => "volume",
+            OwnerKind::VolumeSnapshot => "volume snapshot",
         },
         (None, DiskKind::Disk) => "disk",
         (None, DiskKind::Snapshot) => "snapshot",

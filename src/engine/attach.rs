@@ -11,9 +11,23 @@ use super::error::Result;
 
 /// A way to show disks to machines. Calls block.
 pub trait DiskFrontend: Send + Sync + 'static {
-    /// Shows `disk` under `name` (unique among attached disks); files it needs go into `run_dir`, which exists.
-    fn attach(&self, name: &str, run_dir: &Path, disk: Disk) -> Result<Box<dyn AttachedDisk>>;
+    /// Shows `disk` in its slot; a handle for reading as a device that refuses writes.
+    fn attach(&self, slot: Slot<'_>, disk: Disk) -> Result<Box<dyn AttachedDisk>>;
 }
+
+/// Which of a sandbox's disks one is.
+#[derive(Debug, Clone, Copy)]
+pub struct Slot<'a> {
+    /// The sandbox.
+    pub sandbox: &'a str,
+    /// A directory of the session's, which exists: files that are needed go there.
+    pub run_dir: &'a Path,
+    /// The serial number that the guest is to see, unique in the sandbox: [`ROOT`] or a volume's id.
+    pub serial: &'a str,
+}
+
+/// Serial number of a sandbox's own disk.
+pub const ROOT: &str = "disk";
 
 /// A disk being shown.
 pub trait AttachedDisk: Send + Sync + 'static {

@@ -28,6 +28,14 @@ pub enum Kind {
     DiskInUse,
     /// The disk is not attached.
     DiskNotAttached,
+    /// No volume has this id or name.
+    VolumeNotFound,
+    /// The volume is attached, and not in a way that allows this.
+    VolumeInUse,
+    /// The volume is not attached to this sandbox.
+    VolumeNotAttached,
+    /// The volume's journal has to be played back by somebody who may write to it.
+    VolumeUnclean,
     /// Disks cannot be shown in this way here.
     FrontendUnavailable,
     /// Another sandbox has this name.
@@ -38,6 +46,8 @@ pub enum Kind {
     UnsupportedOption,
     /// The request needs a running session and does not start one.
     NotRunning,
+    /// The request is for a sandbox without a session.
+    Running,
     /// Another call is changing this sandbox.
     Busy,
     /// The session ended while the call was using it.
@@ -91,11 +101,16 @@ impl Kind {
             Kind::DiskAmbiguous => "disk_ambiguous",
             Kind::DiskInUse => "disk_in_use",
             Kind::DiskNotAttached => "disk_not_attached",
+            Kind::VolumeNotFound => "volume_not_found",
+            Kind::VolumeInUse => "volume_in_use",
+            Kind::VolumeNotAttached => "volume_not_attached",
+            Kind::VolumeUnclean => "volume_unclean",
             Kind::FrontendUnavailable => "frontend_unavailable",
             Kind::NameTaken => "name_taken",
             Kind::InvalidInput => "invalid_input",
             Kind::UnsupportedOption => "unsupported_option",
             Kind::NotRunning => "sandbox_not_running",
+            Kind::Running => "sandbox_running",
             Kind::Busy => "sandbox_busy",
             Kind::SessionEnded => "session_ended",
             Kind::FileNotFound => "file_not_found",
@@ -126,12 +141,17 @@ impl Kind {
             | Kind::TemplateNotFound
             | Kind::FileNotFound
             | Kind::DiskNotFound
+            | Kind::VolumeNotFound
             | Kind::ExecNotFound => 404,
             Kind::SandboxDestroyed => 410,
             Kind::SnapshotAmbiguous
             | Kind::DiskAmbiguous
             | Kind::DiskInUse
             | Kind::DiskNotAttached
+            | Kind::VolumeInUse
+            | Kind::VolumeNotAttached
+            | Kind::VolumeUnclean
+            | Kind::Running
             | Kind::NameTaken
             | Kind::NotRunning
             | Kind::Busy
@@ -179,6 +199,11 @@ impl Error {
     pub fn hint(mut self, hint: impl Into<String>) -> Self {
         self.hint = Some(hint.into());
         self
+    }
+
+    /// Says first what was being done.
+    pub(crate) fn context(self, what: &str) -> Self {
+        Self { message: format!("{what}: {}", self.message), ..self }
     }
 
     /// Adds that the sandbox is there all the same.

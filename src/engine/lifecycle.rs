@@ -82,6 +82,8 @@ pub enum Request {
     Extend,
     /// Change what it is made with.
     Update,
+    /// Give it a volume, or take one away.
+    Attach,
     /// Delete for good.
     Destroy,
     /// The machine's agent answers.
@@ -102,7 +104,7 @@ pub enum Request {
 
 impl Request {
     /// Every request and event, for tables and tests.
-    pub const ALL: [Request; 16] = [
+    pub const ALL: [Request; 17] = [
         Request::Resume,
         Request::Use,
         Request::Stop,
@@ -111,6 +113,7 @@ impl Request {
         Request::Restore,
         Request::Extend,
         Request::Update,
+        Request::Attach,
         Request::Destroy,
         Request::Started,
         Request::StartFailed,
@@ -142,6 +145,8 @@ pub enum Refusal {
     Destroyed,
     /// There is no session, and this request does not start one.
     NotRunning,
+    /// There is a session, whose machine has the disks that it began with.
+    Running,
     /// The event belongs to a session that has ended.
     Stale,
 }
@@ -176,6 +181,9 @@ pub fn decide(state: State, request: Request, persistent: bool) -> Decision {
         (Request::Extend, Running) | (Request::Update, Running | Paused | Error) => Stay,
         (Request::Extend, Paused | Error) => Refuse(Refusal::NotRunning),
 
+        (Request::Attach, Running) => Refuse(Refusal::Running),
+        (Request::Attach, Paused | Error) => Stay,
+
         (Request::Destroy, Running | Paused | Error) => Next(Destroyed),
 
         (
@@ -187,6 +195,7 @@ pub fn decide(state: State, request: Request, persistent: bool) -> Decision {
             | Request::Restore
             | Request::Extend
             | Request::Update
+            | Request::Attach
             | Request::Destroy,
             Creating | Snapshotting,
         ) => Wait,
@@ -219,7 +228,7 @@ mod tests {
 
     /// One row a request; columns creating, running, snapshotting, paused, error, destroyed.
     /// `rest` stands for paused, or destroyed when the sandbox is not persistent.
-    const TABLE: [(Request, [&str; 6]); 16] = [
+    const TABLE: [(Request, [&str; 6]); 17] = [
         (Request::Resume, ["wait", "stay", "wait", "creating", "creating", "gone"]),
         (Request::Use, ["wait", "stay", "wait", "creating", "creating", "gone"]),
         (Request::Stop, ["wait", "rest", "wait", "stay", "rest", "gone"]),
@@ -228,6 +237,7 @@ mod tests {
         (Request::Restore, ["wait", "paused", "wait", "stay", "paused", "gone"]),
         (Request::Extend, ["wait", "stay", "wait", "not-running", "not-running", "gone"]),
         (Request::Update, ["wait", "stay", "wait", "stay", "stay", "gone"]),
+        (Request::Attach, ["wait", "running!", "wait", "stay", "stay", "gone"]),
         (Request::Destroy, ["wait", "destroyed", "wait", "destroyed", "destroyed", "stay"]),
         (Request::Started, ["running", "stale", "stale", "stale", "stale", "stale"]),
         (Request::StartFailed, ["error", "stale", "stale", "stale", "stale", "stale"]),
@@ -244,6 +254,7 @@ mod tests {
             "stay" => Decision::Stay,
             "gone" => Decision::Refuse(Refusal::Destroyed),
             "not-running" => Decision::Refuse(Refusal::NotRunning),
+            "running!" => Decision::Refuse(Refusal::Running),
             "stale" => Decision::Refuse(Refusal::Stale),
             "rest" => Decision::Next(if persistent { State::Paused } else { State::Destroyed }),
             "stay-or-destroyed" if persistent => Decision::Stay,

@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 use jiff::Timestamp;
 use rand::RngExt;
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
-use storage::{DiskId, SnapshotId};
+use storage::{DiskId, SnapshotId, Transaction};
 use vmm::image::ImageConfig;
 
 use super::error::{Error, Result};
@@ -210,6 +210,59 @@ pub struct StepRecord {
     pub created_at: Timestamp,
 }
 
+/// A volume: a disk of its own, and the sandboxes that have it.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct VolumeRecord {
+    /// `vol-…`, unique for ever.
+    pub id: String,
+    /// What the user calls it; unique among volumes.
+    pub name: String,
+    /// An ext4 file system without partitions.
+    pub disk: DiskId,
+    /// Size of that disk.
+    pub size_bytes: u64,
+    /// The snapshot it was made from.
+    #[serde(default)]
+    pub from_snapshot: Option<String>,
+    /// Who has it: one sandbox that writes, or any number that read.
+    #[serde(default)]
+    pub attachments: Vec<VolumeAttachment>,
+    /// When the record was made.
+    pub created_at: Timestamp,
+}
+
+/// A volume's place in a sandbox.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct VolumeAttachment {
+    /// Which.
+    pub sandbox_id: String,
+    /// Where its guest mounts it.
+    pub path: String,
+    /// The guest reads only.
+    pub read_only: bool,
+    /// Since when.
+    pub attached_at: Timestamp,
+}
+
+/// A named state of a volume.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct VolumeSnapshotRecord {
+    /// `vsnap-…`, unique for ever.
+    pub id: String,
+    /// The volume it was taken of, which may be gone.
+    pub volume_id: String,
+    /// What the user calls it; need not be unique.
+    pub name: Option<String>,
+    /// The state in the store.
+    pub snapshot: SnapshotId,
+    /// Size of the disk.
+    pub size_bytes: u64,
+    /// What it is certain to hold.
+    pub consistency: Consistency,
+    /// When it was taken.
+    pub created_at: Timestamp,
+}
+
 /// A kind of record.
 pub(crate) trait Record: Serialize + DeserializeOwned {
     /// The store's name of the kind.
@@ -251,6 +304,28 @@ impl Record for StepRecord {
     }
 }
 
+impl Record for VolumeRecord {
+    const KIND: &'static str = "volume";
+    fn key(&self) -> &str {
+        &self.id
+    }
+}
+
+impl Record for VolumeSnapshotRecord {
+    const KIND: &'static str = "volume-snapshot";
+    fn key(&self) -> &str {
+        &self.id
+    }
+}
+
+/// Puts these as they are now.
+pub(crate) fn put_all<R: Record>(tx: &mut Transaction<'_>, records: &[R]) -> Result<()> {
+    for record in records {
+        tx.put_record(R::KIND, record.key(), record.encode()?);
+    }
+    Ok(())
+}
+
 /// All records of a kind. One that cannot be read is an error: it names a disk that must not be collected.
 pub(crate) fn load_all<R: Record>(store: &storage::Store) -> Result<Vec<R>> {
     store
@@ -278,7 +353,7 @@ pub(crate) fn new_id(prefix: &str) -> String {
 }
 
 /// What the names of the engine's own disks and states in the store begin with; an id of [`new_id`] each.
-const OWN_PREFIXES: [&str; 4] = ["sb-", "snap-", "import-", "template-"];
+const OWN_PREFIXES: [&str; 6] = ["sb-", "snap-", "import-", "template-", "vol-", "vsnap-"];
 
 /// Whether a disk or state of this name was made by the engine, and not by a user of the store.
 pub(crate) fn is_own_name(name: &str) -> bool {
@@ -344,7 +419,7 @@ mod tests {
 
     #[test]
     fn our_own_names_are_known() {
-        for prefix in ["sb", "snap", "import", "template"] {
+        for prefix in ["sb", "snap", "import", "template", "vol", "vsnap"] {
             assert!(is_own_name(&new_id(prefix)));
         }
         for name in ["golden", "sb-golden", "snap-1", "import-cut-off", "template-0123456789AB", "x-0123456789ab"] {

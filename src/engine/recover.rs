@@ -5,6 +5,7 @@
 //! 2. All other machines are killed: nobody serves their disks. What they flushed is in the store.
 //! 3. Each other sandbox asks the table about [`Request::DaemonRestarted`]: a session that was going becomes `paused`, a
 //!    non-persistent sandbox is destroyed.
+//!    Volumes are detached from what is destroyed.
 //! 4. Disks and snapshots of the engine's own naming that no record names are deleted: an import that was cut off.
 //!    Those that users of the store made are theirs.
 //! 5. Survivors are taken over, each by its owner, while the engine already serves; who uses one waits for that.
@@ -21,7 +22,10 @@ use storage::{SnapshotId, Store};
 use super::Shared;
 use super::error::{Error, Result};
 use super::lifecycle::{Decision, Request, State, decide};
-use super::records::{Record, SandboxRecord, SnapshotRecord, StepRecord, TemplateRecord, is_own_name, load_all};
+use super::records::{
+    Record, SandboxRecord, SnapshotRecord, StepRecord, TemplateRecord, VolumeRecord, VolumeSnapshotRecord, is_own_name,
+    load_all, put_all,
+};
 use super::sandbox::Sandbox;
 use super::survivor::{LOST, Survivor};
 use super::template::is_bench;
@@ -30,6 +34,9 @@ use super::usage::{Compute, Ledgers};
 pub(super) async fn run(shared: &Arc<Shared>) -> Result<()> {
     let run_root = shared.settings.run_root.clone();
     let mut sandboxes: Vec<SandboxRecord> = shared.with_store(load_all).await?;
+    let (mut volumes, volume_snapshots): (Vec<VolumeRecord>, Vec<VolumeSnapshotRecord>) =
+        shared.with_store(|store| Ok((load_all(store)?, load_all(store)?))).await?;
+    shared.volumes.restore(volumes.clone(), Vec::new());
     let mut survivors = find_survivors(shared, &sandboxes).await?;
     let keep: Vec<PathBuf> = survivors.keys().map(|id| run_root.join(id)).collect();
     for reaped in shared.vmm.reap_orphans(&run_root, &keep).await? {
@@ -43,12 +50,14 @@ pub(super) async fn run(shared: &Arc<Shared>) -> Result<()> {
         let templates: Vec<TemplateRecord> = load_all(store)?;
         let steps: Vec<StepRecord> = load_all(store)?;
         let states = snapshots.iter().map(|r| r.snapshot).chain(templates.iter().map(|r| r.snapshot));
-        let states = states.chain(steps.iter().map(|r| r.snapshot)).collect();
+        let states = states.chain(steps.iter().map(|r| r.snapshot));
+        let states = states.chain(volume_snapshots.iter().map(|r| r.snapshot)).collect();
         let (ledgers, lost) = Ledgers::load(store, |id| going_on.contains(id))?;
-        put_right(store, &mut sandboxes, &going_on, &states, &lost)?;
-        Ok((sandboxes, snapshots, templates, ledgers))
+        put_right(store, &mut sandboxes, &mut volumes, &going_on, &states, &lost)?;
+        Ok((sandboxes, snapshots, templates, volumes, volume_snapshots, ledgers))
     });
-    let (sandboxes, snapshots, templates, ledgers) = put_right.await?;
+    let (sandboxes, snapshots, templates, volumes, volume_snapshots, ledgers) = put_right.await?;
+    shared.volumes.restore(volumes, volume_snapshots);
     shared.usage.restore(ledgers);
     for record in sandboxes {
         let live = record.state != State::Destroyed;
@@ -80,7 +89,9 @@ async fn find_survivors(shared: &Arc<Shared>, sandboxes: &[SandboxRecord]) -> Re
     let wanted: Vec<SandboxRecord> = sandboxes.iter().filter(goes_on).cloned().collect();
     let finding = shared.clone();
     let find = move || {
-        let found = wanted.iter().filter_map(|record| Some((record.id.clone(), Survivor::find(&finding, record)?)));
+        let found = wanted.iter().filter_map(|record| {
+            Some((record.id.clone(), Survivor::find(&finding, record, finding.volumes.of(&record.id))?))
+        });
         found.collect()
     };
     tokio::task::spawn_blocking(find).await.map_err(|e| Error::internal(format!("looking for survivors: {e}")))
@@ -91,6 +102,7 @@ async fn find_survivors(shared: &Arc<Shared>, sandboxes: &[SandboxRecord]) -> Re
 fn put_right(
     store: &Store,
     sandboxes: &mut [SandboxRecord],
+    volumes: &mut [VolumeRecord],
     going_on: &BTreeSet<String>,
     states: &BTreeSet<SnapshotId>,
     lost: &BTreeMap<String, Compute>,
@@ -115,14 +127,24 @@ fn put_right(
             changed = true;
         }
     }
-    let disks: BTreeSet<_> = sandboxes.iter().filter(|r| r.state != State::Destroyed).map(|r| r.disk).collect();
+    let live = || sandboxes.iter().filter(|r| r.state != State::Destroyed);
+    let holders: BTreeSet<&str> = live().map(|r| r.id.as_str()).collect();
+    for volume in volumes.iter_mut() {
+        let attached = volume.attachments.len();
+        volume.attachments.retain(|at| holders.contains(at.sandbox_id.as_str()));
+        if volume.attachments.len() < attached {
+            put_all(&mut tx, std::slice::from_ref(volume))?;
+            changed = true;
+        }
+    }
+    let disks: BTreeSet<_> = live().map(|r| r.disk).chain(volumes.iter().map(|v| v.disk)).collect();
     for disk in store.disks().into_iter().filter(|d| is_own_name(&d.name) && !disks.contains(&d.id)) {
-        tracing::info!(disk = %disk.name, "deleting a disk that no sandbox has");
+        tracing::info!(disk = %disk.name, "deleting a disk that no sandbox or volume has");
         tx.delete_disk(disk.id);
         changed = true;
     }
     for state in store.snapshots().into_iter().filter(|s| is_own_name(&s.name) && !states.contains(&s.id)) {
-        tracing::info!(snapshot = %state.name, "deleting a state that no snapshot or template has");
+        tracing::info!(snapshot = %state.name, "deleting a state that no record names");
         tx.delete_snapshot(state.id);
         changed = true;
     }

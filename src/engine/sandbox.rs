@@ -21,7 +21,7 @@ use tokio::time::Instant;
 use super::activity::{Activity, InUse};
 use super::error::{Error, Kind, Result};
 use super::lifecycle::{Decision, Refusal, Request, State, decide};
-use super::records::{Record, SandboxRecord};
+use super::records::{Record, SandboxRecord, put_all};
 use super::session::{Ending, Session};
 use super::{Compute, SandboxView, Shared};
 
@@ -162,6 +162,10 @@ impl Sandbox {
             Decision::Refuse(Refusal::NotRunning) => {
                 Err(Error::new(Kind::NotRunning, format!("sandbox {name} is {}, not running", state.name()))
                     .hint(format!("start a session: miosa sandbox resume {}", self.id)))
+            }
+            Decision::Refuse(Refusal::Running) => {
+                Err(Error::new(Kind::Running, format!("sandbox {name} is running with the disks it has"))
+                    .hint(format!("stop it first: miosa sandbox stop {}", self.id)))
             }
             Decision::Refuse(Refusal::Stale) => {
                 Err(Error::internal(format!("{request:?} does not fit sandbox {name}, which is {}", state.name())))
@@ -423,10 +427,13 @@ impl Sandbox {
         record.destroyed_at = Some(Timestamp::now());
         record.last_error = None;
         let (to_save, usage) = (record.clone(), self.shared.clone());
+        let volumes = self.shared.volumes.detached_from(&self.id).await;
+        let changed = volumes.records();
         let removed = self
             .shared
             .with_store(move |store| {
                 let mut tx = store.begin();
+                put_all(&mut tx, &changed)?;
                 tx.delete_disk(to_save.disk);
                 tx.put_record(SandboxRecord::KIND, &to_save.id, to_save.encode()?);
                 usage.usage.put(&mut tx, &to_save.id)?;
@@ -441,6 +448,7 @@ impl Sandbox {
             });
             return Err(error);
         }
+        volumes.publish();
         let name = record.name.clone();
         self.publish(|r| *r = record);
         self.shared.registry.release_name(&name, &self.id);

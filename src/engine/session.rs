@@ -1,16 +1,15 @@
-//! One run of a sandbox's machine: attach the disk, start, watch, end.
+//! One run of a sandbox's machine: show it its disks, start, watch, end.
 
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use storage::Disk;
 use tokio::sync::watch;
 use tokio::time::Instant;
 use vmm::{Accel, Agent, ExecRequest, ExitReason, Identity, Machine, MachineSpec};
 
 use super::Shared;
-use super::attach::AttachedDisk;
+use super::devices::Devices;
 use super::error::{Error, Kind, Result};
 use super::records::{NetworkPolicy, SandboxRecord, slug};
 use super::sandbox::Sandbox;
@@ -30,13 +29,12 @@ pub(super) enum Ending {
     AlreadyGone,
 }
 
-/// A running machine and the disk it is attached to.
+/// A running machine and the disks it has.
 pub(super) struct Session {
     /// Counts the sandbox's sessions, so that a late event is known to be late.
     pub(super) number: u64,
     pub(super) machine: Arc<dyn Machine>,
-    attached: Option<Box<dyn AttachedDisk>>,
-    disk: Disk,
+    devices: Devices,
     run_dir: PathBuf,
     deadline: watch::Sender<Option<Instant>>,
     pub(super) began: Instant,
@@ -57,20 +55,17 @@ impl Session {
 
         let run_dir = shared.settings.run_root.join(&record.id);
         let (id, dir, front) = (record.id.clone(), run_dir.clone(), shared.disks.clone());
-        let disk_id = record.disk;
+        let (root, volumes) = (record.disk, shared.volumes.of(&record.id));
         let timeout = record.timeout_ms.map(|ms| began + Duration::from_millis(ms));
-        let (disk, attached) = shared
+        let devices = shared
             .with_store(move |store| {
-                let disk = store.disk(disk_id)?;
                 private_dir(&dir)
                     .map_err(|e| Error::internal(format!("could not make the directory {}: {e}", dir.display())))?;
-                let attached = front.attach(&id, &dir, disk.clone())?;
-                let noted =
-                    SessionRecord::new(began, attached.attachment(), accel).and_then(|r| r.write(&dir, timeout));
-                match noted {
-                    Ok(()) => Ok((disk, attached)),
+                let devices = Devices::show(store, &*front, (&id, &dir), root, volumes)?;
+                match SessionRecord::new(began, &devices, accel).and_then(|r| r.write(&dir, timeout)) {
+                    Ok(()) => Ok(devices),
                     Err(error) => {
-                        attached.detach();
+                        devices.detach();
                         Err(error)
                     }
                 }
@@ -83,7 +78,8 @@ impl Session {
             memory_mib: u32::try_from(record.memory_mib).unwrap_or(u32::MAX),
             kernel: boot_files.kernel,
             initramfs: boot_files.initramfs,
-            disk: attached.attachment(),
+            disk: devices.root(),
+            volumes: devices.volumes(),
             accel,
             hostname: slug(&record.name),
             network: match record.network_policy {
@@ -96,12 +92,12 @@ impl Session {
         let machine = match shared.vmm.start(spec, shared.settings.boot_deadline).await {
             Ok(machine) => machine,
             Err(error) => {
-                detach(attached).await;
+                detach(devices).await;
                 return Err(error.into());
             }
         };
         let boot = began.elapsed();
-        let session = Session::of(number, machine, attached, disk, run_dir, (began, timeout), boot, accel);
+        let session = Session::of(number, machine, devices, run_dir, (began, timeout), boot, accel);
         if let Err(error) = session.settle(shared, record).await {
             // The machine is up but not usable.
             if let Err(also) = session.end(shared, Ending::Kill).await {
@@ -112,19 +108,17 @@ impl Session {
         Ok(session)
     }
 
-    #[allow(clippy::too_many_arguments, reason = "the parts of one whole, put together in two places")]
     pub(super) fn of(
         number: u64,
         machine: Arc<dyn Machine>,
-        attached: Box<dyn AttachedDisk>,
-        disk: Disk,
+        devices: Devices,
         run_dir: PathBuf,
         (began, deadline): (Instant, Option<Instant>),
         boot: Duration,
         accel: Accel,
     ) -> Session {
         let deadline = watch::Sender::new(deadline);
-        Session { number, machine, attached: Some(attached), disk, run_dir, deadline, began, boot, accel }
+        Session { number, machine, devices, run_dir, deadline, began, boot, accel }
     }
 
     /// Gives the guest what makes it this sandbox and no other.
@@ -140,6 +134,12 @@ impl Session {
             Ok(agent.identify(identity).await?)
         })
         .await?;
+        for mount in self.devices.mounts() {
+            let what = format!("mounting volume {} at {}", mount.serial, mount.path);
+            within(shared.settings.agent_deadline, &what, async { Ok(agent.mount(mount).await?) })
+                .await
+                .map_err(|e| e.context(&what).hint(format!("detach it: miosa volume detach VOLUME {}", record.id)))?;
+        }
         within(shared.settings.agent_deadline, "giving the guest its files", shared.settings.guest.apply(&agent))
             .await?;
         if found.host_keys_missing {
@@ -164,23 +164,19 @@ impl Session {
 
     /// Whether the machine goes on if the daemon ends.
     pub(super) fn outlives_the_daemon(&self) -> bool {
-        self.attached.as_ref().is_some_and(|attached| attached.attachment().outlives_its_server())
+        self.devices.outlive_their_server()
     }
 
-    /// Whether the machine has its disk open.
+    /// Whether the machine has its disks open.
     pub(super) fn is_connected(&self) -> bool {
-        self.attached.as_ref().is_some_and(|attached| attached.is_connected())
+        self.devices.are_connected()
     }
 
-    /// Lets go of the machine, which waits for its disk until the next daemon shows it again. What it was told is written
-    /// is made durable.
-    pub(super) async fn leave(mut self, shared: &Shared) -> Result<()> {
+    /// Lets go of the machine, which waits for its disks until the next daemon shows them again. What it was told is
+    /// written is made durable.
+    pub(super) async fn leave(self) -> Result<()> {
         self.machine.leave().await;
-        if let Some(attached) = self.attached.take() {
-            detach(attached).await;
-        }
-        let disk = self.disk.clone();
-        shared.with_store(move |_| Ok(disk.flush()?)).await
+        self.devices.withdraw().await
     }
 
     /// A client of the guest's agent.
@@ -223,7 +219,7 @@ impl Session {
 
     /// Ends the machine, then makes all that it wrote durable. `Ok(Some)` says what went wrong in the guest; an error,
     /// that the disk may not have everything.
-    pub(super) async fn end(mut self, shared: &Shared, how: Ending) -> Result<Option<String>> {
+    pub(super) async fn end(self, shared: &Shared, how: Ending) -> Result<Option<String>> {
         let reason = match how {
             Ending::Orderly => self.machine.shutdown(shared.settings.stop_deadline).await,
             Ending::Kill => self.machine.kill().await,
@@ -238,11 +234,7 @@ impl Session {
             )),
             (_, Ok(other)) => describe_loss(&other),
         };
-        if let Some(attached) = self.attached.take() {
-            detach(attached).await;
-        }
-        let disk = self.disk.clone();
-        shared.with_store(move |_| Ok(disk.flush()?)).await?;
+        self.devices.withdraw().await?;
         if let Err(error) = tokio::fs::remove_dir_all(&self.run_dir).await
             && error.kind() != std::io::ErrorKind::NotFound
         {
@@ -264,9 +256,10 @@ pub(super) fn describe_loss(how: &ExitReason) -> Option<String> {
     }
 }
 
-pub(super) async fn detach(attached: Box<dyn AttachedDisk>) {
-    if let Err(error) = tokio::task::spawn_blocking(move || attached.detach()).await {
-        tracing::error!(%error, "detaching a disk did not end");
+/// Ends the service of disks that no machine has written to.
+pub(super) async fn detach(devices: Devices) {
+    if let Err(error) = tokio::task::spawn_blocking(move || devices.detach()).await {
+        tracing::error!(%error, "detaching disks did not end");
     }
 }
 

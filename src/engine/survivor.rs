@@ -1,10 +1,10 @@
 //! Sessions that go on without a daemon: what is left for the next one, and how it takes them over.
 //!
 //! A session's run directory holds, beside what the VMM keeps there, what only this daemon knows of it: since when it
-//! runs, until when, and how its disk is shown. Times are the host's monotonic clock, which one boot of the host shares;
+//! runs, until when, and how its disks are shown. Times are the host's monotonic clock, which one boot of the host shares;
 //! a machine does not outlive that either. The files need no sync: they are read after the death of a process only.
 //!
-//! Taking over, for a sandbox whose machine lives: (1) the disk is shown again where it was, and the VMM, which has been
+//! Taking over, for a sandbox whose machine lives: (1) its disks are shown again where they were, and the VMM, which has been
 //! trying, connects; (2) the VMM is taken over, and through it the guest's agent, which ends what it did for the old
 //! connection; (3) the record says `running`, and the session's clock goes on. If anything of this fails, the machine is
 //! killed and the sandbox comes to rest with what its guest had flushed.
@@ -21,7 +21,7 @@ use tokio::time::Instant;
 use vmm::{Accel, DiskAttachment};
 
 use super::Shared;
-use super::attach::AttachedDisk;
+use super::devices::{Devices, VolumeOf};
 use super::error::{Error, Result};
 use super::lifecycle::{Request, State};
 use super::records::SandboxRecord;
@@ -38,13 +38,16 @@ const RECONNECTION: Duration = Duration::from_secs(30);
 pub(super) struct SessionRecord {
     /// Nanoseconds of the monotonic clock.
     began: u64,
-    pub(super) disk: DiskAttachment,
-    pub(super) accel: Accel,
+    disk: DiskAttachment,
+    #[serde(default)]
+    volumes: Vec<DiskAttachment>,
+    accel: Accel,
 }
 
 impl SessionRecord {
-    pub(super) fn new(began: Instant, disk: DiskAttachment, accel: Accel) -> Result<Self> {
-        Ok(Self { began: to_monotonic(began)?, disk, accel })
+    pub(super) fn new(began: Instant, devices: &Devices, accel: Accel) -> Result<Self> {
+        let volumes = devices.volumes().into_iter().map(|volume| volume.disk).collect();
+        Ok(Self { began: to_monotonic(began)?, disk: devices.root(), volumes, accel })
     }
 
     /// Writes it into the run directory of a machine that is not there yet.
@@ -112,49 +115,48 @@ fn from_monotonic(nanos: u64) -> Result<Instant> {
 pub(super) struct Survivor {
     record: SessionRecord,
     deadline: Option<Instant>,
-    attached: Box<dyn AttachedDisk>,
-    disk: storage::Disk,
+    devices: Devices,
 }
 
 impl Survivor {
-    /// Shows the disk where the machine looks for it. None if that is not possible: the machine's disk is another kind, or
-    /// went with the daemon.
-    pub(super) fn find(shared: &Shared, of: &SandboxRecord) -> Option<Self> {
+    /// Shows the disks where the machine looks for them. None if that is not possible: the machine's disks are of another
+    /// kind, or went with the daemon.
+    pub(super) fn find(shared: &Shared, of: &SandboxRecord, volumes: Vec<VolumeOf>) -> Option<Self> {
         let run_dir = shared.settings.run_root.join(&of.id);
         let (record, deadline) = SessionRecord::read(&run_dir)?;
         if !record.disk.outlives_its_server() {
             return None;
         }
-        let disk = shared.store.disk(of.disk).ok()?;
-        let attached = match shared.disks.attach(&of.id, &run_dir, disk.clone()) {
-            Ok(attached) => attached,
-            Err(error) => {
-                tracing::warn!(sandbox = %of.id, %error, "the disk of a machine that lives cannot be shown again");
-                return None;
-            }
-        };
-        if attached.attachment() != record.disk {
+        let shown = Devices::show(&shared.store, &*shared.disks, (&of.id, &run_dir), of.disk, volumes);
+        let devices = shown
+            .inspect_err(|error| {
+                tracing::warn!(sandbox = %of.id, %error, "the disks of a machine that lives cannot be shown again");
+            })
+            .ok()?;
+        let same =
+            SessionRecord { began: record.began, ..SessionRecord::new(Instant::now(), &devices, record.accel).ok()? };
+        if same != record {
             // The daemon's front end is another one now.
-            attached.detach();
+            devices.detach();
             return None;
         }
-        Some(Self { record, deadline, attached, disk })
+        Some(Self { record, deadline, devices })
     }
 }
 
 impl Session {
     /// Takes over a machine that outlived its daemon. On failure nothing is left of it.
     async fn adopt(shared: &Arc<Shared>, record: &SandboxRecord, number: u64, survivor: Survivor) -> Result<Session> {
-        let Survivor { record: left, deadline, attached, disk } = survivor;
+        let Survivor { record: left, deadline, devices } = survivor;
         let run_dir = shared.settings.run_root.join(&record.id);
         let machine = match shared.vmm.adopt(&run_dir, shared.settings.boot_deadline).await {
             Ok(Some(machine)) => machine,
             Ok(None) => {
-                detach(attached).await;
+                detach(devices).await;
                 return Err(Error::internal("the machine ended"));
             }
             Err(error) => {
-                detach(attached).await;
+                detach(devices).await;
                 return Err(error.into());
             }
         };
@@ -163,7 +165,7 @@ impl Session {
             Some(ms) if record.ready_at.is_some() => Duration::from_millis(ms),
             _ => began.elapsed(),
         };
-        let session = Session::of(number, machine, attached, disk, run_dir, (began, deadline), boot, left.accel);
+        let session = Session::of(number, machine, devices, run_dir, (began, deadline), boot, left.accel);
         let usable = async {
             session.until_connected().await?;
             // It was being started: what follows the agent's first answer is still to be done, or done again.
@@ -183,7 +185,7 @@ impl Session {
         let until = Instant::now() + RECONNECTION;
         while !self.is_connected() {
             if Instant::now() >= until {
-                return Err(Error::internal("the machine did not come back to its disk"));
+                return Err(Error::internal("the machine did not come back to its disks"));
             }
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
@@ -223,7 +225,7 @@ impl Sandbox {
         let mut owner = self.own().await;
         match owner.session.take_if(|session| session.outlives_the_daemon()) {
             Some(session) => {
-                if let Err(error) = session.leave(&self.shared).await {
+                if let Err(error) = session.leave().await {
                     tracing::error!(sandbox = %self.id(), %error, "what its guest had written may not be durable");
                 }
             }
@@ -248,7 +250,8 @@ mod tests {
         assert_eq!(SessionRecord::read(dir.path()), None);
         let began = Instant::now().checked_sub(Duration::from_secs(5)).unwrap();
         let disk = DiskAttachment::VhostUserBlk { socket: "/run/d".into() };
-        let record = SessionRecord::new(began, disk, Accel::Tcg).unwrap();
+        let volumes = vec![disk.clone()];
+        let record = SessionRecord { began: to_monotonic(began).unwrap(), disk, volumes, accel: Accel::Tcg };
         let near = |a: Instant, b: Instant| {
             a.saturating_duration_since(b).max(b.saturating_duration_since(a)) < Duration::from_millis(500)
         };

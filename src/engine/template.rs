@@ -370,13 +370,19 @@ fn import<T>(
     imported
 }
 
-enum Copy {
+pub(super) enum Copy {
     Read(std::io::Error),
     Store(storage::Error),
 }
 
 /// Copies what is not zero, and says how much that was. Holes of the file are not read.
-fn copy_data(file: &File, from: u64, size: u64, disk: &Disk, progress: &Progress) -> std::result::Result<u64, Copy> {
+pub(super) fn copy_data(
+    file: &File,
+    from: u64,
+    size: u64,
+    disk: &Disk,
+    progress: &Progress,
+) -> std::result::Result<u64, Copy> {
     const CHUNK: usize = 1 << 20;
     let mut buffer = vec![0; CHUNK];
     let (mut offset, mut copied, mut told) = (0, 0, 0);

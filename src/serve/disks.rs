@@ -8,7 +8,7 @@ use vmm::DiskAttachment;
 
 use super::Error;
 use crate::config::{DiskFrontendArg, VmmArg};
-use crate::engine::attach::{AttachedDisk, DiskFrontend};
+use crate::engine::attach::{AttachedDisk, DiskFrontend, ROOT, Slot};
 use crate::engine::error::{Error as EngineError, Kind, Result};
 use crate::frontend::{FUSE, FuseMount, Traffic, VHOST_USER, VhostUserServer};
 
@@ -44,8 +44,10 @@ struct VhostUser {
 }
 
 impl DiskFrontend for VhostUser {
-    fn attach(&self, _: &str, run_dir: &Path, disk: Disk) -> Result<Box<dyn AttachedDisk>> {
-        let server = VhostUserServer::start(self.traffic.counted(VHOST_USER, disk), &run_dir.join("disk.sock"))
+    fn attach(&self, slot: Slot<'_>, disk: Disk) -> Result<Box<dyn AttachedDisk>> {
+        // Its name is the device's serial number.
+        let socket = slot.run_dir.join(format!("{}.sock", slot.serial));
+        let server = VhostUserServer::start(self.traffic.counted(VHOST_USER, disk), &socket)
             .map_err(|e| EngineError::new(Kind::MachineUnavailable, chain(&e)))?;
         Ok(Box::new(VhostUserDisk(server)))
     }
@@ -74,11 +76,16 @@ struct Fuse {
 }
 
 impl DiskFrontend for Fuse {
-    fn attach(&self, name: &str, _: &Path, disk: Disk) -> Result<Box<dyn AttachedDisk>> {
+    fn attach(&self, slot: Slot<'_>, disk: Disk) -> Result<Box<dyn AttachedDisk>> {
+        let name = match slot.serial {
+            ROOT => slot.sandbox.to_owned(),
+            // Several sandboxes may read one volume.
+            volume => format!("{}.{volume}", slot.sandbox),
+        };
         self.mount
-            .add(name, self.traffic.counted(FUSE, disk))
+            .add(&name, self.traffic.counted(FUSE, disk))
             .map_err(|e| EngineError::new(Kind::MachineUnavailable, chain(&e)))?;
-        Ok(Box::new(FuseDisk { mount: self.mount.clone(), name: name.to_owned() }))
+        Ok(Box::new(FuseDisk { mount: self.mount.clone(), name }))
     }
 }
 
@@ -103,8 +110,8 @@ impl AttachedDisk for FuseDisk {
 struct Unshown;
 
 impl DiskFrontend for Unshown {
-    fn attach(&self, _: &str, run_dir: &Path, _: Disk) -> Result<Box<dyn AttachedDisk>> {
-        Ok(Box::new(UnshownDisk(run_dir.join("disk"))))
+    fn attach(&self, slot: Slot<'_>, _: Disk) -> Result<Box<dyn AttachedDisk>> {
+        Ok(Box::new(UnshownDisk(slot.run_dir.join(slot.serial))))
     }
 }
 

@@ -105,6 +105,7 @@ impl Device {
 pub struct Disk {
     pub(crate) store: Arc<Inner>,
     pub(crate) device: Arc<Device>,
+    pub(crate) read_only: bool,
 }
 
 impl Disk {
@@ -129,9 +130,14 @@ impl Disk {
         self.device.size_blocks * BLOCK_BYTES
     }
 
-    /// Whether this is a snapshot.
+    /// Whether writes are refused: this is a snapshot, or a handle for reading.
     pub fn is_read_only(&self) -> bool {
-        matches!(self.device.source, Source::Snapshot(_))
+        self.read_only || matches!(self.device.source, Source::Snapshot(_))
+    }
+
+    /// The same disk by a handle that refuses writes.
+    pub fn into_read_only(self) -> Self {
+        Self { read_only: true, ..self }
     }
 
     /// Fills `buf` from `offset`, both in bytes.
@@ -248,7 +254,10 @@ impl Disk {
 
     fn check_writable(&self) -> Result<()> {
         if self.is_read_only() {
-            let what = format!("{} is a snapshot and cannot be written; fork it", self.device.source);
+            let what = match self.device.source {
+                Source::Snapshot(id) => format!("{id} is a snapshot and cannot be written; fork it"),
+                Source::Disk(id) => format!("{id} is open for reading only"),
+            };
             return Err(Error::new(ErrorKind::ReadOnly, what));
         }
         self.store.throttle()

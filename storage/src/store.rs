@@ -161,7 +161,7 @@ impl Store {
     /// A handle on either.
     pub fn open_source(&self, source: Source) -> Result<Disk> {
         let device = self.inner().registry.lock().device(source)?.clone();
-        Ok(Disk { store: self.inner().clone(), device })
+        Ok(Disk { store: self.inner().clone(), device, read_only: false })
     }
 
     /// All disks, by id.

@@ -309,3 +309,51 @@ fn the_console_is_shown_plain_raw_and_as_it_comes() {
     assert_eq!(d.run(&["sandbox", "logs", "none", "--follow", "--json"]).error(1)["code"], "invalid_input");
     assert_eq!(d.run(&["sandbox", "logs", "none", "--json"]).error(1)["code"], "sandbox_not_found");
 }
+
+#[test]
+fn data_is_kept_apart_on_volumes() {
+    let d = Daemon::start();
+    let made = d.run(&["volume", "create", "data", "--size", "64mb", "--json"]).json();
+    assert_eq!((&made["status"], &made["size_mb"]), (&"available".into(), &64.into()));
+    let two = ["sandbox", "create", "--name", "two", "--volume", "data:/srv", "--no-start", "--json"];
+    d.run(&["sandbox", "create", "--name", "one", "--no-start", "--json"]).json();
+    let attached = d.run(&["volume", "attach", "data", "one", "--mount", "/data", "--json"]).json();
+    assert_eq!((&attached["mount_path"], &attached["read_only"]), (&"/data".into(), &false.into()));
+    let refused = d.run(&two).error(1);
+    assert_eq!(refused["code"], "volume_in_use");
+    assert!(text(&refused["message"]).contains("sandbox one"), "{refused}");
+    d.run(&["sandbox", "exec", "one", "--", "sh", "-c", "echo kept > ../data/note"]);
+    assert_eq!(d.run(&["volume", "detach", "data", "--json"]).error(1)["code"], "sandbox_running");
+    assert_eq!(d.run(&["volume", "snapshot", "data", "--name", "s", "--json"]).json()["consistency"], "filesystem");
+    d.run(&["sandbox", "destroy", "one", "--json"]).json();
+    d.run(&two).json();
+    assert_eq!(d.run(&["sandbox", "exec", "two", "--", "cat", "../srv/note"]).out, "kept\n");
+    let shown = d.run(&["volume", "show", "data", "--json"]).json();
+    assert_eq!((&shown["status"], &shown["attachments"][0]["mount_path"]), (&"in_use".into(), &"/srv".into()));
+    assert!(shown["referenced_bytes"].is_u64());
+    assert_eq!(d.run(&["volume", "delete", "data", "--json"]).error(1)["code"], "volume_in_use");
+    // It is the engine's, and shown as what it is.
+    let disks = d.run(&["disk", "list", "--json"]).json();
+    let disk = disks.as_array().unwrap().iter().find(|disk| disk["name"] == shown["id"]).unwrap();
+    assert_eq!((&disk["owner"]["kind"], &disk["owner"]["name"]), (&"volume".into(), &"data".into()));
+    for line in [&["disk", "delete"][..], &["disk", "attach", "--frontend", "fuse"]] {
+        let refused = d.run(&[line, &[disk["id"].as_str().unwrap(), "--json"]].concat()).error(1);
+        assert_eq!(refused["code"], "disk_in_use");
+    }
+    let report = d.run(&["store", "report", "--json"]).json();
+    let members = report["families"].as_array().unwrap().iter().flat_map(|f| f["members"].as_array().unwrap());
+    let mut kinds: Vec<_> = members.map(|m| text(&m["what"])).collect();
+    kinds.sort();
+    assert_eq!(kinds, ["sandbox", "template", "volume", "volume snapshot"]);
+
+    d.run(&["sandbox", "stop", "two", "--json"]).json();
+    assert_eq!(d.run(&["volume", "detach", "data", "two", "--json"]).json()["status"], "available");
+    assert_eq!(d.run(&["volume", "restore", "data", "s", "--json"]).json()["name"], "data");
+    d.run(&["volume", "delete", "data", "--json"]).json();
+    assert_eq!(d.run(&["volume", "create", "again", "--snapshot", "s", "--json"]).json()["size_mb"], 64);
+    assert_eq!(d.run(&["volume", "snapshots", "list", "--json"]).json().as_array().unwrap().len(), 1);
+    d.run(&["volume", "snapshots", "delete", "s", "--json"]).json();
+    assert!(d.run(&["volume", "list"]).out.contains("again"));
+    assert_eq!(d.run(&["volume", "show", "data", "--json"]).error(1)["code"], "volume_not_found");
+    assert_eq!(d.run(&["volume", "create", "x", "--size", "1mb", "--json"]).error(1)["code"], "invalid_input");
+}

@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, SystemTime};
 
 use async_trait::async_trait;
-use miosa::engine::attach::{AttachedDisk, DiskFrontend};
+use miosa::engine::attach::{AttachedDisk, DiskFrontend, ROOT, Slot};
 use miosa::engine::error::{Error, Kind, Result};
 use miosa::engine::lifecycle::State;
 use miosa::engine::{
@@ -217,6 +217,7 @@ pub fn wanted(name: &str) -> CreateRequest {
         network_policy: Default::default(),
         metadata: serde_json::Map::new(),
         tags: Vec::new(),
+        volumes: Vec::new(),
         start: true,
         wait: false,
     }
@@ -263,7 +264,7 @@ pub fn refused<T: std::fmt::Debug>(outcome: Result<T>) -> Kind {
 /// Shows disks to nobody, as a front end whose machines can wait for it would.
 #[derive(Default)]
 pub struct NoFrontend {
-    /// Ids of what is shown now.
+    /// What is shown now: the ids of sandboxes, and after them those of volumes.
     pub shown: Arc<Mutex<BTreeSet<String>>>,
     /// Told before each step, as machines tell theirs.
     pub hook: Mutex<Option<StepHook>>,
@@ -279,13 +280,18 @@ impl NoFrontend {
 }
 
 impl DiskFrontend for NoFrontend {
-    fn attach(&self, id: &str, run_dir: &Path, disk: Disk) -> Result<Box<dyn AttachedDisk>> {
-        assert!(run_dir.is_dir());
+    fn attach(&self, slot: Slot<'_>, disk: Disk) -> Result<Box<dyn AttachedDisk>> {
+        assert!(slot.run_dir.is_dir());
         self.step("attach");
-        assert!(self.shown.lock().unwrap().insert(id.to_owned()), "{id} is shown twice");
+        let id = match (slot.serial, disk.is_read_only()) {
+            (ROOT, false) => slot.sandbox.to_owned(),
+            (serial, false) => format!("{} {serial}", slot.sandbox),
+            (serial, true) => format!("{} {serial} for reading", slot.sandbox),
+        };
+        assert!(self.shown.lock().unwrap().insert(id.clone()), "{id} is shown twice");
         let hook = self.hook.lock().unwrap().clone();
-        let (id, shown) = (id.to_owned(), self.shown.clone());
-        Ok(Box::new(NoFrontendDisk { socket: run_dir.join("disk"), id, shown, hook, _disk: disk }))
+        let (socket, shown) = (slot.run_dir.join(slot.serial), self.shown.clone());
+        Ok(Box::new(NoFrontendDisk { socket, id, shown, hook, _disk: disk }))
     }
 }
 

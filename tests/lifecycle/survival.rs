@@ -5,7 +5,7 @@ use std::sync::{Arc, Condvar, Mutex};
 use std::time::Duration;
 
 use miosa::engine::lifecycle::State;
-use miosa::engine::{CreateRequest, Engine};
+use miosa::engine::{Attach, CreateRequest, CreateVolume, Engine};
 use vmm::fake::{Script, StepHook};
 
 use crate::support::{World, forks, named, wanted};
@@ -150,14 +150,21 @@ struct OpenAtEnd(Arc<Gate>);
 /// What is done while the daemon dies. What had been answered is in `done`.
 async fn work(engine: Arc<Engine>, done: Arc<Mutex<Vec<&'static str>>>) {
     let did = |what| done.lock().unwrap().push(what);
-    engine.create(CreateRequest { wait: true, ..wanted("one") }).await.unwrap();
+    let volumes = vec![Attach { volume: "data".into(), ..Attach::default() }];
+    engine.create(CreateRequest { wait: true, volumes, ..wanted("one") }).await.unwrap();
     did("create");
     engine.snapshot("one", named("kept")).await.unwrap();
     did("snapshot");
+    engine.snapshot_volume("data", None).await.unwrap();
+    did("volume snapshot");
     engine.fork("one", forks("child", 1)).await.unwrap();
     did("fork");
     engine.stop("one").await.unwrap();
     did("stop");
+    engine.detach_volume("data", None).await.unwrap();
+    did("detach");
+    engine.attach_volume("one", Attach { volume: "data".into(), ..Attach::default() }).await.unwrap();
+    did("attach");
     engine.resume("one").await.unwrap();
     did("resume");
     engine.restore("one", "kept").await.unwrap();
@@ -173,6 +180,10 @@ async fn dies_at(at: usize, machines_too: bool) -> bool {
     let disk = w.engine.show("bystander").unwrap().record.disk;
     w.disk(disk).write(4_096, b"flushed").unwrap();
     w.disk(disk).flush().unwrap();
+    let volume = CreateVolume { name: "data".into(), size_bytes: Some(16 << 20), snapshot: None };
+    let volume = w.engine.create_volume(volume).await.unwrap();
+    w.disk(volume.disk).write((16 << 20) - 8, b"flushed!").unwrap();
+    w.disk(volume.disk).flush().unwrap();
     let gate = Arc::new(Gate { at, ..Gate::default() });
     let _open = OpenAtEnd(gate.clone());
     w.vmm.on_step(gate.hook());
@@ -206,7 +217,21 @@ async fn dies_at(at: usize, machines_too: bool) -> bool {
         assert_eq!(w.vmm.machine(&sandbox.record.id).is_some(), running, "{what}: {}", sandbox.record.name);
         assert_eq!(w.front.shown.lock().unwrap().contains(&sandbox.record.id), running, "{what}");
     }
-    assert_eq!(w.store.disks().len(), names.len(), "{what}");
+    assert_eq!(w.store.disks().len(), names.len() + 1, "{what}");
+    // The volume is there; who has it has it, and nobody who is gone does.
+    let snapshots = w.engine.volume_snapshots(None).unwrap().len();
+    assert_eq!(w.store.snapshots().len(), 1 + w.engine.snapshots(None).unwrap().len() + snapshots, "{what}");
+    assert!(!done.contains(&"volume snapshot") || snapshots == 1, "{what}");
+    let mut content = [0; 8];
+    w.disk(w.engine.volume("data").unwrap().disk).read((16 << 20) - 8, &mut content).unwrap();
+    assert_eq!(&content, b"flushed!", "{what}");
+    for at in w.engine.volume("data").unwrap().attachments {
+        let holder = w.engine.show(&at.sandbox_id).unwrap().record;
+        let shown = w.front.shown.lock().unwrap().contains(&format!("{} {}", holder.id, volume.id));
+        assert_eq!((holder.name.as_str(), shown), ("one", holder.state == State::Running), "{what}");
+        w.sh("one", "touch ../mnt/data/it").await.unwrap_or_else(|e| panic!("{what}: {e}"));
+        assert_eq!(w.vmm.machine(&holder.id).unwrap().mounts()[0].serial, volume.id, "{what}");
+    }
     // And can be used, with what was there.
     for name in &names {
         let up = w.sh(name, "echo up").await.unwrap_or_else(|e| panic!("{what}: {name}: {e}"));
@@ -220,6 +245,7 @@ async fn dies_at(at: usize, machines_too: bool) -> bool {
         w.engine.destroy(&name).await.unwrap();
     }
     assert!(w.front.shown.lock().unwrap().is_empty(), "{what}");
+    w.engine.delete_volume("data").await.unwrap_or_else(|e| panic!("{what}: {e}"));
     true
 }
 

@@ -27,6 +27,7 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
                 kernel: PathBuf::from(kernel),
                 initramfs: PathBuf::from(initramfs),
                 disk: DiskAttachment::RawFile { path: PathBuf::from(disk) },
+                volumes: Vec::new(),
                 accel: Accel::Tcg,
                 hostname: "boot".into(),
                 network: Network::User,

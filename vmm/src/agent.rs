@@ -11,8 +11,8 @@ use std::time::Duration;
 
 use bytes::{Buf, Bytes, BytesMut};
 use miosa_agent::wire::{
-    CommandStatus, DirEntry, ExecRequest, ExitStatus, FileStat, GuestInfo, Identity, Kind, MAX_ENTRY, Reply, Request,
-    TerminalSize, TreeSummary,
+    CommandStatus, DirEntry, ExecRequest, ExitStatus, FileStat, GuestInfo, Identity, Kind, MAX_ENTRY, Mount, Reply,
+    Request, TerminalSize, TreeSummary,
 };
 use tokio::net::UnixStream;
 use tokio::time::Instant;
@@ -248,6 +248,14 @@ impl Agent {
         }
     }
 
+    /// Mounts a disk besides the root; fine when it is mounted there already.
+    ///
+    /// # Errors
+    /// `Guest(NotFound)` when there is no such disk; other guest errors.
+    pub async fn mount(&self, wanted: Mount) -> Result<()> {
+        self.done(Request::Mount(wanted)).await
+    }
+
     /// Writes a file of any size: the file at `path` is the old one until [`FileWriter::finish`] has returned, then
     /// the new one. Missing parent directories are made. `mode` are permission bits; `None` keeps those of the file
     /// that is there (else 0644). The owner of a replaced file is kept. Dropping the writer leaves the old file.
@@ -283,7 +291,7 @@ impl Agent {
         }
     }
 
-    /// Writes everything back and stops writes to the guest's root file system until [`Agent::thaw`], but no longer
+    /// Writes everything back and stops writes to the guest's root file system and volumes until [`Agent::thaw`], but no longer
     /// than `auto_thaw` (capped at a minute). When it returns, the disk holds a clean file system state. Freezing a
     /// frozen guest only moves the limit.
     ///

@@ -2,7 +2,8 @@
 //! in this process against a directory that plays the guest's root file system.
 //!
 //! Programs are the host's own, started with a working directory inside that directory. The directory is
-//! `root/<machine id>`: it outlives the machine, as a disk would. What should go wrong is scripted with [`Script`].
+//! `root/<machine id>`: it outlives the machine, as a disk would. A volume is the directory `root/volumes/<serial>`, to which
+//! a mount is a link. What should go wrong is scripted with [`Script`].
 
 use std::collections::{HashMap, VecDeque};
 use std::io::Write;
@@ -14,7 +15,7 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use miosa_agent::server::{Children, Server, System};
-use miosa_agent::wire::{AgentError, ErrorKind as GuestErrorKind, GuestInfo};
+use miosa_agent::wire::{AgentError, ErrorKind as GuestErrorKind, GuestInfo, Mount};
 use parking_lot::Mutex;
 use tokio::time::Instant;
 
@@ -37,6 +38,8 @@ pub struct Script {
     pub die_after: Option<Duration>,
     /// Freezing fails with this message.
     pub fail_freeze: Option<String>,
+    /// Mounting a volume fails with this message.
+    pub fail_mount: Option<String>,
     /// The agent does not go through with a shutdown: only killing helps.
     pub hang_at_shutdown: bool,
 }
@@ -75,7 +78,7 @@ impl FakeVmm {
         self.state.lock().scripts.push_back(script);
     }
 
-    /// Has the steps of all machines told from now on: `start`, `greet`, `clock`, `freeze`, `thaw`, `shutdown`.
+    /// Has the steps of all machines told from now on: `start`, `greet`, `clock`, `mount`, `freeze`, `thaw`, `shutdown`.
     pub fn on_step(&self, hook: StepHook) {
         *self.state.lock().hook.lock() = Some(hook);
     }
@@ -131,6 +134,9 @@ impl Vmm for FakeVmm {
             owner: AtomicU64::new(0),
             hook: hook.clone(),
             fail_freeze: script.fail_freeze,
+            fail_mount: script.fail_mount,
+            volumes: self.root.join("volumes"),
+            serials: spec.volumes.into_iter().map(|v| v.serial).collect(),
             hang_at_shutdown: script.hang_at_shutdown,
             seen: Mutex::new(Seen { hostname: spec.hostname, ..Seen::default() }),
         });
@@ -258,6 +264,11 @@ impl FakeMachine {
         self.guest.seen.lock().entropy.clone()
     }
 
+    /// What it has mounted besides its root.
+    pub fn mounts(&self) -> Vec<Mount> {
+        self.guest.seen.lock().mounts.clone()
+    }
+
     /// The time its clock was set to last, nanoseconds since the Unix epoch.
     pub fn clock(&self) -> Option<u64> {
         self.guest.seen.lock().clock
@@ -332,7 +343,12 @@ struct FakeGuest {
     owner: AtomicU64,
     hook: SharedHook,
     fail_freeze: Option<String>,
+    fail_mount: Option<String>,
     hang_at_shutdown: bool,
+    /// Where the volumes of all guests are.
+    volumes: PathBuf,
+    /// Those of this one.
+    serials: Vec<String>,
     seen: Mutex<Seen>,
 }
 
@@ -343,6 +359,7 @@ struct Seen {
     hostname: String,
     clock: Option<u64>,
     entropy: Vec<u8>,
+    mounts: Vec<Mount>,
 }
 
 impl FakeGuest {
@@ -354,6 +371,10 @@ impl FakeGuest {
     }
 
     fn end(&self, reason: ExitReason) {
+        // Once: the sandbox's next guest may be there already.
+        for mount in std::mem::take(&mut self.seen.lock().mounts).iter().rev() {
+            let _ = self.path(&mount.path).map(std::fs::remove_file);
+        }
         self.exit.tell(reason);
         if let Some(pipe) = self.pipe.lock().as_ref() {
             let _ = pipe.shutdown(std::net::Shutdown::Both);
@@ -375,6 +396,30 @@ impl System for FakeGuest {
 
     fn info(&self) -> GuestInfo {
         GuestInfo { agent_version: env!("CARGO_PKG_VERSION").into(), kernel: "fake".into(), uptime_ms: 0 }
+    }
+
+    fn mount(&self, wanted: &Mount) -> Result<(), AgentError> {
+        if let Some(message) = &self.fail_mount {
+            return Err(AgentError::new(GuestErrorKind::Io, message.clone()));
+        }
+        self.step("mount");
+        if !self.serials.contains(&wanted.serial) {
+            return Err(AgentError::new(GuestErrorKind::NotFound, format!("no disk {}", wanted.serial)));
+        }
+        let mut seen = self.seen.lock();
+        if seen.mounts.contains(wanted) {
+            return Ok(());
+        }
+        let (volume, path) = (self.volumes.join(&wanted.serial), self.path(&wanted.path)?);
+        let linked = std::fs::create_dir_all(&volume).and_then(|()| {
+            std::fs::create_dir_all(path.parent().unwrap_or(&self.root))?;
+            // An empty directory is hidden by what is mounted there.
+            let _ = std::fs::remove_dir(&path);
+            std::os::unix::fs::symlink(&volume, &path)
+        });
+        linked.map_err(|e| AgentError::io(path.display(), &e))?;
+        seen.mounts.push(wanted.clone());
+        Ok(())
     }
 
     fn freeze(&self) -> Result<(), AgentError> {

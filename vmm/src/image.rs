@@ -222,6 +222,19 @@ pub fn make_ext4(tree: &Path, image: &Path, uuid: &str, hash_seed: &str, entries
     run(&mut command, "e2fsprogs").map(drop)
 }
 
+/// Puts an empty ext4 file system without partitions into a file of the wanted size that is one hole. Each has an identity
+/// of its own.
+///
+/// # Errors
+/// `ToolMissing` without e2fsprogs; `Image` when the size is none for a file system; `Io`.
+pub fn make_empty_ext4(image: &Path) -> Result<()> {
+    let mut command = Command::new("mkfs.ext4");
+    // As in `make_ext4`: what reads as zero already is not written.
+    command.args(["-q", "-F", "-b", "4096", "-m", "0", "-O", "^orphan_file,^metadata_csum_seed"]);
+    command.args(["-E", "assume_storage_prezeroed=1,nodiscard,root_owner=0:0"]).arg(image);
+    run(&mut command, "e2fsprogs").map(drop)
+}
+
 fn bootstrap(work: &Path, tree: &Path, progress: &mut impl FnMut(&str)) -> Result<()> {
     let mut command = Command::new("mmdebstrap");
     command.env("TMPDIR", work).args(["--mode=root", "--variant=minbase", "--format=directory"]);

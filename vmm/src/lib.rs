@@ -31,9 +31,10 @@ pub use error::{Error, ErrorKind, Result};
 pub use fake::FakeVmm;
 pub use machine::{
     Accel, Acceleration, BootTiming, DiskAttachment, ExitReason, Machine, MachineSpec, Network, Reaped, Vmm,
+    VolumeDevice,
 };
 pub use miosa_agent::wire::{
     CommandStatus, DirEntry, ErrorKind as GuestErrorKind, ExecRequest, ExitStatus, FileKind, FileStat, GuestInfo,
-    Identity, TerminalSize, TreeSummary,
+    Identity, Mount, TerminalSize, TreeSummary,
 };
 pub use qemu::QemuVmm;

@@ -19,7 +19,7 @@ pub struct MachineSpec {
     /// Name of the machine; for logs and process names. Letters, digits, `-`, `_`, `.`; at most 64.
     pub id: String,
     /// A directory for this machine alone: sockets, console log, process record. Made if missing, mode 0700. Its
-    /// path plus 12 bytes must fit a Unix socket address (107 bytes).
+    /// path plus 12 bytes (22 where volumes have sockets in it) must fit a Unix socket address (107 bytes).
     pub run_dir: PathBuf,
     /// Virtual CPUs.
     pub cpus: u32,
@@ -29,8 +29,10 @@ pub struct MachineSpec {
     pub kernel: PathBuf,
     /// Initramfs made by [`crate::image::build_initramfs`].
     pub initramfs: PathBuf,
-    /// The root disk, `/dev/vda` in the guest: a whole ext4 file system without partitions.
+    /// The root disk: a whole ext4 file system without partitions. With volumes beside it, its serial number is `disk`.
     pub disk: DiskAttachment,
+    /// Further disks, of the same kind each as the root disk's.
+    pub volumes: Vec<VolumeDevice>,
     /// What runs the guest's instructions.
     pub accel: Accel,
     /// Host name in the guest.
@@ -43,7 +45,19 @@ pub struct MachineSpec {
     pub kernel_args: Vec<String>,
 }
 
-/// Where a machine's root disk comes from.
+/// A disk besides the root. The guest is told to mount it: [`Agent::mount`].
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct VolumeDevice {
+    /// The device's serial number: 1-20 letters, digits and `-`, unique in the machine. Of a vhost-user back end it is the
+    /// back end that says it.
+    pub serial: String,
+    /// Where it comes from.
+    pub disk: DiskAttachment,
+    /// The device refuses writes.
+    pub read_only: bool,
+}
+
+/// Where a machine's disk comes from.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum DiskAttachment {

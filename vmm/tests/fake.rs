@@ -17,6 +17,7 @@ fn spec(id: &str) -> MachineSpec {
         kernel: PathBuf::new(),
         initramfs: PathBuf::new(),
         disk: DiskAttachment::RawFile { path: PathBuf::new() },
+        volumes: Vec::new(),
         accel: Accel::Tcg,
         hostname: "box".into(),
         network: Network::None,

@@ -76,6 +76,7 @@ impl Lab {
             kernel: images.kernel.vmlinuz.clone(),
             initramfs: images.initramfs.clone(),
             disk: DiskAttachment::RawFile { path: disk },
+            volumes: Vec::new(),
             accel: Accel::Tcg,
             hostname: "box".into(),
             network: Network::User,

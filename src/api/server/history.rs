@@ -173,6 +173,7 @@ async fn fork(
         network_policy: parent.as_ref().map(|r| r.network_policy).unwrap_or_default(),
         metadata: Map::new(),
         tags: Vec::new(),
+        volumes: Vec::new(),
         start: true,
         wait: flag(&params, "wait"),
     };

@@ -21,7 +21,7 @@ const AREAS: [(&[&str], &str); 8] = [
         "a daemon has one owner, and its keys in a file",
     ),
     (
-        &["volumes", "named-snapshots", "operations", "webhooks", "notifications", "environments", "secrets", "bulk"],
+        &["named-snapshots", "operations", "webhooks", "notifications", "environments", "secrets", "bulk"],
         "that is not there yet",
     ),
     (&["audit", "activity", "alerts", "quotas", "network", "billing"], "that is in the daemon's log and its figures"),
@@ -60,7 +60,7 @@ pub(super) async fn no_route(request: Request) -> ApiError {
     });
     known.unwrap_or_else(|| {
         ApiError::new(404, "route_not_found", format!("there is no {method} {path}"))
-            .hint("this daemon serves /api/v1/sandboxes, snapshots, sandbox-templates, disks and store")
+            .hint("this daemon serves /api/v1/sandboxes, snapshots, sandbox-templates, volumes, disks and store")
     })
 }
 

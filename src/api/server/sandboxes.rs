@@ -135,6 +135,7 @@ fn create_request(body: CreateBody, api: &Api) -> Result<CreateRequest, ApiError
         network_policy,
         metadata: body.metadata.unwrap_or_default(),
         tags: body.tags.unwrap_or_default(),
+        volumes: body.volumes.unwrap_or_default().into_iter().map(Into::into).collect(),
         start: body.auto_start.unwrap_or(true),
         wait: false,
     })

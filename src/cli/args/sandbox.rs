@@ -5,7 +5,8 @@ use std::time::Duration;
 
 use clap::{Args, Subcommand};
 
-use super::{CatArgs, ExtractArgs, FileDiffArgs, LsArgs, parse_env, parse_mode};
+use super::{CatArgs, ExtractArgs, FileDiffArgs, LsArgs, parse_env, parse_mode, parse_volume};
+use crate::api::types::AttachVolumeBody;
 use crate::oci::Compression;
 use crate::units::{parse_duration, parse_size_mib};
 
@@ -139,6 +140,9 @@ pub struct CreateArgs {
     /// What its network reaches: allow, deny-all [default: allow]
     #[arg(long, value_name = "POLICY")]
     pub network_policy: Option<String>,
+    /// Give it a volume: VOLUME, VOLUME:PATH or VOLUME:PATH:ro
+    #[arg(long, value_parser = parse_volume, value_name = "VOLUME")]
+    pub volume: Vec<AttachVolumeBody>,
     /// Label the sandbox
     #[arg(long, value_name = "TAG")]
     pub tag: Vec<String>,

@@ -314,6 +314,7 @@ impl Bench {
             network_policy: NetworkPolicy::Allow,
             metadata: serde_json::Map::new(),
             tags: vec![super::BENCH_TAG.to_owned()],
+            volumes: Vec::new(),
             start: true,
             wait: false,
         };

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use nix::kmod::{ModuleInitFlags, finit_module};
 use nix::mount::{MsFlags, mount};
 
-use crate::{guest, log, network, read_line};
+use crate::{guest, log, network, read_line, volumes};
 
 /// How long the root disk may take to appear.
 const DISK_PATIENCE: Duration = Duration::from_secs(30);
@@ -25,8 +25,7 @@ pub(crate) fn boot() -> Result<()> {
         command_line.split_whitespace().find_map(|word| word.strip_prefix(name)?.strip_prefix('=').map(str::to_owned))
     };
 
-    let disk = argument("miosa.root").unwrap_or_else(|| "/dev/vda".into());
-    wait_for(Path::new(&disk))?;
+    let disk = root_disk(&argument("miosa.root").unwrap_or_else(|| "/dev/vda".into()))?;
     fs::create_dir_all(NEW_ROOT)?;
     // Reading a file must not write to the disk: snapshots would differ for nothing. Discard gives space back.
     let flags = argument("miosa.rootflags").unwrap_or_else(|| "discard,errors=remount-ro".into());
@@ -66,16 +65,23 @@ fn load_modules() {
     }
 }
 
-fn wait_for(disk: &Path) -> Result<()> {
+/// The root disk's file: named so, or by its serial number, for the order of several disks is the kernel's affair.
+fn root_disk(named: &str) -> Result<String> {
     let until = Instant::now() + DISK_PATIENCE;
-    while !disk.exists() {
+    loop {
+        let found = match named.strip_prefix("serial:") {
+            Some(serial) => volumes::device_of(serial).map(|device| device.node),
+            None => Some(named.to_owned()),
+        };
+        if let Some(disk) = found.filter(|disk| Path::new(disk).exists()) {
+            return Ok(disk);
+        }
         if Instant::now() >= until {
-            let message = format!("no {} after {} s", disk.display(), DISK_PATIENCE.as_secs());
+            let message = format!("no {named} after {} s", DISK_PATIENCE.as_secs());
             return Err(Error::new(std::io::ErrorKind::TimedOut, message));
         }
         std::thread::sleep(Duration::from_millis(2));
     }
-    Ok(())
 }
 
 /// A disk larger than its file system: grow it, for this is a fork that was given more room.

@@ -7,7 +7,7 @@ use std::path::{Component, Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use miosa_agent::server::{Children, System};
-use miosa_agent::wire::{AgentError, ErrorKind, GuestInfo};
+use miosa_agent::wire::{AgentError, ErrorKind, GuestInfo, Mount};
 use nix::mount::{MsFlags, mount};
 use nix::sys::reboot::{RebootMode, reboot};
 use nix::sys::signal::{Signal, kill};
@@ -15,6 +15,7 @@ use nix::sys::time::TimeSpec;
 use nix::time::{ClockId, clock_settime};
 use nix::unistd::Pid;
 
+use crate::volumes::Volumes;
 use crate::{log, read_line};
 
 nix::ioctl_readwrite!(
@@ -43,11 +44,12 @@ const KILL_PATIENCE: Duration = Duration::from_secs(2);
 
 pub(crate) struct Guest {
     children: Children,
+    volumes: Volumes,
 }
 
 impl Guest {
     pub(crate) fn new() -> Guest {
-        Guest { children: Children::of_init() }
+        Guest { children: Children::of_init(), volumes: Volumes::default() }
     }
 
     pub(crate) fn reap_forever(&self) {
@@ -78,24 +80,21 @@ impl System for Guest {
         }
     }
 
+    fn mount(&self, wanted: &Mount) -> std::result::Result<(), AgentError> {
+        self.volumes.mount(wanted, &self.path(&wanted.path)?)
+    }
+
     fn freeze(&self) -> std::result::Result<(), AgentError> {
         // Most of the work before writers have to wait.
         nix::unistd::sync();
-        on_root("freeze", |fd, argument| {
-            // SAFETY: the descriptor is open during the call and the argument a valid int, which is ignored.
-            unsafe { fifreeze(fd, argument) }
-        })
+        self.volumes.freeze()?;
+        freeze(Path::new("/")).inspect_err(|_| self.volumes.thaw())
     }
 
     fn thaw(&self) -> std::result::Result<(), AgentError> {
-        on_root("thaw", |fd, argument| {
-            // SAFETY: as for the freeze.
-            match unsafe { fithaw(fd, argument) } {
-                // Somebody in the guest thawed it.
-                Err(nix::errno::Errno::EINVAL) => Ok(0),
-                result => result,
-            }
-        })
+        let thawed = thaw(Path::new("/"));
+        self.volumes.thaw();
+        thawed
     }
 
     fn set_clock(&self, unix_nanos: u64) -> std::result::Result<(), AgentError> {
@@ -144,12 +143,8 @@ impl System for Guest {
             }
         }
         nix::unistd::sync();
-        let read_only = MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY;
-        match mount(None::<&str>, "/", None::<&str>, read_only, None::<&str>) {
-            Ok(()) => Ok(()),
-            // Something holds a file open for writing. A frozen file system is as clean on the disk.
-            Err(_) => self.freeze(),
-        }
+        let volumes = self.volumes.leave_clean();
+        leave_clean(Path::new("/")).and(volumes)
     }
 
     fn power_off(&self) {
@@ -161,13 +156,45 @@ impl System for Guest {
     }
 }
 
-fn on_root(
+/// Stops writes to a mounted file system; what is on its disk is clean then.
+pub(crate) fn freeze(at: &Path) -> std::result::Result<(), AgentError> {
+    on_mounted("freeze", at, |fd, argument| {
+        // SAFETY: the descriptor is open during the call and the argument a valid int, which is ignored.
+        unsafe { fifreeze(fd, argument) }
+    })
+}
+
+/// Allows them again.
+pub(crate) fn thaw(at: &Path) -> std::result::Result<(), AgentError> {
+    on_mounted("thaw", at, |fd, argument| {
+        // SAFETY: as for the freeze.
+        match unsafe { fithaw(fd, argument) } {
+            // Somebody in the guest thawed it.
+            Err(nix::errno::Errno::EINVAL) => Ok(0),
+            result => result,
+        }
+    })
+}
+
+/// Leaves a mounted file system clean on its disk, for the power to go.
+pub(crate) fn leave_clean(at: &Path) -> std::result::Result<(), AgentError> {
+    let read_only = MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY;
+    match mount(None::<&str>, at, None::<&str>, read_only, None::<&str>) {
+        Ok(()) => Ok(()),
+        // Something holds a file open for writing. A frozen file system is as clean on the disk.
+        Err(_) => freeze(at),
+    }
+}
+
+fn on_mounted(
     what: &str,
+    at: &Path,
     call: impl FnOnce(i32, *mut libc::c_int) -> nix::Result<libc::c_int>,
 ) -> std::result::Result<(), AgentError> {
     let mut argument = 0;
-    let root = File::open("/").map_err(|e| AgentError::io("/", &e))?;
-    call(root.as_raw_fd(), &mut argument).map(drop).map_err(|e| AgentError::io(what, &e.into()))
+    let what = || format!("{what} {}", at.display());
+    let root = File::open(at).map_err(|e| AgentError::io(what(), &e))?;
+    call(root.as_raw_fd(), &mut argument).map(drop).map_err(|e| AgentError::io(what(), &e.into()))
 }
 
 /// Waits until no process but this one and the kernel's own is left; false when `limit` is over first.

@@ -4,6 +4,7 @@
 mod boot;
 mod guest;
 mod network;
+mod volumes;
 
 use std::fs::File;
 use std::io::{Read, Write};

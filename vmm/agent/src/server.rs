@@ -21,7 +21,7 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use parking_lot::{Condvar, Mutex};
 
-use crate::wire::{self, AgentError, Decoder, ErrorKind, Frame, GuestInfo, Kind, Outcome, Reply, Request};
+use crate::wire::{self, AgentError, Decoder, ErrorKind, Frame, GuestInfo, Kind, Mount, Outcome, Reply, Request};
 pub use exec::Children;
 use freezer::Freezer;
 use terminal::Terminal;
@@ -40,10 +40,15 @@ pub trait System: Send + Sync + 'static {
     fn children(&self) -> &Children;
     /// Who this is.
     fn info(&self) -> GuestInfo;
-    /// Writes everything back and stops writes to the root file system.
+    /// Mounts a disk besides the root.
     ///
     /// # Errors
-    /// Of the system.
+    /// `NotFound` when there is no such disk; others of the system.
+    fn mount(&self, wanted: &Mount) -> Result<(), AgentError>;
+    /// Writes everything back and stops writes to the root file system and to what is mounted besides.
+    ///
+    /// # Errors
+    /// Of the system; nothing is frozen then.
     fn freeze(&self) -> Result<(), AgentError>;
     /// Allows writes again.
     ///
@@ -242,6 +247,7 @@ impl Server {
                 return tree::write(system, stream, &path, delete).map(Reply::Tree);
             }
             Request::Identify(identity) => return identity::assume(system, &identity),
+            Request::Mount(wanted) => system.mount(&wanted)?,
             Request::Stat { path } => return files::stat(system, &path).map(Reply::Stat),
             Request::Freeze { auto_thaw_ms } => self.freezer.freeze(auto_thaw_ms)?,
             Request::Thaw => return Ok(Reply::Thawed { was_frozen: self.freezer.thaw()? }),

@@ -30,7 +30,7 @@ use bytes::{Buf, Bytes, BytesMut};
 use serde::{Deserialize, Serialize};
 
 /// Version of this protocol; both sides must have the same one.
-pub const VERSION: u32 = 4;
+pub const VERSION: u32 = 5;
 /// Name of the virtio-serial port the agent listens on.
 pub const PORT_NAME: &str = "miosa.agent";
 /// Largest payload of one frame, in bytes.
@@ -339,7 +339,8 @@ pub enum Request {
         /// What to look at; symbolic links are followed.
         path: String,
     },
-    /// Write everything back and stop writes to the root file system, for at most `auto_thaw_ms`.
+    /// Write everything back and stop writes to the root file system and to what was mounted by [`Request::Mount`], for at
+    /// most `auto_thaw_ms`.
     Freeze {
         /// When the guest thaws by itself, in milliseconds; capped at [`MAX_FREEZE_MS`].
         auto_thaw_ms: u64,
@@ -398,6 +399,8 @@ pub enum Request {
     },
     /// Be this sandbox and no other. Answered with [`Reply::Identified`].
     Identify(Identity),
+    /// Mount a disk besides the root. Fine when it is mounted there already.
+    Mount(Mount),
     /// End all processes, write everything back and power off. Answered just before the power goes.
     Shutdown {
         /// Time between SIGTERM and SIGKILL, in milliseconds; capped at 30 s.
@@ -416,6 +419,17 @@ pub struct Identity {
     pub entropy: Vec<u8>,
     /// Nanoseconds since the Unix epoch.
     pub unix_nanos: u64,
+}
+
+/// A disk besides the root, and where it is to be seen.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Mount {
+    /// The virtio device's serial number.
+    pub serial: String,
+    /// A directory; made if missing.
+    pub path: String,
+    /// Nothing is written to it.
+    pub read_only: bool,
 }
 
 /// The longest a guest stays frozen without being told to thaw, in milliseconds.

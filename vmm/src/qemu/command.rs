@@ -1,5 +1,6 @@
 //! QEMU's command line for a machine.
 
+use std::collections::BTreeSet;
 use std::ffi::OsString;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
@@ -11,6 +12,11 @@ use crate::{Accel, DiskAttachment, Error, ErrorKind, MachineSpec, Network, Resul
 
 /// Queues of a disk: one a virtual CPU, and enough for any load from here on.
 const QUEUES_MAX: u32 = 8;
+
+/// Serial number of the root disk.
+const ROOT_SERIAL: &str = "disk";
+/// Longest serial number of a virtio disk.
+const SERIAL_MAX: usize = 20;
 
 /// The sockets and files of a machine.
 #[derive(Clone, Debug)]
@@ -63,11 +69,18 @@ pub(super) fn check(spec: &MachineSpec) -> Result<()> {
         crate::process::check_socket_path(socket)?;
     }
     let mut files = vec![("kernel", &spec.kernel), ("initramfs", &spec.initramfs)];
-    match &spec.disk {
-        DiskAttachment::RawFile { path } => files.push(("disk", path)),
-        DiskAttachment::VhostUserBlk { socket } => {
-            crate::process::check_socket_path(socket)?;
-            files.push(("disk's socket", socket));
+    let serials: BTreeSet<&str> = spec.volumes.iter().map(|v| v.serial.as_str()).chain([ROOT_SERIAL]).collect();
+    let good = |serial: &&str| (1..=SERIAL_MAX).contains(&serial.len()) && serial.chars().all(plain);
+    if serials.len() != spec.volumes.len() + 1 || !serials.iter().all(good) {
+        return Err(invalid(format!("serial numbers of disks are unique, of 1-{SERIAL_MAX} characters: {serials:?}")));
+    }
+    for disk in std::iter::once(&spec.disk).chain(spec.volumes.iter().map(|v| &v.disk)) {
+        match disk {
+            DiskAttachment::RawFile { path } => files.push(("disk", path)),
+            DiskAttachment::VhostUserBlk { socket } => {
+                crate::process::check_socket_path(socket)?;
+                files.push(("disk's socket", socket));
+            }
         }
     }
     for (what, path) in files {
@@ -123,29 +136,39 @@ pub(super) fn arguments(spec: &MachineSpec, machine: &str) -> Vec<OsString> {
         let mac = format!("{a:02x}:{b:02x}:{c:02x}:{d:02x}:{e:02x}:{f:02x}");
         add("device", format!("virtio-net-pci,netdev=net,romfile=,mac={mac}"));
     }
-    match &spec.disk {
+    add_disk(&mut arguments, spec, ROOT_SERIAL, &spec.disk, false);
+    for volume in &spec.volumes {
+        add_disk(&mut arguments, spec, &volume.serial, &volume.disk, volume.read_only);
+    }
+    let flags = ["-nodefaults", "-no-user-config", "-no-reboot"].map(str::to_owned);
+    arguments.into_iter().chain(flags).map(OsString::from).collect()
+}
+
+fn add_disk(arguments: &mut Vec<String>, spec: &MachineSpec, serial: &str, disk: &DiskAttachment, read_only: bool) {
+    let mut add = |option: &str, value: String| arguments.extend([format!("-{option}"), value]);
+    match disk {
         DiskAttachment::VhostUserBlk { socket } => {
             // The guest waits while its back end restarts.
-            add("chardev", format!("socket,id=disk,path={},reconnect=1", escaped(socket)));
+            add("chardev", format!("socket,id=disk-{serial},path={},reconnect=1", escaped(socket)));
             let queues = spec.cpus.min(QUEUES_MAX);
-            add("device", format!("vhost-user-blk-pci,chardev=disk,num-queues={queues}"));
+            add("device", format!("vhost-user-blk-pci,chardev=disk-{serial},num-queues={queues}"));
         }
         DiskAttachment::RawFile { path } => {
             let direct = can_be_direct(path);
             let file = json!({
-                "driver": "file", "node-name": "file0", "filename": path.to_string_lossy(),
+                "driver": "file", "node-name": format!("file-{serial}"), "filename": path.to_string_lossy(),
                 "cache": { "direct": direct, "no-flush": false }, "discard": "unmap", "aio": "threads",
+                "read-only": read_only,
             });
             let raw = json!({
-                "driver": "raw", "node-name": "disk0", "file": "file0", "discard": "unmap", "detect-zeroes": "off",
+                "driver": "raw", "node-name": format!("disk-{serial}"), "file": format!("file-{serial}"),
+                "discard": "unmap", "detect-zeroes": "off", "read-only": read_only,
             });
             add("blockdev", file.to_string());
             add("blockdev", raw.to_string());
-            add("device", "virtio-blk-pci,drive=disk0".into());
+            add("device", format!("virtio-blk-pci,drive=disk-{serial},serial={serial}"));
         }
     }
-    let flags = ["-nodefaults", "-no-user-config", "-no-reboot"].map(str::to_owned);
-    arguments.into_iter().chain(flags).map(OsString::from).collect()
 }
 
 fn kernel_command_line(spec: &MachineSpec) -> String {
@@ -160,6 +183,10 @@ fn kernel_command_line(spec: &MachineSpec) -> String {
     if spec.network == Network::None {
         words.push("miosa.net=none");
     }
+    let root = format!("miosa.root=serial:{ROOT_SERIAL}");
+    if !spec.volumes.is_empty() {
+        words.push(&root);
+    }
     words.extend(spec.kernel_args.iter().map(String::as_str));
     words.join(" ")
 }
@@ -172,6 +199,7 @@ fn can_be_direct(path: &Path) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::VolumeDevice;
 
     fn spec(dir: &Path) -> MachineSpec {
         let file = dir.join("a,file");
@@ -184,6 +212,7 @@ mod tests {
             kernel: file.clone(),
             initramfs: file.clone(),
             disk: DiskAttachment::VhostUserBlk { socket: file },
+            volumes: Vec::new(),
             accel: Accel::Tcg,
             hostname: "box".into(),
             network: Network::None,
@@ -197,6 +226,16 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let good = spec(dir.path());
         check(&good).unwrap();
+        let volume = |serial: &str| VolumeDevice {
+            serial: serial.into(),
+            disk: DiskAttachment::RawFile { path: "/dev/null".into() },
+            read_only: false,
+        };
+        check(&MachineSpec { volumes: vec![volume("vol-1")], ..good.clone() }).unwrap();
+        for volumes in [vec![volume("disk")], vec![volume("a"), volume("a")], vec![volume("a,b")], vec![volume("")]] {
+            let spec = MachineSpec { volumes, ..good.clone() };
+            assert_eq!(check(&spec).unwrap_err().kind, ErrorKind::Invalid, "{:?}", spec.volumes);
+        }
         let bad: [fn(&mut MachineSpec); 9] = [
             |s| s.id = "a b".into(),
             |s| s.id = String::new(),

@@ -151,6 +151,7 @@ async fn boot(vmm: &QemuVmm, kernel: &Path, initramfs: &Path, run_root: &Path) -
         kernel: kernel.to_owned(),
         initramfs: initramfs.to_owned(),
         disk: DiskAttachment::RawFile { path: disk },
+        volumes: Vec::new(),
         accel: Accel::Kvm,
         hostname: "kvm-probe".into(),
         network: Network::None,

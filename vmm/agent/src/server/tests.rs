@@ -22,6 +22,9 @@ impl System for Directory {
     fn info(&self) -> GuestInfo {
         GuestInfo { agent_version: "test".into(), kernel: "test".into(), uptime_ms: 0 }
     }
+    fn mount(&self, _: &wire::Mount) -> Result<(), AgentError> {
+        Ok(())
+    }
     fn freeze(&self) -> Result<(), AgentError> {
         self.frozen.store(true, Ordering::SeqCst);
         Ok(())
