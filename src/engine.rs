@@ -12,6 +12,7 @@
 
 mod activity;
 pub mod attach;
+mod batches;
 mod checkpoint;
 mod commands;
 mod console;
@@ -21,6 +22,7 @@ mod files;
 mod guest;
 pub mod lifecycle;
 mod metrics;
+mod named;
 pub mod recipe;
 pub mod records;
 mod recover;
@@ -54,10 +56,12 @@ use attach::DiskFrontend;
 use error::{Error, Kind, Result};
 use lifecycle::State;
 pub use metrics::Metrics;
-use records::{NetworkPolicy, Record, SandboxRecord, put_all};
+pub use named::{NamedSnapshot, NamedSource, Unnamed};
+use records::{NetworkPolicy, SandboxRecord, put_all};
 use registry::Registry;
 use sandbox::Sandbox;
 
+pub use batches::{BatchCounts, BatchItemView, BatchRequest, BatchStatus, BatchView, BatchWatch, ItemStatus};
 pub use checkpoint::{ForkRequest, SnapshotRequest};
 pub use console::Console;
 pub use files::GuestTreeWriter;
@@ -146,6 +150,7 @@ pub(crate) struct Shared {
     pub(crate) settings: Settings,
     pub(crate) registry: Registry,
     pub(crate) volumes: volumes::Volumes,
+    batches: batches::Batches,
     builds: template::Builds,
     pub(crate) boots: Semaphore,
     pub(crate) metrics: Metrics,
@@ -286,6 +291,7 @@ impl Engine {
             settings,
             registry: Registry::default(),
             volumes: volumes::Volumes::default(),
+            batches: batches::Batches::default(),
             builds: template::Builds::default(),
             boots,
             metrics: Metrics::default(),
@@ -296,6 +302,7 @@ impl Engine {
             seal_wanted: Notify::new(),
         });
         recover::run(&shared).await?;
+        batches::go_on(&shared).await?;
         let background = [
             tokio::spawn(seal_when_wanted(shared.clone())),
             tokio::spawn(snapshots::delete_expired(shared.clone())),
@@ -327,56 +334,28 @@ impl Engine {
             let id = records::new_id("sb");
             let name = request.name.clone().unwrap_or_else(|| id.clone());
             let reservation = shared.registry.reserve_names(std::slice::from_ref(&name))?;
-            let record = SandboxRecord {
-                id,
-                name,
-                state: if request.start { State::Creating } else { State::Paused },
-                disk: storage::DiskId(0),
-                disk_size_bytes,
-                template: base.template,
-                from_snapshot: base.snapshot_id,
-                forked_from: None,
-                cpus: request.cpus,
-                memory_mib: request.memory_mib,
-                timeout_ms: request.timeout.map(|t| t.as_millis() as u64),
-                idle_timeout_ms: request.idle_timeout.map(|t| t.as_millis() as u64),
-                persistent: request.persistent,
-                env: request.env,
-                network_policy: request.network_policy,
-                image: base.image,
-                metadata: request.metadata,
-                tags: request.tags,
-                unclean: base.unclean,
-                last_error: None,
-                machine_id: records::new_machine_id(),
-                created_at: Timestamp::now(),
-                started_at: None,
-                ready_at: None,
-                boot_ms: None,
-                accel: None,
-                destroyed_at: None,
-                total_runtime_ms: 0,
-                vcpu_ms: 0,
-                memory_mib_ms: 0,
-            };
+            let state = if request.start { State::Creating } else { State::Paused };
+            let record = record_of(&request, &base, id, name, disk_size_bytes, state);
             // The commit point: the disk and the record that names it.
-            let volumes = volumes::attaching(&shared, &record.id, &request.volumes).await?;
-            let attached = volumes.records();
+            let volumes = match request.volumes.as_slice() {
+                // Nobody waits for a turn to change nothing.
+                [] => None,
+                wanted => Some(volumes::attaching(&shared, &record.id, wanted).await?),
+            };
+            let attached = volumes.as_ref().map(|change| change.records()).unwrap_or_default();
             let record = shared
                 .with_store(move |store| {
                     let mut record = record;
                     let mut tx = store.begin();
                     put_all(&mut tx, &attached)?;
-                    record.disk = match disk_size_bytes > base.disk_size_bytes {
-                        true => tx.fork_larger(source, &record.id, disk_size_bytes),
-                        false => tx.fork(source, &record.id),
-                    };
-                    tx.put_record(SandboxRecord::KIND, &record.id, record.encode()?);
+                    put_sandbox(&mut tx, &mut record, source, base.disk_size_bytes)?;
                     tx.commit_durable()?;
                     Ok(record)
                 })
                 .await?;
-            volumes.publish();
+            if let Some(change) = volumes {
+                change.publish();
+            }
             let sandbox = Sandbox::new(shared.clone(), record);
             // Locked before anybody can find it, so that the first session is the first thing that happens to it.
             let owner = sandbox.own().await;
@@ -496,6 +475,7 @@ impl Engine {
         end: impl Fn(Arc<Sandbox>) -> F,
     ) -> Result<()> {
         self.shared.closing.store(true, Ordering::Release);
+        self.shared.batches.end();
         let mut ends = tokio::task::JoinSet::new();
         for sandbox in self.shared.registry.sandboxes() {
             ends.spawn(end(sandbox));
@@ -533,6 +513,63 @@ async fn seal_when_wanted(shared: Arc<Shared>) {
             Err(error) => tracing::warn!(%error, "sealing failed; it is tried again after the next stop"),
         }
     }
+}
+
+/// The record of a new sandbox, whose disk is still to be made.
+fn record_of(
+    request: &CreateRequest,
+    base: &Base,
+    id: String,
+    name: String,
+    disk_size_bytes: u64,
+    state: State,
+) -> SandboxRecord {
+    SandboxRecord {
+        id,
+        name,
+        state,
+        disk: storage::DiskId(0),
+        disk_size_bytes,
+        template: base.template.clone(),
+        from_snapshot: base.snapshot_id.clone(),
+        forked_from: None,
+        cpus: request.cpus,
+        memory_mib: request.memory_mib,
+        timeout_ms: request.timeout.map(|t| t.as_millis() as u64),
+        idle_timeout_ms: request.idle_timeout.map(|t| t.as_millis() as u64),
+        persistent: request.persistent,
+        env: request.env.clone(),
+        network_policy: request.network_policy,
+        image: base.image.clone(),
+        metadata: request.metadata.clone(),
+        tags: request.tags.clone(),
+        unclean: base.unclean,
+        last_error: None,
+        machine_id: records::new_machine_id(),
+        created_at: Timestamp::now(),
+        started_at: None,
+        ready_at: None,
+        boot_ms: None,
+        accel: None,
+        destroyed_at: None,
+        total_runtime_ms: 0,
+        vcpu_ms: 0,
+        memory_mib_ms: 0,
+    }
+}
+
+/// Puts the disk and the record of a new sandbox into a transaction.
+fn put_sandbox(
+    tx: &mut storage::Transaction<'_>,
+    record: &mut SandboxRecord,
+    source: Source,
+    source_bytes: u64,
+) -> Result<()> {
+    record.disk = match record.disk_size_bytes > source_bytes {
+        true => tx.fork_larger(source, &record.id, record.disk_size_bytes),
+        false => tx.fork(source, &record.id),
+    };
+    put_all(tx, std::slice::from_ref(record))
 }
 
 /// What a sandbox inherits from where it starts.

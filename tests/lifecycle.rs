@@ -3,8 +3,12 @@
 
 #![allow(clippy::unwrap_used, reason = "helpers of tests are tests too")]
 
+#[path = "lifecycle/batches.rs"]
+mod batches;
 #[path = "lifecycle/concurrency.rs"]
 mod concurrency;
+#[path = "lifecycle/named.rs"]
+mod named;
 #[path = "lifecycle/recovery.rs"]
 mod recovery;
 #[path = "lifecycle/sessions.rs"]

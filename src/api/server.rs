@@ -5,6 +5,7 @@
 
 mod answer;
 mod auth;
+mod batches;
 mod changes;
 mod commands;
 mod events;
@@ -16,6 +17,7 @@ mod idempotency;
 mod logs;
 mod metrics;
 mod missing;
+mod named;
 mod openapi;
 mod paths;
 mod processes;
@@ -74,12 +76,14 @@ pub fn router(engine: Arc<Engine>, disks: Arc<Disks>, defaults: Defaults) -> Rou
     let v1 = OpenApiRouter::new()
         .routes(routes!(health))
         .merge(sandboxes::routes())
+        .merge(batches::routes())
         .merge(changes::routes())
         .merge(events::routes())
         .merge(usage::routes())
         .merge(logs::routes())
         .merge(snapshots::routes())
         .merge(history::routes())
+        .merge(named::routes())
         .merge(exec::routes())
         .merge(commands::routes())
         .merge(processes::routes())

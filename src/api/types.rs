@@ -1,5 +1,6 @@
 //! What goes over the wire. Field names are those of the public API; a field that is not there yet is not sent.
 
+mod batch;
 mod process;
 mod template;
 mod terminal;
@@ -13,6 +14,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 use utoipa::ToSchema;
 
+pub use batch::*;
 pub use process::*;
 pub use template::*;
 pub use terminal::*;

@@ -15,7 +15,9 @@ use tracing::Instrument;
 use super::error::{Error, Result};
 use super::lifecycle::{Request, State};
 use super::metrics::Freeze;
-use super::records::{Consistency, Record, SandboxRecord, SnapshotRecord, new_id, new_machine_id};
+use super::records::{
+    Consistency, NamedSnapshotRecord, Record, SandboxRecord, SnapshotRecord, new_id, new_machine_id, put_all,
+};
 use super::sandbox::{OwnerGuard, Sandbox};
 use super::session::{Ending, Session, within};
 use super::{SandboxView, Shared};
@@ -117,7 +119,12 @@ impl Sandbox {
         Ok(taken)
     }
 
-    pub(super) async fn snapshot(self: &Arc<Self>, request: SnapshotRequest) -> Result<SnapshotRecord> {
+    /// `named` is a name that keeps it, reserved by the caller, and durable together with the snapshot.
+    pub(super) async fn snapshot(
+        self: &Arc<Self>,
+        request: SnapshotRequest,
+        named: Option<String>,
+    ) -> Result<SnapshotRecord> {
         let mut owner = self.own().await;
         let of = self.record();
         let SnapshotRequest { comment, stop, expires_in, keep_last: _ } = request;
@@ -139,6 +146,10 @@ impl Sandbox {
                 expires_at,
             };
             tx.put_record(SnapshotRecord::KIND, &record.id, record.encode()?);
+            if let Some(name) = named {
+                let snapshot_id = record.id.clone();
+                put_all(&mut tx, &[NamedSnapshotRecord { name, snapshot_id, taken: true, created_at }])?;
+            }
             tx.commit_durable()?;
             Ok(record)
         };

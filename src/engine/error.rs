@@ -18,8 +18,12 @@ pub enum Kind {
     SnapshotNotFound,
     /// Several snapshots have this name.
     SnapshotAmbiguous,
+    /// A name keeps the snapshot.
+    SnapshotInUse,
     /// No template has this name.
     TemplateNotFound,
+    /// No batch has this id.
+    BatchNotFound,
     /// No disk or state of the store has this id or name.
     DiskNotFound,
     /// Several disks or states of the store have this name.
@@ -96,7 +100,9 @@ impl Kind {
             Kind::SandboxDestroyed => "sandbox_destroyed",
             Kind::SnapshotNotFound => "snapshot_not_found",
             Kind::SnapshotAmbiguous => "snapshot_ambiguous",
+            Kind::SnapshotInUse => "snapshot_in_use",
             Kind::TemplateNotFound => "template_not_found",
+            Kind::BatchNotFound => "batch_not_found",
             Kind::DiskNotFound => "disk_not_found",
             Kind::DiskAmbiguous => "disk_ambiguous",
             Kind::DiskInUse => "disk_in_use",
@@ -140,11 +146,13 @@ impl Kind {
             | Kind::SnapshotNotFound
             | Kind::TemplateNotFound
             | Kind::FileNotFound
+            | Kind::BatchNotFound
             | Kind::DiskNotFound
             | Kind::VolumeNotFound
             | Kind::ExecNotFound => 404,
             Kind::SandboxDestroyed => 410,
             Kind::SnapshotAmbiguous
+            | Kind::SnapshotInUse
             | Kind::DiskAmbiguous
             | Kind::DiskInUse
             | Kind::DiskNotAttached

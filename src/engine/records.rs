@@ -210,6 +210,57 @@ pub struct StepRecord {
     pub created_at: Timestamp,
 }
 
+/// Sandboxes that were made at once, to be started a few at a time.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct BatchRecord {
+    /// `batch-…`; its key.
+    pub id: String,
+    /// How many are started at a time.
+    pub concurrency: u32,
+    /// The sandboxes.
+    pub items: Vec<BatchItem>,
+    /// Those that had not been started were not to be any more.
+    pub cancelled: bool,
+    /// When it was made.
+    pub created_at: Timestamp,
+    /// When there was nothing left to start.
+    pub settled_at: Option<Timestamp>,
+}
+
+/// A sandbox of a batch.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct BatchItem {
+    /// Which.
+    pub sandbox_id: String,
+    /// What became of its start; none before that.
+    pub outcome: Option<BatchOutcome>,
+}
+
+/// What became of a start.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum BatchOutcome {
+    /// Its first session began.
+    Completed,
+    /// It did not, because of this.
+    Failed(String),
+    /// It was not to be started any more.
+    Cancelled,
+}
+
+/// A name that keeps a snapshot.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct NamedSnapshotRecord {
+    /// The name, unique among names; its key.
+    pub name: String,
+    /// The snapshot.
+    pub snapshot_id: String,
+    /// The snapshot was taken for it, and goes with it.
+    pub taken: bool,
+    /// When it was given.
+    pub created_at: Timestamp,
+}
+
 /// A volume: a disk of its own, and the sandboxes that have it.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct VolumeRecord {
@@ -301,6 +352,20 @@ impl Record for StepRecord {
     const KIND: &'static str = "template-step";
     fn key(&self) -> &str {
         &self.digest
+    }
+}
+
+impl Record for BatchRecord {
+    const KIND: &'static str = "batch";
+    fn key(&self) -> &str {
+        &self.id
+    }
+}
+
+impl Record for NamedSnapshotRecord {
+    const KIND: &'static str = "named-snapshot";
+    fn key(&self) -> &str {
+        &self.name
     }
 }
 

@@ -23,8 +23,8 @@ use super::Shared;
 use super::error::{Error, Result};
 use super::lifecycle::{Decision, Request, State, decide};
 use super::records::{
-    Record, SandboxRecord, SnapshotRecord, StepRecord, TemplateRecord, VolumeRecord, VolumeSnapshotRecord, is_own_name,
-    load_all, put_all,
+    NamedSnapshotRecord, Record, SandboxRecord, SnapshotRecord, StepRecord, TemplateRecord, VolumeRecord,
+    VolumeSnapshotRecord, is_own_name, load_all, put_all,
 };
 use super::sandbox::Sandbox;
 use super::survivor::{LOST, Survivor};
@@ -71,6 +71,9 @@ pub(super) async fn run(shared: &Arc<Shared>) -> Result<()> {
     }
     for record in snapshots {
         shared.registry.insert_snapshot(record);
+    }
+    for record in shared.with_store(load_all::<NamedSnapshotRecord>).await? {
+        shared.registry.insert_named(record);
     }
     for record in templates {
         shared.registry.insert_template(record);

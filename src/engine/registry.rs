@@ -9,7 +9,7 @@ use std::sync::Arc;
 use parking_lot::Mutex;
 
 use super::error::{Error, Kind, Result};
-use super::records::{SnapshotRecord, TemplateRecord, check_name};
+use super::records::{NamedSnapshotRecord, SnapshotRecord, TemplateRecord, check_name};
 use super::sandbox::Sandbox;
 
 /// The registry.
@@ -27,6 +27,14 @@ struct Inner {
     templates: BTreeMap<String, TemplateRecord>,
     /// Templates being built.
     building: BTreeSet<String>,
+    /// Names of snapshots; none of one whose snapshot is being taken.
+    named: BTreeMap<String, Option<NamedSnapshotRecord>>,
+}
+
+impl Inner {
+    fn names_of<'a>(&'a self, snapshot: &'a str) -> impl Iterator<Item = &'a NamedSnapshotRecord> {
+        self.named.values().flatten().filter(move |record| record.snapshot_id == snapshot)
+    }
 }
 
 enum Holder {
@@ -60,6 +68,28 @@ pub(crate) struct Building {
 impl Drop for Building {
     fn drop(&mut self) {
         self.inner.lock().building.remove(&self.name);
+    }
+}
+
+/// A snapshot's name that is about to be given; free again when dropped, unless it was.
+pub(crate) struct Naming {
+    inner: Arc<Mutex<Inner>>,
+    name: String,
+}
+
+impl Naming {
+    /// It is durable.
+    pub(crate) fn give(&self, record: NamedSnapshotRecord) {
+        self.inner.lock().named.insert(self.name.clone(), Some(record));
+    }
+}
+
+impl Drop for Naming {
+    fn drop(&mut self) {
+        let mut inner = self.inner.lock();
+        if matches!(inner.named.get(&self.name), Some(None)) {
+            inner.named.remove(&self.name);
+        }
     }
 }
 
@@ -173,11 +203,12 @@ impl Registry {
         self.inner.lock().snapshots.values().cloned().collect()
     }
 
-    /// A snapshot by id, or by a name that only one (of this sandbox, if given) has.
+    /// A snapshot by id, by the name that keeps it, or by a comment that only one (of this sandbox, if given) has.
     pub(crate) fn snapshot(&self, key: &str, sandbox_id: Option<&str>) -> Result<SnapshotRecord> {
         let inner = self.inner.lock();
         let fits = |s: &&SnapshotRecord| sandbox_id.is_none_or(|id| s.sandbox_id == id);
-        if let Some(found) = inner.snapshots.get(key).filter(fits) {
+        let named = inner.named.get(key).and_then(|record| inner.snapshots.get(&record.as_ref()?.snapshot_id));
+        if let Some(found) = inner.snapshots.get(key).or(named).filter(fits) {
             return Ok(found.clone());
         }
         let mut named = inner.snapshots.values().filter(fits).filter(|s| s.comment.as_deref() == Some(key));
@@ -192,13 +223,72 @@ impl Registry {
         }
     }
 
-    /// Takes a snapshot out, by id.
+    /// Takes a snapshot out, by id. One that a name keeps stays.
     pub(crate) fn take_snapshot(&self, id: &str) -> Result<SnapshotRecord> {
-        self.inner
-            .lock()
+        let mut inner = self.inner.lock();
+        if let Some(record) = inner.names_of(id).next() {
+            let message = format!("snapshot {id} is kept by the name {:?}", record.name);
+            return Err(Error::new(Kind::SnapshotInUse, message)
+                .hint(format!("remove the name first: DELETE /named-snapshots/{}", record.name)));
+        }
+        inner
             .snapshots
             .remove(id)
             .ok_or_else(|| Error::new(Kind::SnapshotNotFound, format!("there is no snapshot {id:?}")))
+    }
+
+    /// Reserves a name for a snapshot.
+    pub(crate) fn name_snapshot(&self, name: &str) -> Result<Naming> {
+        check_name("snapshot", name)?;
+        let mut inner = self.inner.lock();
+        if inner.snapshots.contains_key(name) || inner.named.contains_key(name) {
+            return Err(Error::new(Kind::NameTaken, format!("a snapshot named {name:?} exists already"))
+                .hint("choose another name, or remove that one; a name is never given anew"));
+        }
+        inner.named.insert(name.to_owned(), None);
+        drop(inner);
+        Ok(Naming { inner: self.inner.clone(), name: name.to_owned() })
+    }
+
+    /// Gives a reserved name to a snapshot that is there: from now on it is kept.
+    pub(crate) fn pin_snapshot(&self, naming: &Naming, record: &NamedSnapshotRecord) -> Result<()> {
+        let mut inner = self.inner.lock();
+        if !inner.snapshots.contains_key(&record.snapshot_id) {
+            let message = format!("there is no snapshot {:?}", record.snapshot_id);
+            return Err(Error::new(Kind::SnapshotNotFound, message));
+        }
+        inner.named.insert(naming.name.clone(), Some(record.clone()));
+        Ok(())
+    }
+
+    pub(crate) fn insert_named(&self, record: NamedSnapshotRecord) {
+        self.inner.lock().named.insert(record.name.clone(), Some(record));
+    }
+
+    /// Names of snapshots, with these.
+    pub(crate) fn named(&self) -> Vec<(NamedSnapshotRecord, SnapshotRecord)> {
+        let inner = self.inner.lock();
+        let pairs = inner
+            .named
+            .values()
+            .flatten()
+            .filter_map(|record| Some((record.clone(), inner.snapshots.get(&record.snapshot_id)?.clone())));
+        pairs.collect()
+    }
+
+    /// Takes a name out, and with it the snapshot, if that was taken for it and no other name keeps it.
+    pub(crate) fn take_named(&self, name: &str) -> Result<(NamedSnapshotRecord, Option<SnapshotRecord>)> {
+        let mut inner = self.inner.lock();
+        let record = inner.named.get(name).cloned().flatten().ok_or_else(|| no_name(name))?;
+        inner.named.remove(name);
+        let goes = record.taken && inner.names_of(&record.snapshot_id).next().is_none();
+        let snapshot = if goes { inner.snapshots.remove(&record.snapshot_id) } else { None };
+        Ok((record, snapshot))
+    }
+
+    /// Whether a name keeps this snapshot.
+    pub(crate) fn is_named(&self, snapshot: &str) -> bool {
+        self.inner.lock().names_of(snapshot).next().is_some()
     }
 
     pub(crate) fn templates(&self) -> Vec<TemplateRecord> {
@@ -234,4 +324,9 @@ impl Registry {
         }
         Ok(Building { inner: self.inner.clone(), name: name.to_owned() })
     }
+}
+
+pub(super) fn no_name(name: &str) -> Error {
+    Error::new(Kind::SnapshotNotFound, format!("there is no snapshot named {name:?}"))
+        .hint("list them: GET /named-snapshots")
 }

@@ -415,6 +415,15 @@ impl Sandbox {
         Ok(self.view())
     }
 
+    /// The same, if its record is still such a one when its turn comes. Whether it was.
+    pub(super) async fn destroy_if(self: &Arc<Self>, wanted: impl Fn(&SandboxRecord) -> bool) -> Result<bool> {
+        let mut owner = self.own().await;
+        if !wanted(&self.record()) || self.decide(Request::Destroy)?.is_none() {
+            return Ok(false);
+        }
+        self.remove(&mut owner, Ending::Kill).await.map(|()| true)
+    }
+
     /// Deletes the disk, and leaves a record that says so.
     async fn remove(self: &Arc<Self>, owner: &mut OwnerGuard, how: Ending) -> Result<()> {
         // Nobody will read this disk again: no need to wait for the guest, or for durability.
@@ -427,8 +436,11 @@ impl Sandbox {
         record.destroyed_at = Some(Timestamp::now());
         record.last_error = None;
         let (to_save, usage) = (record.clone(), self.shared.clone());
-        let volumes = self.shared.volumes.detached_from(&self.id).await;
-        let changed = volumes.records();
+        let volumes = match self.shared.volumes.of(&self.id).is_empty() {
+            true => None,
+            false => Some(self.shared.volumes.detached_from(&self.id).await),
+        };
+        let changed = volumes.as_ref().map(|change| change.records()).unwrap_or_default();
         let removed = self
             .shared
             .with_store(move |store| {
@@ -448,7 +460,9 @@ impl Sandbox {
             });
             return Err(error);
         }
-        volumes.publish();
+        if let Some(change) = volumes {
+            change.publish();
+        }
         let name = record.name.clone();
         self.publish(|r| *r = record);
         self.shared.registry.release_name(&name, &self.id);

@@ -68,7 +68,7 @@ impl Engine {
         let shared = self.shared.clone();
         self.detached(async move {
             let keep = request.keep_last;
-            let record = sandbox.snapshot(request).await?;
+            let record = sandbox.snapshot(request, None).await?;
             if let Some(keep) = keep {
                 keep_last(&shared, sandbox.id(), keep).await;
             }
@@ -179,7 +179,8 @@ async fn delete(shared: &Arc<Shared>, id: &str) -> Result<SnapshotRecord> {
 /// Deletes the oldest snapshots of a sandbox beyond `keep`.
 async fn keep_last(shared: &Arc<Shared>, sandbox_id: &str, keep: u32) {
     let all = sorted(shared, Some(sandbox_id));
-    for old in all.iter().rev().skip(keep as usize) {
+    // What a name keeps is not counted.
+    for old in all.iter().rev().filter(|s| !shared.registry.is_named(&s.id)).skip(keep as usize) {
         if let Err(error) = delete(shared, &old.id).await {
             tracing::warn!(snapshot = %old.id, %error, "an old snapshot stays");
         }
@@ -191,7 +192,8 @@ async fn keep_last(shared: &Arc<Shared>, sandbox_id: &str, keep: u32) {
 pub(super) async fn delete_expired(shared: Arc<Shared>) {
     loop {
         let now = Timestamp::now();
-        for record in shared.registry.snapshots().into_iter().filter(|s| s.expires_at.is_some_and(|at| at <= now)) {
+        let over = |s: &SnapshotRecord| s.expires_at.is_some_and(|at| at <= now) && !shared.registry.is_named(&s.id);
+        for record in shared.registry.snapshots().into_iter().filter(over) {
             match delete(&shared, &record.id).await {
                 Ok(_) => tracing::info!(snapshot = %record.id, "expired"),
                 Err(error) => tracing::warn!(snapshot = %record.id, %error, "an expired snapshot stays for now"),

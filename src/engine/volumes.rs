@@ -223,8 +223,8 @@ fn check_mount_path(path: &str) -> Result<String> {
     let odd = parts().next().is_none()
         || parts().any(|part| matches!(part, "" | "." | ".."))
         || plain.contains(char::is_control);
-    let below = |top: &&str| plain.strip_prefix(*top).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'));
-    if odd || NOT_THERE.iter().any(|top| below(&top)) {
+    let below = |top: &str| plain.strip_prefix(top).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'));
+    if odd || NOT_THERE.into_iter().any(below) {
         return Err(Error::invalid(format!("nothing can be mounted at {path:?}"))
             .hint("name a directory of its own, such as /data; it is made if it is missing"));
     }

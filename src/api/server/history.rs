@@ -17,6 +17,7 @@ use super::answer::{Answer, ApiError, ListAnswer, data, list_of};
 use super::request::{JsonBody, Paging, Params, Path, Wait, flag, refuse_unsupported};
 use crate::api::types::{Envelope, ListEnvelope, Listed, SandboxBody};
 use crate::engine::error::{Error, Kind};
+use crate::engine::records::SnapshotRecord;
 use crate::engine::{CreateRequest, Origin};
 
 pub(super) fn routes() -> OpenApiRouter<Api> {
@@ -54,11 +55,11 @@ impl Listed for GroupBody {
     }
 }
 
-/// Lists the sandboxes that have snapshots.
+/// Lists the sandboxes that have snapshots without a name that keeps them.
 #[utoipa::path(get, path = "/snapshots/groups", tag = "snapshots", params(("q" = Option<String>, Query, description = "A part of the sandbox's name or id"), Paging), responses((status = 200, body = ListEnvelope<GroupBody>)))]
 async fn groups(AppState(api): AppState<Api>, Params(params): Params) -> ListAnswer<GroupBody> {
     let mut groups: BTreeMap<String, GroupBody> = BTreeMap::new();
-    for snapshot in api.engine.snapshots(None)? {
+    for snapshot in api.engine.snapshots(None)?.into_iter().filter(|s| !api.engine.is_named(&s.id)) {
         let group = groups.entry(snapshot.sandbox_id.clone()).or_insert_with(|| {
             let sandbox = api.engine.show(&snapshot.sandbox_id).ok().map(|view| view.record);
             let resource = ResourceBody {
@@ -141,7 +142,7 @@ async fn delete(AppState(api): AppState<Api>, JsonBody(body): JsonBody<DeleteBod
 #[derive(Debug, Clone, Default, Serialize, Deserialize, ToSchema)]
 #[serde(default)]
 #[allow(missing_docs)]
-struct ForkSnapshotBody {
+pub(super) struct ForkSnapshotBody {
     name: Option<String>,
     #[serde(flatten)]
     #[schema(ignore)]
@@ -156,8 +157,17 @@ async fn fork(
     Params(params): Params,
     JsonBody(body): JsonBody<ForkSnapshotBody>,
 ) -> Result<(StatusCode, Json<Envelope<SandboxBody>>), ApiError> {
-    refuse_unsupported("a fork of a snapshot", &body.other)?;
     let snapshot = api.engine.find_snapshot(&snapshot, None)?;
+    fork_snapshot(&api, snapshot, body, flag(&params, "wait")).await
+}
+
+pub(super) async fn fork_snapshot(
+    api: &Api,
+    snapshot: SnapshotRecord,
+    body: ForkSnapshotBody,
+    wait: bool,
+) -> Result<(StatusCode, Json<Envelope<SandboxBody>>), ApiError> {
+    refuse_unsupported("a fork of a snapshot", &body.other)?;
     let parent = api.engine.show(&snapshot.sandbox_id).ok().map(|view| view.record);
     let limit = |ms: Option<u64>| ms.map(std::time::Duration::from_millis);
     let request = CreateRequest {
@@ -175,7 +185,7 @@ async fn fork(
         tags: Vec::new(),
         volumes: Vec::new(),
         start: true,
-        wait: flag(&params, "wait"),
+        wait,
     };
     Ok((StatusCode::CREATED, data(api.engine.create(request).await?)?))
 }

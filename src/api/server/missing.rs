@@ -20,10 +20,7 @@ const AREAS: [(&[&str], &str); 8] = [
         &["tenant", "workspaces", "projects", "organizations", "account", "api-keys", "admin", "external-users"],
         "a daemon has one owner, and its keys in a file",
     ),
-    (
-        &["named-snapshots", "operations", "webhooks", "notifications", "environments", "secrets", "bulk"],
-        "that is not there yet",
-    ),
+    (&["webhooks", "notifications", "environments", "secrets", "bulk"], "that is not there yet"),
     (&["audit", "activity", "alerts", "quotas", "network", "billing"], "that is in the daemon's log and its figures"),
 ];
 
@@ -36,9 +33,8 @@ const OF_SANDBOXES: [(&[&str], &str); 5] = [
     (&["metrics", "audit"], "see …/usage, and the daemon's own figures at /metrics"),
 ];
 
-/// Sandboxes made many at a time.
-const OF_ALL_SANDBOXES: [(&[&str], &str); 1] =
-    [(&["batch", "batches", "run", "runtimes"], "make them one by one: POST /sandboxes, or fork one: POST …/fork")];
+/// What is asked of all sandboxes.
+const OF_ALL_SANDBOXES: [(&[&str], &str); 1] = [(&["runtimes"], "see the templates: GET /sandbox-templates")];
 
 /// What is asked for. The body is read to its end, for nothing else: a connection on which some of it is left is closed
 /// with the answer, and the caller's next request on it with that.
@@ -53,7 +49,6 @@ pub(super) async fn no_route(request: Request) -> ApiError {
     let known = path.strip_prefix("/api/v1/").and_then(|path| {
         let mut words = path.split('/');
         match (words.next()?, words.next(), words.next()) {
-            ("sandboxes", Some("batches"), Some(_)) => find("batches", &OF_ALL_SANDBOXES),
             ("sandboxes", Some(id), Some(what)) if !id.is_empty() => find(what, &OF_SANDBOXES),
             (area, ..) => find(area, &AREAS),
         }

@@ -79,7 +79,7 @@ async fn create(
     Ok((StatusCode::CREATED, Json(Envelope { data: view.into() })))
 }
 
-fn create_request(body: CreateBody, api: &Api) -> Result<CreateRequest, ApiError> {
+pub(super) fn create_request(body: CreateBody, api: &Api) -> Result<CreateRequest, ApiError> {
     let invalid = |message: String, hint: &str| ApiError::from(Error::new(Kind::InvalidInput, message).hint(hint));
     let origin = match (body.template_id, body.snapshot_id) {
         (Some(_), Some(_)) => return Err(invalid("a template and a snapshot were given".into(), "give one of them")),

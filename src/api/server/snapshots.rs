@@ -74,7 +74,9 @@ async fn take_snapshot_short(
 /// Lists snapshots, oldest first.
 #[utoipa::path(get, path = "/snapshots", tag = "snapshots", params(("resource_id" = Option<String>, Query, description = "Only those of this sandbox"), Paging), responses((status = 200, body = ListEnvelope<SnapshotBody>)))]
 async fn snapshots(AppState(api): AppState<Api>, Params(params): Params) -> ListAnswer<SnapshotBody> {
-    list_of(api.engine.snapshots(params.get("resource_id").map(String::as_str))?, &params)
+    let mut all = api.engine.snapshots(params.get("resource_id").map(String::as_str))?;
+    all.retain(|snapshot| !api.engine.is_named(&snapshot.id));
+    list_of(all, &params)
 }
 
 /// Shows a snapshot, by id or by a name that only one has.
