@@ -4,6 +4,7 @@ use std::fs::File;
 use std::io::{Read, Write};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::pty::{Winsize, openpty};
@@ -47,6 +48,18 @@ impl Desk {
             );
             let len = self.screen.read(&mut bytes).unwrap();
             self.seen.push_str(&String::from_utf8_lossy(&bytes[..len]));
+        }
+    }
+
+    /// Its exit code; what it writes meanwhile is not looked at.
+    pub fn ended(&mut self) -> Option<i32> {
+        let until = Instant::now() + Duration::from_millis(PATIENCE.into());
+        loop {
+            if let Some(status) = self.child.try_wait().unwrap() {
+                return status.code();
+            }
+            assert!(Instant::now() < until, "waited in vain for the end: {}", self.seen);
+            std::thread::sleep(Duration::from_millis(10));
         }
     }
 

@@ -19,12 +19,14 @@ fn a_shell_has_this_terminals_size_and_gives_the_terminal_back() {
     desk.until("33 101");
     desk.until("hello:-");
     assert!(desk.is_raw());
-    desk.type_in("sh -c 'trap \"echo caught\" INT; echo up $((6 * 7)); sleep 600'\n");
+    desk.type_in(
+        "sh -c 'trap \"echo caught $((6 * 7)); exit\" INT; echo up $((6 * 7)); while :; do sleep 0.1; done'\n",
+    );
     desk.until("up 42");
     desk.type_in("\u{3}");
-    desk.until("caught");
+    desk.until("caught 42");
     desk.type_in("exit 9\n");
-    assert_eq!(desk.child.wait().unwrap().code(), Some(9));
+    assert_eq!(desk.ended(), Some(9));
     assert!(!desk.is_raw());
 }
 
@@ -41,7 +43,7 @@ fn a_resize_is_passed_on_and_the_escape_hangs_up() {
     desk.type_in("until [ \"$(stty size)\" = \"7 17\" ]; do :; done; echo seen $((6 * 7))\n");
     desk.until("seen 42");
     desk.type_in("~.");
-    assert_eq!(desk.child.wait().unwrap().code(), Some(129));
+    assert_eq!(desk.ended(), Some(129));
     assert!(!desk.is_raw());
     while kill(Pid::from_raw(pid), None).is_ok() {
         std::thread::sleep(std::time::Duration::from_millis(10));
@@ -56,7 +58,7 @@ fn a_daemon_that_dies_gives_the_terminal_back() {
     desk.type_in("echo $((6 * 7))\n");
     desk.until("42");
     d.end(Signal::SIGKILL);
-    assert_eq!(desk.child.wait().unwrap().code(), Some(2));
+    assert_eq!(desk.ended(), Some(2));
     assert!(!desk.is_raw());
     desk.until("connection");
 }
@@ -69,12 +71,12 @@ fn a_command_is_interrupted_by_the_first_signal_and_given_up_at_the_second() {
     let mut desk = sit(&d, &["sandbox", "exec", "web", "--", "sh", "-c", script]);
     desk.until("up");
     desk.signal(Signal::SIGINT);
-    assert_eq!(desk.child.wait().unwrap().code(), Some(7));
+    assert_eq!(desk.ended(), Some(7));
     desk.until("caught");
     let mut desk = sit(&d, &["sandbox", "exec", "web", "--", "sh", "-c", "echo up; exec sleep 600"]);
     desk.until("up");
     desk.signal(Signal::SIGTERM);
-    assert_eq!(desk.child.wait().unwrap().code(), Some(128 + 15));
+    assert_eq!(desk.ended(), Some(128 + 15));
     let mut desk = sit(&d, &["sandbox", "exec", "web", "--", "sh", "-c", "trap '' INT; echo up; exec sleep 600"]);
     desk.until("up");
     desk.signal(Signal::SIGINT);
@@ -83,7 +85,7 @@ fn a_command_is_interrupted_by_the_first_signal_and_given_up_at_the_second() {
         std::thread::sleep(std::time::Duration::from_millis(50));
         desk.signal(Signal::SIGINT);
     }
-    assert_eq!(desk.child.wait().unwrap().code(), Some(128 + 2));
+    assert_eq!(desk.ended(), Some(128 + 2));
 }
 
 #[test]
@@ -94,7 +96,7 @@ fn a_signal_that_ends_the_program_gives_the_terminal_back() {
     desk.until("up");
     assert!(desk.is_raw());
     desk.signal(Signal::SIGTERM);
-    assert_eq!(desk.child.wait().unwrap().code(), Some(143));
+    assert_eq!(desk.ended(), Some(143));
     assert!(!desk.is_raw());
 }
 
