@@ -49,7 +49,7 @@ fn show(out: &Out, report: &UsageReport) -> String {
             name.to_owned(),
             state.to_owned(),
             used.sessions.to_string(),
-            show_duration(Duration::from_secs(used.runtime_sec as u64)),
+            computed(used.runtime_sec),
             format!("{:.2}", used.vcpu_sec / HOUR),
             format!("{:.2}", used.memory_mb_sec / HOUR / 1024.0),
             gib_hours(used.logical_byte_hours),
@@ -107,6 +107,12 @@ fn mark(part: &FiguresBody, seconds: f64) -> char {
     }
 }
 
+fn computed(seconds: f64) -> String {
+    // People do not want the milliseconds of minutes.
+    let time = Duration::try_from_secs_f64(seconds).unwrap_or_default();
+    show_duration(if time.as_secs() > 0 { Duration::from_secs(time.as_secs()) } else { time })
+}
+
 fn gib_hours(byte_hours: f64) -> String {
     let value = byte_hours / f64::from(1 << 30);
     match value {
@@ -128,7 +134,7 @@ fn show_sessions(out: &Out, sessions: &[SessionBody]) -> String {
                 s.name.clone(),
                 time(s.started_at),
                 s.ended_at.map_or_else(|| s.status.clone(), time),
-                show_duration(Duration::from_secs(s.runtime_sec as u64)),
+                computed(s.runtime_sec),
                 format!("{} cpu, {} MiB", s.cpu_count, s.memory_mb),
             ]
         })

@@ -25,5 +25,6 @@ for turn in ["made", "resumed"]:
     assert sb.pause().state == "paused"
 
 assert len(miosa.sandboxes.list()) == 1
-assert [s["comment"] for s in sb.snapshots.list()] == ["after-hello-world"] * 2
+# A workspace of this kind keeps its last snapshot alone.
+assert [s["comment"] for s in sb.snapshots.list()] == ["after-hello-world"]
 print("started quickly")

@@ -79,10 +79,16 @@ async fn create(
     Ok((StatusCode::CREATED, Json(Envelope { data: view.into() })))
 }
 
+/// The template that the public SDK asks for when it is asked for none: ours of that name, if there is one, or the default.
+const SDK_DEFAULT: &str = "miosa-sandbox";
+
 pub(super) fn create_request(body: CreateBody, api: &Api) -> Result<CreateRequest, ApiError> {
     let invalid = |message: String, hint: &str| ApiError::from(Error::new(Kind::InvalidInput, message).hint(hint));
     let origin = match (body.template_id, body.snapshot_id) {
         (Some(_), Some(_)) => return Err(invalid("a template and a snapshot were given".into(), "give one of them")),
+        (Some(name), None) if name == SDK_DEFAULT && api.engine.template(&name).is_err() => {
+            Origin::Template(crate::engine::BASE.to_owned())
+        }
         (Some(template), None) => Origin::Template(template),
         (None, Some(snapshot)) => Origin::Snapshot(snapshot),
         (None, None) => Origin::Template(crate::engine::BASE.to_owned()),
