@@ -185,7 +185,7 @@ pub struct PublishBody {
     /// How layers are compressed.
     #[schema(default = "gzip")]
     pub compression: Compression,
-    /// Whatever else the request has; see [`unsupported`].
+    /// Whatever else the request has.
     #[serde(flatten)]
     #[schema(ignore)]
     pub other: Map<String, Value>,
