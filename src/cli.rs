@@ -17,6 +17,7 @@ mod files;
 mod images;
 mod logs;
 mod output;
+mod ports;
 mod publish;
 mod report;
 mod sandbox;

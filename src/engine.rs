@@ -23,6 +23,7 @@ mod guest;
 pub mod lifecycle;
 mod metrics;
 mod named;
+mod ports;
 pub mod recipe;
 pub mod records;
 mod recover;
@@ -67,6 +68,7 @@ pub use console::Console;
 pub use files::GuestTreeWriter;
 pub(crate) use guest::check_env;
 pub use guest::{ExecSpec, GuestReader, GuestWriter, RunningExec};
+pub use ports::PortConnection;
 pub use setup::{GuestFile, GuestSetup};
 pub use snapshots::{Deleted, LineageNode, NodeKind};
 pub use template::{

@@ -9,6 +9,8 @@ mod desk;
 mod errors;
 #[path = "cli/listen.rs"]
 mod listen;
+#[path = "cli/ports.rs"]
+mod ports;
 #[path = "cli/story.rs"]
 mod story;
 #[path = "cli/support.rs"]

@@ -8,7 +8,8 @@ use futures_util::stream::SplitSink;
 use futures_util::{SinkExt, Stream, StreamExt, TryStreamExt};
 use http_body_util::{BodyExt, Full, StreamBody, combinators::UnsyncBoxBody};
 use hyper::body::{Frame, Incoming};
-use hyper::header::{AUTHORIZATION, CONTENT_TYPE, HOST, HeaderMap, HeaderValue};
+use hyper::header::{AUTHORIZATION, CONNECTION, CONTENT_TYPE, HOST, HeaderMap, HeaderValue, UPGRADE};
+use hyper::upgrade::Upgraded;
 use hyper::{Method, Request, Response, StatusCode};
 use hyper_util::rt::TokioIo;
 use serde::Serialize;
@@ -229,6 +230,16 @@ impl Client {
         Ok(Events { download: Download::from(response), pending: BytesMut::new() })
     }
 
+    /// `GET` that turns the connection into a stream of bytes; each direction is closed on its own.
+    pub async fn tunnel(&self, path: &str) -> Result<TokioIo<Upgraded>> {
+        let response = self.send_for(Method::GET, path, empty(), "application/json", Some("tcp")).await?;
+        if response.status() != StatusCode::SWITCHING_PROTOCOLS {
+            return Err(Error::Broken("it has another shape: it is no stream".to_owned()));
+        }
+        let upgraded = hyper::upgrade::on(response).await.map_err(|e| Error::Broken(describe(&e)))?;
+        Ok(TokioIo::new(upgraded))
+    }
+
     /// `GET`, answered with server-sent events.
     pub async fn watch(&self, path: &str) -> Result<Events> {
         let response = self.send(Method::GET, path, empty(), "application/json").await?;
@@ -265,6 +276,18 @@ impl Client {
 
     /// Sends, and sees that the answer is a success.
     async fn send(&self, method: Method, path: &str, body: Body, kind: &str) -> Result<Response<Incoming>> {
+        self.send_for(method, path, body, kind, None).await
+    }
+
+    /// The same, asking for another protocol on the connection.
+    async fn send_for(
+        &self,
+        method: Method,
+        path: &str,
+        body: Body,
+        kind: &str,
+        protocol: Option<&str>,
+    ) -> Result<Response<Incoming>> {
         tracing::debug!(%method, path, "request");
         let stream = self.connect().await?;
         let broken = |e: hyper::Error| Error::Broken(describe(&e));
@@ -272,7 +295,7 @@ impl Client {
             hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.map_err(broken)?;
         tokio::spawn(async move {
             // Its errors reach the request or the body, too.
-            let _ = connection.await;
+            let _ = connection.with_upgrades().await;
         });
         let mut request = Request::builder().method(method).uri(format!("/api/v1{path}")).header(CONTENT_TYPE, kind);
         request = match &self.way {
@@ -282,9 +305,12 @@ impl Client {
             }
             _ => request.header(HOST, "miosa"),
         };
+        if let Some(protocol) = protocol {
+            request = request.header(CONNECTION, "upgrade").header(UPGRADE, protocol);
+        }
         let request = request.body(body).map_err(|e| Error::Broken(format!("the request could not be made: {e}")))?;
         let response = sender.send_request(request).await.map_err(broken)?;
-        if response.status().is_success() {
+        if response.status().is_success() || response.status() == StatusCode::SWITCHING_PROTOCOLS {
             return Ok(response);
         }
         let status = response.status();

@@ -20,6 +20,7 @@ mod missing;
 mod named;
 mod openapi;
 mod paths;
+mod ports;
 mod processes;
 mod request;
 mod sandboxes;
@@ -91,6 +92,7 @@ pub fn router(engine: Arc<Engine>, disks: Arc<Disks>, defaults: Defaults) -> Rou
         .merge(files::routes())
         .merge(exports::routes())
         .merge(paths::routes())
+        .merge(ports::routes())
         .merge(templates::routes())
         .merge(volumes::routes())
         .merge(super::archives::routes(disks.clone(), Some(engine.clone())))

@@ -220,6 +220,14 @@ impl From<SandboxView> for SandboxBody {
     }
 }
 
+/// Whether something listens on a port.
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
+#[allow(missing_docs)]
+pub struct PortStateBody {
+    pub port: u16,
+    pub listening: bool,
+}
+
 /// A snapshot.
 #[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
 #[allow(missing_docs)]

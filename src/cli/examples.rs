@@ -44,6 +44,7 @@ const EXAMPLES: &[(&str, &str)] = &[
     ("sandbox upload-dir", "miosa sandbox upload-dir web ./site /workspace/site --delete"),
     ("sandbox download", "miosa sandbox download web /workspace/app.js --output ./app.js"),
     ("sandbox wait", "miosa sandbox wait web --port 3000"),
+    ("sandbox port-forward", "miosa sandbox port-forward web --remote 3000 --local 8080"),
     ("sandbox logs", "miosa sandbox logs web\nmiosa sandbox logs web --follow"),
     ("sandbox stop", "miosa sandbox stop web"),
     ("sandbox resume", "miosa sandbox resume web"),

@@ -7,9 +7,11 @@ use serde_json::{Value, json};
 
 use super::args::{CreateArgs, ForkArgs, SandboxCommand, SnapshotArgs, SnapshotTarget, SnapshotsCommand, WaitArgs};
 use super::output::{Failure, Out, Result};
-use super::{archives, commands, contents, exec, files, logs, terminal, transfer};
+use super::{archives, commands, contents, exec, files, logs, ports, terminal, transfer};
 use crate::api::client::{Client, escape};
-use crate::api::types::{CreateBody, ExtendBody, ForkBody, SandboxBody, SnapshotBody, SnapshotRequestBody};
+use crate::api::types::{
+    CreateBody, ExtendBody, ForkBody, PortStateBody, SandboxBody, SnapshotBody, SnapshotRequestBody,
+};
 use crate::engine::lifecycle::State;
 use crate::engine::records::Consistency;
 use crate::units::{show_bytes, show_duration};
@@ -32,6 +34,7 @@ pub(super) async fn run(client: &Client, out: Out, command: SandboxCommand) -> R
         SandboxCommand::Logs(args) => logs::run(client, out, args).await?,
         SandboxCommand::Exec(args) => return exec::run(client, out, args).await,
         SandboxCommand::Shell(args) => return terminal::shell(client, args).await,
+        SandboxCommand::PortForward(args) => return ports::forward(client, out, args).await,
         SandboxCommand::Command(command) => commands::run(client, out, command).await?,
         SandboxCommand::Stop(target) => {
             out.progress("stopping …");
@@ -165,33 +168,10 @@ async fn wait(client: &Client, out: Out, args: WaitArgs) -> Result<()> {
     }
 }
 
-/// Whether a TCP socket of the guest listens on this port, by the kernel's own tables.
+/// Whether something listens on a port of the guest's loopback.
 async fn listens(client: &Client, sandbox: &str, port: u16) -> Result<bool> {
-    for table in ["/proc/net/tcp", "/proc/net/tcp6"] {
-        let route = path(sandbox, &format!("/fs/download?path={}", escape(table)));
-        let mut content = match client.download(&route).await {
-            Ok(content) => content,
-            // A guest without IPv6, or one that went away: the state tells at the next look.
-            Err(_) => continue,
-        };
-        let mut text = Vec::new();
-        while let Some(piece) = content.next_piece().await? {
-            text.extend_from_slice(&piece);
-        }
-        if has_listener(&String::from_utf8_lossy(&text), port) {
-            return Ok(true);
-        }
-    }
-    Ok(false)
-}
-
-/// In `/proc/net/tcp`, a line's second field ends with the port in hexadecimal, and its fourth is 0A of a listener.
-fn has_listener(table: &str, port: u16) -> bool {
-    table.lines().any(|line| {
-        let fields: Vec<&str> = line.split_whitespace().collect();
-        let local = fields.get(1).and_then(|address| address.rsplit(':').next());
-        local.and_then(|p| u16::from_str_radix(p, 16).ok()) == Some(port) && fields.get(3) == Some(&"0A")
-    })
+    let state: PortStateBody = client.get(&path(sandbox, &format!("/ports/{port}"))).await?;
+    Ok(state.listening)
 }
 
 async fn list(client: &Client, out: Out, state: Option<String>, tags: &[String]) -> Result<()> {
@@ -402,14 +382,4 @@ fn all_started(waited: bool, children: &[SandboxBody]) -> Result<()> {
     let message = format!("{} of {} children could not be started: {}: {why}", down.len(), children.len(), first.name);
     Err(Failure::new(4, "children_not_started", message)
         .hint(format!("the children are there; start one again: miosa sandbox resume {}", first.id)))
-}
-
-#[cfg(test)]
-mod tests {
-    #[test]
-    fn a_listener_is_found_by_its_port() {
-        let table = "  sl  local_address rem_address   st\n   0: 0100007F:1F90 00000000:0000 0A 0\n   1: 0100007F:0016 0100007F:9999 01 0\n";
-        assert!(super::has_listener(table, 8_080));
-        assert!(!super::has_listener(table, 22) && !super::has_listener(table, 80));
-    }
 }

@@ -76,6 +76,6 @@ fn not_found(id: &str) -> Error {
 }
 
 /// Of the session, if there is one; not held up by what is done with the sandbox afterwards.
-async fn agent_of(sandbox: &Sandbox) -> Option<Agent> {
+pub(super) async fn agent_of(sandbox: &Sandbox) -> Option<Agent> {
     sandbox.own().await.session.as_ref().map(|session| session.agent())
 }

@@ -68,6 +68,8 @@ pub enum Kind {
     ExecNotFound,
     /// The program could not be started in the guest.
     CommandFailed,
+    /// Nothing listens on that port of the guest.
+    PortClosed,
     /// The guest's agent did not answer in time.
     AgentTimeout,
     /// The program that runs machines is not installed.
@@ -125,6 +127,7 @@ impl Kind {
             Kind::CommandNotFound => "command_not_found",
             Kind::ExecNotFound => "exec_not_found",
             Kind::CommandFailed => "command_failed",
+            Kind::PortClosed => "port_closed",
             Kind::AgentTimeout => "agent_timeout",
             Kind::MachineUnavailable => "machine_unavailable",
             Kind::ImageMissing => "image_missing",
@@ -171,6 +174,7 @@ impl Kind {
             | Kind::BuildFailed
             | Kind::CommandNotFound
             | Kind::CommandFailed => 422,
+            Kind::PortClosed => 502,
             Kind::AgentTimeout => 504,
             Kind::MachineUnavailable
             | Kind::FrontendUnavailable
@@ -184,7 +188,15 @@ impl Kind {
 
     /// Whether the same call may succeed when made again, with nothing else changed.
     pub fn retryable(self) -> bool {
-        matches!(self, Kind::Busy | Kind::SessionEnded | Kind::AgentTimeout | Kind::BootFailed | Kind::ShuttingDown)
+        matches!(
+            self,
+            Kind::Busy
+                | Kind::SessionEnded
+                | Kind::PortClosed
+                | Kind::AgentTimeout
+                | Kind::BootFailed
+                | Kind::ShuttingDown
+        )
     }
 }
 

@@ -15,12 +15,13 @@ use std::time::Duration;
 
 use jiff::Timestamp;
 use parking_lot::RwLock;
-use tokio::sync::{Mutex, OwnedMutexGuard};
+use tokio::sync::{Mutex, OwnedMutexGuard, Semaphore};
 use tokio::time::Instant;
 
 use super::activity::{Activity, InUse};
 use super::error::{Error, Kind, Result};
 use super::lifecycle::{Decision, Refusal, Request, State, decide};
+use super::ports::CONNECTIONS;
 use super::records::{Record, SandboxRecord, put_all};
 use super::session::{Ending, Session};
 use super::{Compute, SandboxView, Shared};
@@ -38,6 +39,8 @@ pub(crate) struct Sandbox {
     face: RwLock<Face>,
     owner: Arc<Mutex<Owner>>,
     activity: Arc<Activity>,
+    /// Room for connections to its ports.
+    pub(super) connections: Arc<Semaphore>,
 }
 
 /// What readers see.
@@ -90,6 +93,7 @@ impl Sandbox {
             face: RwLock::new(Face { record, deadline: None, running: None }),
             owner: Arc::default(),
             activity: Arc::default(),
+            connections: Arc::new(Semaphore::new(CONNECTIONS)),
         })
     }
 

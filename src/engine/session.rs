@@ -312,6 +312,7 @@ impl From<vmm::Error> for Error {
             ErrorKind::Invalid => Kind::InvalidInput,
             ErrorKind::StartFailed | ErrorKind::BootTimeout | ErrorKind::Qmp => Kind::BootFailed,
             ErrorKind::AgentTimeout | ErrorKind::Guest(GuestErrorKind::Timeout) => Kind::AgentTimeout,
+            ErrorKind::Guest(GuestErrorKind::Refused | GuestErrorKind::Reset) => Kind::PortClosed,
             ErrorKind::AgentLost | ErrorKind::Guest(GuestErrorKind::Cancelled) => Kind::SessionEnded,
             ErrorKind::Guest(GuestErrorKind::Busy) => Kind::Busy,
             ErrorKind::Guest(GuestErrorKind::NotFound) => Kind::FileNotFound,

@@ -5,20 +5,22 @@
 //! trusted: whatever it sends beyond its credit, or that does not parse, ends the connection with `AgentLost`.
 
 mod connection;
+mod port;
 
 use std::path::Path;
 use std::time::Duration;
 
 use bytes::{Buf, Bytes, BytesMut};
 use miosa_agent::wire::{
-    CommandStatus, DirEntry, ExecRequest, ExitStatus, FileStat, GuestInfo, Identity, Kind, MAX_ENTRY, Mount, Reply,
-    Request, TerminalSize, TreeSummary,
+    CommandStatus, DirEntry, ExecRequest, ExitStatus, FileStat, GuestInfo, Identity, Kind, MAX_CONNECT_MS, MAX_ENTRY,
+    Mount, Reply, Request, TerminalSize, TreeSummary,
 };
 use tokio::net::UnixStream;
 use tokio::time::Instant;
 
 use crate::{Error, ErrorKind, Result};
 use connection::{Connection, Control, Event, Input, Stream};
+pub use port::PortStream;
 
 /// How long a single answer may take unless [`Agent::with_timeout`] says otherwise.
 pub const DEFAULT_TIMEOUT: Duration = Duration::from_secs(30);
@@ -191,6 +193,23 @@ impl Agent {
     pub async fn write_tree(&self, path: impl Into<String>, delete: bool) -> Result<TreeWriter> {
         let stream = self.open(Request::WriteTree { path: path.into(), delete }).await?;
         Ok(TreeWriter { upload: Upload { input: stream.input(), stream, timeout: self.timeout } })
+    }
+
+    /// Connects to a TCP port of the guest's own loopback. While nothing listens there, the guest tries again for `wait`,
+    /// at most ten minutes, and at least once. Dropping the connection ends it.
+    ///
+    /// # Errors
+    /// `Guest(Refused)` when nothing listens, `Guest(Timeout)` when what listens does not accept; `AgentLost`,
+    /// `AgentTimeout`.
+    pub async fn connect_port(&self, port: u16, wait: Duration) -> Result<PortStream> {
+        let wait_ms = u64::try_from(wait.as_millis()).unwrap_or(u64::MAX).min(MAX_CONNECT_MS);
+        let mut stream = self.open(Request::Connect { port, wait_ms }).await?;
+        let limit = self.timeout.saturating_add(Duration::from_millis(wait_ms));
+        match within(crate::machine::deadline_at(limit), stream.next()).await? {
+            Event::Connected => Ok(PortStream::new(stream)),
+            Event::End(outcome) => Err(outcome.map_or_else(Error::from, |reply| unexpected(&reply))),
+            Event::Data(_) | Event::ErrData(_) | Event::Eof => Err(no_connection()),
+        }
     }
 
     /// What is in a directory, by name, at most `max` entries.
@@ -416,6 +435,10 @@ fn unexpected(reply: &Reply) -> Error {
     Error::new(ErrorKind::AgentLost, format!("the guest's agent gave a wrong kind of answer: {reply:?}"))
 }
 
+fn no_connection() -> Error {
+    Error::new(ErrorKind::AgentLost, "the guest's agent took the call for a connection")
+}
+
 /// What a running program does.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum ExecEvent {
@@ -464,6 +487,7 @@ impl ExecStream {
         Ok(match event {
             Event::Data(bytes) => Some(ExecEvent::Stdout(bytes)),
             Event::ErrData(bytes) => Some(ExecEvent::Stderr(bytes)),
+            Event::Connected | Event::Eof => return Err(no_connection()),
             Event::End(outcome) => {
                 self.over = true;
                 let exit = match outcome? {
@@ -595,6 +619,7 @@ impl FileReader {
         }
         match within(crate::machine::deadline_at(self.timeout), self.stream.next()).await? {
             Event::Data(bytes) | Event::ErrData(bytes) => Ok(Some(bytes)),
+            Event::Connected | Event::Eof => Err(no_connection()),
             Event::End(outcome) => {
                 self.over = true;
                 outcome?;

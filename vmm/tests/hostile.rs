@@ -95,6 +95,7 @@ fn any_frame(random: &mut Random) -> Vec<u8> {
         Kind::Cancel,
         Kind::Window,
         Kind::End,
+        Kind::Connected,
     ];
     let kind = kinds[random.below(kinds.len() as u64) as usize];
     let stream = [random.below(12) as u32, random.bits() as u32][random.below(2) as usize];
@@ -164,6 +165,27 @@ async fn a_guest_that_floods_is_hung_up_on_at_its_credit() {
     }
     assert_eq!(agent.ping().await.unwrap_err().kind, ErrorKind::AgentLost);
     drop(stuck);
+}
+
+/// Its steps are told once, in order; whatever else a guest says of a connection ends all, and nothing gathers.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_guest_that_tells_of_a_connection_out_of_order_is_hung_up_on() {
+    use Kind::{Connected, Data, Eof};
+    for steps in [&[Data][..], &[Eof], &[Connected, Connected], &[Connected, Eof, Eof], &[Connected, Eof, Data]] {
+        let (agent, mut guest) = connected().await;
+        let mut bytes = Vec::new();
+        steps.iter().for_each(|kind| Frame::new(1, *kind, Vec::new()).encode(&mut bytes));
+        let connecting = agent.connect_port(80, Duration::ZERO);
+        let lying = async {
+            // The stream is there once its request is.
+            let mut request = [0; 1];
+            guest.read_exact(&mut request).await.unwrap();
+            guest.write_all(&bytes).await.unwrap();
+        };
+        let (_connection, ()) = tokio::join!(connecting, lying);
+        let lost = async { while agent.ping().await.unwrap_err().kind != ErrorKind::AgentLost {} };
+        tokio::time::timeout(PATIENCE, lost).await.unwrap_or_else(|_| panic!("{steps:?} is taken"));
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

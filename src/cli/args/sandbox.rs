@@ -49,6 +49,8 @@ pub enum SandboxCommand {
     Exec(ExecArgs),
     /// Open a login shell on a terminal; its exit code becomes this command's
     Shell(ShellArgs),
+    /// Make a TCP port of this machine one of the sandbox's, until Ctrl-C
+    PortForward(ForwardArgs),
     /// Look at detached commands and end them
     #[command(subcommand)]
     Command(DetachedCommand),
@@ -223,6 +225,20 @@ pub struct ShellArgs {
     pub user: Option<String>,
 }
 
+/// `miosa sandbox port-forward`
+#[derive(Debug, Args)]
+pub struct ForwardArgs {
+    /// The sandbox; a paused one is started by the first connection
+    #[command(flatten)]
+    pub target: Target,
+    /// Port in the sandbox
+    #[arg(long, value_name = "PORT", value_parser = clap::value_parser!(u16).range(1..))]
+    pub remote: u16,
+    /// Port on 127.0.0.1 here; 0 is any that is free [default: the same]
+    #[arg(long, value_name = "PORT")]
+    pub local: Option<u16>,
+}
+
 /// `miosa sandbox command`
 #[derive(Debug, Subcommand)]
 pub enum DetachedCommand {
@@ -321,8 +337,8 @@ pub struct WaitArgs {
     /// The sandbox
     #[command(flatten)]
     pub target: Target,
-    /// Until something listens on this TCP port of it, too
-    #[arg(long, value_name = "PORT")]
+    /// Until something listens on this TCP port of its loopback, too
+    #[arg(long, value_name = "PORT", value_parser = clap::value_parser!(u16).range(1..))]
     pub port: Option<u16>,
     /// Give up after this long
     #[arg(long, value_parser = parse_duration, default_value = "5m", value_name = "DURATION")]

@@ -8,12 +8,14 @@ mod exec;
 mod files;
 mod freezer;
 mod identity;
+mod port;
 mod terminal;
 mod tree;
 mod users;
 
 use std::collections::{HashMap, VecDeque};
 use std::io::{Read, Write};
+use std::net::{Shutdown, TcpStream};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -178,7 +180,9 @@ impl Server {
                     self.system.children().signal_stream(&stream, signal);
                 }
             }
-            Kind::HelloAck | Kind::ErrData | Kind::End => self.system.log("ignoring a frame that only a guest sends"),
+            Kind::HelloAck | Kind::ErrData | Kind::End | Kind::Connected => {
+                self.system.log("ignoring a frame that only a guest sends")
+            }
         }
     }
 
@@ -236,6 +240,7 @@ impl Server {
                 return commands::logs(system, stream, &id, follow).map(Reply::Command);
             }
             Request::KillCommand { id, signal } => return commands::kill(system, &id, signal).map(Reply::Command),
+            Request::Connect { port, wait_ms } => port::serve(stream, port, wait_ms)?,
             Request::WriteFile { path, mode, owner } => files::write(system, stream, &path, mode, owner)?,
             Request::ReadFile { path, offset, len } => files::read(system, stream, &path, offset, len)?,
             Request::List { path } => files::list(system, stream, &path)?,
@@ -324,6 +329,8 @@ struct State {
     terminal: Option<Terminal>,
     /// A size that was told before there was a terminal.
     size: Option<wire::TerminalSize>,
+    /// Where the stream's data goes to and comes from: to be shut down when the stream is cancelled.
+    connection: Option<TcpStream>,
 }
 
 impl State {
@@ -331,6 +338,13 @@ impl State {
         self.size = Some(size);
         if let Some(terminal) = &self.terminal {
             terminal.resize(size);
+        }
+    }
+
+    fn cancel(&mut self) {
+        self.cancelled = true;
+        if let Some(connection) = &self.connection {
+            let _ = connection.shutdown(Shutdown::Both);
         }
     }
 }
@@ -347,7 +361,7 @@ impl Stream {
     }
 
     fn cancel(&self) {
-        self.change(|state| state.cancelled = true);
+        self.change(State::cancel);
     }
 
     fn receive(&self, bytes: Bytes) {
@@ -358,7 +372,7 @@ impl Stream {
                 state.granted = granted;
                 state.inbox.push_back(bytes);
             }
-            None => state.cancelled = true,
+            None => state.cancel(),
         });
     }
 
@@ -454,6 +468,31 @@ impl Stream {
                 None => self.changed.wait(&mut state),
             }
         }
+    }
+
+    /// From now on the stream is this connection, and a cancelled stream shuts it down.
+    fn connected(&self, connection: TcpStream) -> Result<(), Cancelled> {
+        let mut state = self.state.lock();
+        if state.cancelled {
+            return Err(Cancelled);
+        }
+        state.connection = Some(connection);
+        drop(state);
+        self.sink.push(Frame::new(self.id, Kind::Connected, Bytes::new()), false);
+        Ok(())
+    }
+
+    /// Nothing more comes from the guest.
+    fn send_eof(&self) {
+        self.sink.push(Frame::new(self.id, Kind::Eof, Bytes::new()), false);
+    }
+
+    /// What the host has sent and still sends is of no interest.
+    fn stop_receiving(&self) {
+        self.change(|state| {
+            state.inbox.clear();
+            state.eof = true;
+        });
     }
 
     /// Waits until `there` says so; it is asked again after each [`Stream::wake`].

@@ -23,14 +23,15 @@
 //!
 //! ## Growing
 //! A stream is a request, data both ways under credit, and an outcome. A terminal is a program whose outputs are one, and
-//! frames for its size and for signals; connections to ports of the guest are a new request with data both ways. Both sides must have the same [`VERSION`]: an agent lives in the initramfs its machine was started with, and a
-//! host that meets another version says so and ends the connection.
+//! frames for its size and for signals; a connection to a port of the guest adds that the guest says when it is there and
+//! when its half is closed. Both sides must have the same [`VERSION`]: an agent lives in the initramfs its machine was
+//! started with, and a host that meets another version says so and ends the connection.
 
 use bytes::{Buf, Bytes, BytesMut};
 use serde::{Deserialize, Serialize};
 
 /// Version of this protocol; both sides must have the same one.
-pub const VERSION: u32 = 5;
+pub const VERSION: u32 = 6;
 /// Name of the virtio-serial port the agent listens on.
 pub const PORT_NAME: &str = "miosa.agent";
 /// Largest payload of one frame, in bytes.
@@ -72,7 +73,7 @@ pub enum Kind {
     Data = 4,
     /// Guest: standard error.
     ErrData = 5,
-    /// Host: no more data will follow on this stream.
+    /// Host, and guest where the stream is a connection: no more data will follow from this side.
     Eof = 6,
     /// Host: stop the stream and whatever runs for it. The guest still answers `End`.
     Cancel = 7,
@@ -84,12 +85,14 @@ pub enum Kind {
     Resize = 10,
     /// Host: send the stream's program a signal, its terminal's foreground group if it has one. Payload: i32.
     Signal = 11,
+    /// Guest: the connection that the host asked for is there; data may follow.
+    Connected = 12,
 }
 
 impl Kind {
     fn from_u8(byte: u8) -> Option<Kind> {
         use Kind::*;
-        [Hello, HelloAck, Open, Data, ErrData, Eof, Cancel, Window, End, Resize, Signal]
+        [Hello, HelloAck, Open, Data, ErrData, Eof, Cancel, Window, End, Resize, Signal, Connected]
             .into_iter()
             .find(|k| *k as u8 == byte)
     }
@@ -397,6 +400,15 @@ pub enum Request {
         /// Remove what is in it and not in the archive.
         delete: bool,
     },
+    /// Connect to a TCP port of the guest's loopback, 127.0.0.1 and else ::1. The guest says `Connected` and then the
+    /// stream's data, both ways, is the connection's; each side's `Eof` closes its half. Answered with [`Reply::Done`] when
+    /// both halves are closed.
+    Connect {
+        /// The port.
+        port: u16,
+        /// How long to try again while nothing listens there, in milliseconds; capped at [`MAX_CONNECT_MS`].
+        wait_ms: u64,
+    },
     /// Be this sandbox and no other. Answered with [`Reply::Identified`].
     Identify(Identity),
     /// Mount a disk besides the root. Fine when it is mounted there already.
@@ -434,6 +446,9 @@ pub struct Mount {
 
 /// The longest a guest stays frozen without being told to thaw, in milliseconds.
 pub const MAX_FREEZE_MS: u64 = 60_000;
+
+/// The longest a guest waits for something to listen on a port, in milliseconds.
+pub const MAX_CONNECT_MS: u64 = 600_000;
 
 /// How long a command may take to end by itself before it is killed, in milliseconds.
 pub const KILL_GRACE_MS: u64 = 5_000;
@@ -617,6 +632,10 @@ pub enum ErrorKind {
     Cancelled,
     /// Any other error of the guest's kernel.
     Io,
+    /// Nothing listens on the port.
+    Refused,
+    /// The other end of a connection broke it off.
+    Reset,
 }
 
 /// A failure reported by the guest.
@@ -651,6 +670,8 @@ impl AgentError {
             Io::PermissionDenied | Io::ReadOnlyFilesystem => ErrorKind::Permission,
             Io::InvalidInput | Io::InvalidFilename | Io::ArgumentListTooLong => ErrorKind::Invalid,
             Io::TimedOut => ErrorKind::Timeout,
+            Io::ConnectionRefused => ErrorKind::Refused,
+            Io::ConnectionReset | Io::BrokenPipe | Io::NotConnected => ErrorKind::Reset,
             Io::ResourceBusy | Io::WouldBlock => ErrorKind::Busy,
             _ => ErrorKind::Io,
         };

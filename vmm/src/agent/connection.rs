@@ -5,6 +5,7 @@
 
 use std::collections::HashMap;
 use std::sync::{Arc, OnceLock, Weak};
+use std::task::{Context, Poll, ready};
 
 use bytes::Bytes;
 use miosa_agent::wire::{self, Decoder, Frame, Kind, Outcome, Request, Violation};
@@ -25,6 +26,10 @@ const QUEUE_BYTES: usize = 512 * 1024;
 pub(super) enum Event {
     Data(Bytes),
     ErrData(Bytes),
+    /// The connection that was asked for is there.
+    Connected,
+    /// The guest's half of it is closed.
+    Eof,
     /// The last event.
     End(Outcome),
 }
@@ -72,6 +77,16 @@ struct Entry {
     granted: u32,
     /// What we may still send; closed when the stream is over.
     credit: Arc<Semaphore>,
+    /// How far a connection has come; none for all other streams.
+    half: Option<Half>,
+}
+
+/// The guest's half of a connection to one of its ports. Each step is told once, so that a flood of them is bounded, too.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Half {
+    Waiting,
+    Open,
+    Closed,
 }
 
 impl Connection {
@@ -124,7 +139,8 @@ impl Connection {
                 break id;
             }
         };
-        table.streams.insert(id, Entry { events, granted: wire::WINDOW, credit: credit.clone() });
+        let half = matches!(request, Request::Connect { .. }).then_some(Half::Waiting);
+        table.streams.insert(id, Entry { events, granted: wire::WINDOW, credit: credit.clone(), half });
         self.inner.shared.send(Frame { stream: id, ..frame }, Some(permit));
         drop(table);
         Ok(Stream { inner: self.inner.clone(), id, events: receiver, credit, owed: 0, over: false })
@@ -164,11 +180,19 @@ impl Shared {
         // Frames of a stream that we have given up may still be under way.
         let Some(entry) = table.streams.get_mut(&frame.stream) else { return Ok(()) };
         match frame.kind {
-            Kind::Data | Kind::ErrData => {
+            Kind::Data | Kind::ErrData if matches!(entry.half, None | Some(Half::Open)) => {
                 let cost = wire::cost(frame.payload.len());
                 entry.granted = entry.granted.checked_sub(cost).ok_or(Violation("guest sent more than it may"))?;
                 let event = if frame.kind == Kind::Data { Event::Data } else { Event::ErrData };
                 let _ = entry.events.send(event(frame.payload));
+            }
+            Kind::Connected if entry.half == Some(Half::Waiting) => {
+                entry.half = Some(Half::Open);
+                let _ = entry.events.send(Event::Connected);
+            }
+            Kind::Eof if entry.half == Some(Half::Open) => {
+                entry.half = Some(Half::Closed);
+                let _ = entry.events.send(Event::Eof);
             }
             Kind::Window => {
                 let credit = frame.credit()? as usize;
@@ -184,7 +208,7 @@ impl Shared {
                     let _ = entry.events.send(Event::End(outcome));
                 }
             }
-            _ => return Err(Violation("guest sent a frame that only a host sends")),
+            _ => return Err(Violation("guest sent a frame that has no place there")),
         }
         Ok(())
     }
@@ -268,15 +292,21 @@ pub(super) struct Stream {
 impl Stream {
     /// The next event. After `End` there are none: then, as when the connection is lost, an error. Safe to cancel.
     pub(super) async fn next(&mut self) -> Result<Event> {
-        let event = match self.events.recv().await {
+        std::future::poll_fn(|context| self.poll_next(context)).await
+    }
+
+    /// [`Stream::next`], polled.
+    pub(super) fn poll_next(&mut self, context: &mut Context<'_>) -> Poll<Result<Event>> {
+        let event = match ready!(self.events.poll_recv(context)) {
             Some(event) => event,
-            None => return Err(self.inner.shared.lost_error()),
+            None => return Poll::Ready(Err(self.inner.shared.lost_error())),
         };
         match &event {
             Event::Data(bytes) | Event::ErrData(bytes) => self.give_back(wire::cost(bytes.len())),
+            Event::Connected | Event::Eof => {}
             Event::End(_) => self.over = true,
         }
-        Ok(event)
+        Poll::Ready(Ok(event))
     }
 
     fn give_back(&mut self, credit: u32) {

@@ -511,3 +511,70 @@ fn a_terminal_without_a_command_is_a_login_shell_that_ends_with_its_host() {
         std::thread::sleep(Duration::from_millis(10));
     }
 }
+
+/// A program that listens on this machine's loopback, and its port.
+fn listener() -> (std::net::TcpListener, u16) {
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = listener.local_addr().unwrap().port();
+    (listener, port)
+}
+
+#[test]
+fn a_connection_is_closed_one_half_at_a_time() {
+    let mut host = Host::new();
+    let (listener, port) = listener();
+    host.open(1, &Request::Connect { port, wait_ms: 0 });
+    let (mut program, _) = listener.accept().unwrap();
+    assert_eq!(host.next().kind, Kind::Connected);
+    host.send(Frame::new(1, Kind::Data, &b"to the program"[..]));
+    host.send(Frame::new(1, Kind::Eof, Bytes::new()));
+    let mut all = String::new();
+    program.read_to_string(&mut all).unwrap();
+    assert_eq!(all, "to the program");
+    program.write_all(b"to the host").unwrap();
+    drop(program);
+    let (outcome, frames) = host.end_of(1);
+    assert_eq!(outcome, Ok(Reply::Done));
+    let frames: Vec<_> = frames.iter().map(|frame| (frame.kind, &frame.payload[..])).collect();
+    assert_eq!(frames, [(Kind::Data, &b"to the host"[..]), (Kind::Eof, &b""[..])]);
+}
+
+#[test]
+fn a_port_without_a_listener_is_told_and_one_to_come_is_waited_for() {
+    let mut host = Host::new();
+    let (there, port) = listener();
+    drop(there);
+    host.open(1, &Request::Connect { port, wait_ms: 0 });
+    assert_eq!(host.end_of(1).0.unwrap_err().kind, ErrorKind::Refused);
+    host.open(2, &Request::Connect { port, wait_ms: 60_000 });
+    host.open(3, &Request::Ping);
+    assert!(host.end_of(3).0.is_ok(), "nobody else waits");
+    let listener = std::net::TcpListener::bind(("127.0.0.1", port)).unwrap();
+    assert_eq!(host.next().kind, Kind::Connected);
+    drop(listener);
+    host.open(4, &Request::Connect { port, wait_ms: 60_000 });
+    host.send(Frame::new(4, Kind::Cancel, Bytes::new()));
+    assert_eq!(host.end_of(4).0.unwrap_err().kind, ErrorKind::Cancelled);
+}
+
+#[test]
+fn a_cancelled_connection_is_closed_wherever_it_stands() {
+    let mut host = Host::new();
+    let (listener, port) = listener();
+    host.open(1, &Request::Connect { port, wait_ms: 0 });
+    let (mut program, _) = listener.accept().unwrap();
+    assert_eq!(host.next().kind, Kind::Connected);
+    // Neither side reads: both directions stand still when the host gives up.
+    let writing = program.try_clone().unwrap();
+    let flood = std::thread::spawn(move || {
+        let mut writing = writing;
+        while writing.write_all(&[7; 65536]).is_ok() {}
+    });
+    for _ in 0..3 {
+        host.send(Frame::new(1, Kind::Data, vec![8; wire::MAX_PAYLOAD]));
+    }
+    host.send(Frame::new(1, Kind::Cancel, Bytes::new()));
+    assert!(host.end_of(1).0.is_err());
+    flood.join().unwrap();
+    let _ = program.read_to_end(&mut Vec::new());
+}
