@@ -11,7 +11,8 @@ use std::time::{Duration, Instant};
 use super::{Cancelled, Stream, Waited};
 use crate::wire::{AgentError, ErrorKind, Kind, MAX_CONNECT_MS};
 
-/// How long one attempt may take: a program that listens and does not accept fills its queue.
+/// How long one attempt may take. A program whose queue is full for a moment is reached by the kernel's second or third
+/// attempt, one and three seconds after the first.
 const ATTEMPT: Duration = Duration::from_secs(10);
 /// Between two attempts.
 const PAUSE: Duration = Duration::from_millis(50);
@@ -39,8 +40,7 @@ fn connect(stream: &Stream, port: u16, until: Instant) -> Result<Result<TcpStrea
     loop {
         let mut first = None;
         for address in addresses {
-            let limit = until.saturating_duration_since(Instant::now()).clamp(Duration::from_secs(1), ATTEMPT);
-            match TcpStream::connect_timeout(&SocketAddr::new(address, port), limit) {
+            match TcpStream::connect_timeout(&SocketAddr::new(address, port), ATTEMPT) {
                 Ok(socket) => return Ok(Ok(socket)),
                 // What the other address says counts less: a guest may have no IPv6 at all.
                 Err(error) => _ = first.get_or_insert(error),

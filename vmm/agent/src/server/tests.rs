@@ -578,3 +578,17 @@ fn a_cancelled_connection_is_closed_wherever_it_stands() {
     flood.join().unwrap();
     let _ = program.read_to_end(&mut Vec::new());
 }
+
+#[test]
+fn a_program_whose_queue_is_full_for_a_moment_is_reached() {
+    let mut host = Host::new();
+    let (listener, port) = listener();
+    // SAFETY: plain system call on an open socket; it makes its queue as short as it can be.
+    assert_eq!(unsafe { libc::listen(std::os::fd::AsRawFd::as_raw_fd(&listener), 0) }, 0);
+    let _first = std::net::TcpStream::connect(("127.0.0.1", port)).unwrap();
+    host.open(1, &Request::Connect { port, wait_ms: 0 });
+    // Longer than the kernel waits before it tries again.
+    std::thread::sleep(Duration::from_millis(1_500));
+    drop(listener.accept().unwrap());
+    assert_eq!(host.next().kind, Kind::Connected);
+}
