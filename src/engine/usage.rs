@@ -1,8 +1,8 @@
 //! What sandboxes use over time: the compute of their sessions, and the state that is kept for them.
 //!
 //! Each sandbox has a [`Ledger`], which outlives it for a while. Sessions are entered as they begin and end, in the
-//! transaction that changes the sandbox's record; that one goes on is noted once a [`HEARTBEAT`], which is all that a crash
-//! can take away. What is kept is looked at from time to time ([`watch`]): a level lasts until another one is seen, also
+//! transaction that changes the sandbox's record; that one goes on is noted once a `HEARTBEAT`, which is all that a crash
+//! can take away. What is kept is looked at from time to time (`watch`): a level lasts until another one is seen, also
 //! while no daemon runs.
 
 pub mod ledger;
