@@ -62,7 +62,8 @@ fn compute_moves_to_saved_state_and_survives_kill_9() {
 
     let shown = d.run(&["usage"]);
     assert!(shown.out.contains("web") && shown.out.contains("destroyed"), "{shown:?}");
-    assert!(d.run(&["usage", id, "--sessions"]).out.contains("ended"));
+    let shown = d.run(&["usage", id, "--sessions"]);
+    assert!(shown.out.contains("3 cpu, 512 MiB") && !shown.out.contains("running"), "{shown:?}");
 }
 
 #[test]
