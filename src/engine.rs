@@ -175,6 +175,20 @@ impl Shared {
             .map_err(|e| Error::internal(format!("a call of the store did not end: {e}")))?
     }
 
+    /// Makes changes of the store that take effect together, and are durable when this returns; none if `change` fails.
+    pub(crate) async fn transact<T: Send + 'static>(
+        &self,
+        change: impl FnOnce(&mut storage::Transaction<'_>) -> Result<T> + Send + 'static,
+    ) -> Result<T> {
+        let made = self.with_store(move |store| {
+            let mut tx = store.begin();
+            let made = change(&mut tx)?;
+            tx.commit_durable()?;
+            Ok(made)
+        });
+        made.await
+    }
+
     /// Asks for what was written to be packed, some time soon.
     pub(crate) fn want_seal(&self) {
         self.seal_wanted.notify_one();
@@ -331,13 +345,11 @@ impl Engine {
         let shared = self.shared.clone();
         self.detached(async move {
             let (source, base) = resolve_origin(&shared, &request.origin)?;
-            let disk_size_bytes =
-                request.disk_mib.map_or(0, |mib| mib.saturating_mul(1 << 20)).max(base.disk_size_bytes);
             let id = records::new_id("sb");
             let name = request.name.clone().unwrap_or_else(|| id.clone());
             let reservation = shared.registry.reserve_names(std::slice::from_ref(&name))?;
             let state = if request.start { State::Creating } else { State::Paused };
-            let record = record_of(&request, &base, id, name, disk_size_bytes, state);
+            let record = record_of(&request, &base, id, name, state);
             // The commit point: the disk and the record that names it.
             let volumes = match request.volumes.as_slice() {
                 // Nobody waits for a turn to change nothing.
@@ -346,12 +358,10 @@ impl Engine {
             };
             let attached = volumes.as_ref().map(|change| change.records()).unwrap_or_default();
             let record = shared
-                .with_store(move |store| {
+                .transact(move |tx| {
                     let mut record = record;
-                    let mut tx = store.begin();
-                    put_all(&mut tx, &attached)?;
-                    put_sandbox(&mut tx, &mut record, source, base.disk_size_bytes)?;
-                    tx.commit_durable()?;
+                    put_all(tx, &attached)?;
+                    put_sandbox(tx, &mut record, source, base.disk_size_bytes)?;
                     Ok(record)
                 })
                 .await?;
@@ -518,20 +528,13 @@ async fn seal_when_wanted(shared: Arc<Shared>) {
 }
 
 /// The record of a new sandbox, whose disk is still to be made.
-fn record_of(
-    request: &CreateRequest,
-    base: &Base,
-    id: String,
-    name: String,
-    disk_size_bytes: u64,
-    state: State,
-) -> SandboxRecord {
+fn record_of(request: &CreateRequest, base: &Base, id: String, name: String, state: State) -> SandboxRecord {
     SandboxRecord {
         id,
         name,
         state,
         disk: storage::DiskId(0),
-        disk_size_bytes,
+        disk_size_bytes: request.disk_mib.map_or(0, |mib| mib.saturating_mul(1 << 20)).max(base.disk_size_bytes),
         template: base.template.clone(),
         from_snapshot: base.snapshot_id.clone(),
         forked_from: None,

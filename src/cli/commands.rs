@@ -11,9 +11,9 @@ use crate::api::types::{Command, CommandBody, CommandLogsBody, CommandRequestBod
 pub(super) async fn start(client: &Client, out: Out, args: ExecArgs) -> Result<()> {
     let body = CommandRequestBody {
         command: Command::Argv(args.command),
-        cwd: args.cwd,
-        env: Some(args.env.into_iter().collect()),
-        user: args.user,
+        cwd: args.surroundings.cwd,
+        env: Some(args.surroundings.env.into_iter().collect()),
+        user: args.surroundings.user,
         sudo: None,
         timeout_seconds: args.timeout.map(|t| t.as_secs_f64()),
         stdin: None,

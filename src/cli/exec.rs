@@ -30,9 +30,9 @@ pub(super) async fn run(client: &Client, out: Out, args: ExecArgs) -> Result<Exi
     let sandbox = args.target.sandbox;
     let body = ExecBody {
         command: Command::Argv(args.command),
-        cwd: args.cwd,
-        env: Some(args.env.into_iter().collect()),
-        user: args.user,
+        cwd: args.surroundings.cwd,
+        env: Some(args.surroundings.env.into_iter().collect()),
+        user: args.surroundings.user,
         timeout: args.timeout.map(|t| t.as_secs_f64()),
         stdin: with_stdin.then_some(StdinBody::Stream(true)),
         encoding: Some("base64".to_owned()),

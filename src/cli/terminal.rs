@@ -10,7 +10,7 @@ use nix::sys::termios::{SetArg, Termios, cfmakeraw, tcgetattr, tcsetattr};
 use serde_json::{Map, json};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
-use super::args::{ExecArgs, ShellArgs};
+use super::args::{ExecArgs, ShellArgs, Surroundings};
 use super::exec::{pass_on, refusal, stdin_pieces};
 use super::output::{Failure, Result};
 use super::sandbox::path;
@@ -26,20 +26,20 @@ const HUNG_UP: u8 = 128 + 1;
 nix::ioctl_read_bad!(get_size, libc::TIOCGWINSZ, libc::winsize);
 
 pub(super) async fn shell(client: &Client, args: ShellArgs) -> Result<ExitCode> {
-    let wanted = TerminalRequestBody { env: Some(env(args.env)), cwd: args.cwd, user: args.user, ..usual() };
-    run(client, &args.target.sandbox, wanted, true).await
+    run(client, &args.target.sandbox, wanted(args.surroundings, None), true).await
 }
 
 pub(super) async fn exec(client: &Client, args: ExecArgs) -> Result<ExitCode> {
     let typed = args.interactive || !std::io::stdin().is_terminal();
     let command = Some(Command::Argv(args.command));
-    let wanted = TerminalRequestBody { command, env: Some(env(args.env)), cwd: args.cwd, user: args.user, ..usual() };
-    run(client, &args.target.sandbox, wanted, typed).await
+    run(client, &args.target.sandbox, wanted(args.surroundings, command), typed).await
 }
 
-fn usual() -> TerminalRequestBody {
+/// A terminal as large as this one; without a command, with a login shell.
+fn wanted(Surroundings { cwd, env: given, user }: Surroundings, command: Option<Command>) -> TerminalRequestBody {
     let (rows, cols) = size().unzip();
-    TerminalRequestBody { rows, cols, other: Map::new(), ..TerminalRequestBody::default() }
+    let other = Map::new();
+    TerminalRequestBody { command, cwd, env: Some(env(given)), user, rows, cols, other, ..Default::default() }
 }
 
 /// With the kind of this terminal.

@@ -174,13 +174,7 @@ impl Batch {
             record.clone()
         };
         self.tell();
-        shared
-            .with_store(move |store| {
-                let mut tx = store.begin();
-                put_all(&mut tx, &[record])?;
-                Ok(tx.commit_durable()?)
-            })
-            .await
+        shared.transact(move |tx| put_all(tx, &[record])).await
     }
 
     async fn outcome(&self, shared: &Shared, index: usize, outcome: BatchOutcome) {
@@ -343,7 +337,6 @@ impl Engine {
         let shared = self.shared.clone();
         self.detached(async move {
             let (source, base) = resolve_origin(&shared, &each.origin)?;
-            let size = each.disk_mib.map_or(0, |mib| mib.saturating_mul(1 << 20)).max(base.disk_size_bytes);
             let ids: Vec<String> = (0..count).map(|_| new_id("sb")).collect();
             let names: Vec<String> = match &each.name {
                 None => ids.clone(),
@@ -352,7 +345,7 @@ impl Engine {
             let reservation = shared.registry.reserve_names(&names)?;
             let sandboxes = ids.iter().zip(names);
             let sandboxes: Vec<_> =
-                sandboxes.map(|(id, name)| record_of(&each, &base, id.clone(), name, size, State::Paused)).collect();
+                sandboxes.map(|(id, name)| record_of(&each, &base, id.clone(), name, State::Paused)).collect();
             let batch = BatchRecord {
                 id: new_id("batch"),
                 concurrency,
@@ -372,14 +365,13 @@ impl Engine {
             let forgotten = too_old.clone();
             // The commit point: before it there is none, after it there are all.
             let (sandboxes, batch) = shared
-                .with_store(move |store| {
-                    let (mut sandboxes, mut tx) = (sandboxes, store.begin());
+                .transact(move |tx| {
+                    let mut sandboxes = sandboxes;
                     for record in &mut sandboxes {
-                        put_sandbox(&mut tx, record, source, base.disk_size_bytes)?;
+                        put_sandbox(tx, record, source, base.disk_size_bytes)?;
                     }
-                    put_all(&mut tx, std::slice::from_ref(&batch))?;
+                    put_all(tx, std::slice::from_ref(&batch))?;
                     too_old.iter().for_each(|id| tx.delete_record(BatchRecord::KIND, id));
-                    tx.commit_durable()?;
                     Ok((sandboxes, batch))
                 })
                 .await?;

@@ -185,12 +185,10 @@ impl Sandbox {
             last_error: None,
             ..self.record()
         };
-        let restored = self.shared.with_store(move |store| {
-            let mut tx = store.begin();
+        let restored = self.shared.transact(move |tx| {
             tx.delete_disk(record.disk);
             record.disk = tx.fork(Source::Snapshot(snapshot.snapshot), &record.id);
             tx.put_record(SandboxRecord::KIND, &record.id, record.encode()?);
-            tx.commit_durable()?;
             Ok(record)
         });
         match restored.await {

@@ -3,15 +3,13 @@
 //! The name is a record of its own that points at the snapshot's. A snapshot that is taken for a name is durable together
 //! with it, and goes with it.
 
-use std::sync::Arc;
-
 use jiff::Timestamp;
 
+use super::Engine;
 use super::checkpoint::SnapshotRequest;
 use super::error::Result;
 use super::records::{NamedSnapshotRecord, Record, SandboxRecord, SnapshotRecord, put_all};
 use super::registry::no_name;
-use super::{Engine, Shared};
 
 /// A name, and the snapshot that it keeps.
 #[derive(Debug, Clone)]
@@ -83,7 +81,8 @@ impl Engine {
                     let (snapshot_id, created_at) = (snapshot.id.clone(), Timestamp::now());
                     let record = NamedSnapshotRecord { name, snapshot_id, taken: false, created_at };
                     shared.registry.pin_snapshot(&naming, &record)?;
-                    if let Err(error) = save(&shared, record.clone()).await {
+                    let kept = record.clone();
+                    if let Err(error) = shared.transact(move |tx| put_all(tx, &[kept])).await {
                         let _ = shared.registry.take_named(&record.name);
                         return Err(error);
                     }
@@ -113,14 +112,13 @@ impl Engine {
         self.detached(async move {
             let (record, goes) = shared.registry.take_named(&named.record.name)?;
             let (key, deleted) = (record.name.clone(), goes.clone());
-            let gone = shared.with_store(move |store| {
-                let mut tx = store.begin();
+            let gone = shared.transact(move |tx| {
                 tx.delete_record(NamedSnapshotRecord::KIND, &key);
                 if let Some(snapshot) = deleted {
                     tx.delete_snapshot(snapshot.snapshot);
                     tx.delete_record(SnapshotRecord::KIND, &snapshot.id);
                 }
-                Ok(tx.commit_durable()?)
+                Ok(())
             });
             if let Err(error) = gone.await {
                 goes.into_iter().for_each(|snapshot| shared.registry.insert_snapshot(snapshot));
@@ -137,14 +135,4 @@ impl Engine {
         })
         .await
     }
-}
-
-async fn save(shared: &Arc<Shared>, record: NamedSnapshotRecord) -> Result<()> {
-    shared
-        .with_store(move |store| {
-            let mut tx = store.begin();
-            put_all(&mut tx, &[record])?;
-            Ok(tx.commit_durable()?)
-        })
-        .await
 }

@@ -205,11 +205,10 @@ impl Sandbox {
     pub(super) async fn save_as(&self, record: SandboxRecord) -> Result<()> {
         let usage = self.shared.clone();
         self.shared
-            .with_store(move |store| {
-                let mut tx = store.begin();
+            .transact(move |tx| {
                 tx.put_record(SandboxRecord::KIND, &record.id, record.encode()?);
-                usage.usage.put(&mut tx, &record.id)?;
-                Ok(tx.commit_durable()?)
+                usage.usage.put(tx, &record.id)?;
+                Ok(())
             })
             .await
     }
@@ -447,13 +446,12 @@ impl Sandbox {
         let changed = volumes.as_ref().map(|change| change.records()).unwrap_or_default();
         let removed = self
             .shared
-            .with_store(move |store| {
-                let mut tx = store.begin();
-                put_all(&mut tx, &changed)?;
+            .transact(move |tx| {
+                put_all(tx, &changed)?;
                 tx.delete_disk(to_save.disk);
                 tx.put_record(SandboxRecord::KIND, &to_save.id, to_save.encode()?);
-                usage.usage.put(&mut tx, &to_save.id)?;
-                Ok(tx.commit_durable()?)
+                usage.usage.put(tx, &to_save.id)?;
+                Ok(())
             })
             .await;
         if let Err(error) = removed {
@@ -535,12 +533,11 @@ async fn forget_long_destroyed(shared: &Arc<Shared>) {
     let ids: Vec<_> = gone.drain(..gone.len() - REMEMBERED_DESTROYED).map(|(_, id)| id).collect();
     let keys = ids.clone();
     let deleted = shared
-        .with_store(move |store| {
-            let mut tx = store.begin();
+        .transact(move |tx| {
             for key in &keys {
                 tx.delete_record(SandboxRecord::KIND, key);
             }
-            Ok(tx.commit_durable()?)
+            Ok(())
         })
         .await;
     match deleted {

@@ -162,11 +162,10 @@ async fn delete(shared: &Arc<Shared>, id: &str) -> Result<SnapshotRecord> {
     let record = shared.registry.take_snapshot(id)?;
     let (state, key) = (record.snapshot, record.id.clone());
     let deleted = shared
-        .with_store(move |store| {
-            let mut tx = store.begin();
+        .transact(move |tx| {
             tx.delete_snapshot(state);
             tx.delete_record(SnapshotRecord::KIND, &key);
-            Ok(tx.commit_durable()?)
+            Ok(())
         })
         .await;
     if let Err(error) = deleted {

@@ -166,13 +166,12 @@ async fn write(shared: &Arc<Shared>, changed: Vec<String>, gone: Vec<String>) ->
     }
     let writing = shared.clone();
     shared
-        .with_store(move |store| {
-            let mut tx = store.begin();
+        .transact(move |tx| {
             for id in &changed {
-                writing.usage.put(&mut tx, id)?;
+                writing.usage.put(tx, id)?;
             }
             gone.iter().for_each(|id| tx.delete_record(LedgerRecord::KIND, id));
-            Ok(tx.commit_durable()?)
+            Ok(())
         })
         .await
 }

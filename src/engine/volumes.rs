@@ -377,11 +377,10 @@ impl Engine {
             refuse_attached(&shared, &record)?;
             let (disk, id) = (record.disk, record.id.clone());
             shared
-                .with_store(move |store| {
-                    let mut tx = store.begin();
+                .transact(move |tx| {
                     tx.delete_disk(disk);
                     tx.delete_record(VolumeRecord::KIND, &id);
-                    Ok(tx.commit_durable()?)
+                    Ok(())
                 })
                 .await?;
             shared.volumes.known.lock().volumes.remove(&record.id);
@@ -479,11 +478,10 @@ impl Engine {
             let record = shared.volumes.find_snapshot(&key, None)?;
             let (state, id): (SnapshotId, String) = (record.snapshot, record.id.clone());
             shared
-                .with_store(move |store| {
-                    let mut tx = store.begin();
+                .transact(move |tx| {
                     tx.delete_snapshot(state);
                     tx.delete_record(VolumeSnapshotRecord::KIND, &id);
-                    Ok(tx.commit_durable()?)
+                    Ok(())
                 })
                 .await?;
             shared.volumes.known.lock().snapshots.remove(&record.id);
@@ -500,13 +498,11 @@ impl Engine {
             let mut record = shared.volumes.find(&key)?;
             let snapshot = shared.volumes.find_snapshot(&snapshot, Some(&record.id))?;
             refuse_attached(&shared, &record)?;
-            let restored = shared.with_store(move |store| {
-                let mut tx = store.begin();
+            let restored = shared.transact(move |tx| {
                 tx.delete_disk(record.disk);
                 record.disk = tx.fork(Source::Snapshot(snapshot.snapshot), &record.id);
                 record.size_bytes = snapshot.size_bytes;
-                put_all(&mut tx, std::slice::from_ref(&record))?;
-                tx.commit_durable()?;
+                put_all(tx, std::slice::from_ref(&record))?;
                 Ok(record)
             });
             let record = restored.await?;
@@ -521,10 +517,8 @@ impl Engine {
 async fn save(shared: &Shared, change: Change<'_>) -> Result<VolumeRecord> {
     let records = change.records();
     let record = shared
-        .with_store(move |store| {
-            let mut tx = store.begin();
-            put_all(&mut tx, &records)?;
-            tx.commit_durable()?;
+        .transact(move |tx| {
+            put_all(tx, &records)?;
             records.into_iter().next().ok_or_else(|| Error::internal("a change of no volume"))
         })
         .await?;
@@ -565,11 +559,9 @@ async fn copy_of(
     record.size_bytes = snapshot.size_bytes;
     record.from_snapshot = Some(snapshot.id);
     shared
-        .with_store(move |store| {
-            let mut tx = store.begin();
+        .transact(move |tx| {
             record.disk = tx.fork(Source::Snapshot(snapshot.snapshot), &record.id);
-            put_all(&mut tx, std::slice::from_ref(&record))?;
-            tx.commit_durable()?;
+            put_all(tx, std::slice::from_ref(&record))?;
             Ok(record)
         })
         .await

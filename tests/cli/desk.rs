@@ -51,6 +51,16 @@ impl Desk {
         }
     }
 
+    /// Starts a program at the shell there, and interrupts it with the key for that.
+    pub fn interrupt_a_program(&mut self) {
+        self.type_in(
+            "sh -c 'trap \"echo caught $((6 * 7)); exit\" INT; echo up $((6 * 7)); while :; do sleep 0.1; done'\n",
+        );
+        self.until("up 42");
+        self.type_in("\u{3}");
+        self.until("caught 42");
+    }
+
     /// Its exit code; what it writes meanwhile is not looked at.
     pub fn ended(&mut self) -> Option<i32> {
         let until = Instant::now() + Duration::from_millis(PATIENCE.into());

@@ -159,12 +159,9 @@ pub struct CreateArgs {
     pub wait: bool,
 }
 
-/// `miosa sandbox exec`
+/// What a program finds when it starts
 #[derive(Debug, Args)]
-pub struct ExecArgs {
-    /// The sandbox
-    #[command(flatten)]
-    pub target: Target,
+pub struct Surroundings {
     /// Working directory
     #[arg(long, value_name = "DIR")]
     pub cwd: Option<String>,
@@ -174,6 +171,16 @@ pub struct ExecArgs {
     /// Run as this user
     #[arg(long)]
     pub user: Option<String>,
+}
+
+/// `miosa sandbox exec`
+#[derive(Debug, Args)]
+pub struct ExecArgs {
+    /// The sandbox
+    #[command(flatten)]
+    pub target: Target,
+    #[command(flatten)]
+    pub surroundings: Surroundings,
     /// Kill the command after this long (exit code 124)
     #[arg(long, value_parser = parse_duration, value_name = "DURATION")]
     pub timeout: Option<Duration>,
@@ -214,15 +221,8 @@ pub struct ShellArgs {
     /// The sandbox
     #[command(flatten)]
     pub target: Target,
-    /// Working directory
-    #[arg(long, value_name = "DIR")]
-    pub cwd: Option<String>,
-    /// Added to the environment
-    #[arg(long, value_parser = parse_env, value_name = "NAME=VALUE")]
-    pub env: Vec<(String, String)>,
-    /// Run as this user
-    #[arg(long)]
-    pub user: Option<String>,
+    #[command(flatten)]
+    pub surroundings: Surroundings,
 }
 
 /// `miosa sandbox port-forward`

@@ -421,11 +421,10 @@ impl Bench {
         drop(owner);
         self.engine
             .shared
-            .with_store(move |store| {
-                let mut tx = store.begin();
+            .transact(move |tx| {
                 tx.delete_snapshot(snapshot);
                 tx.delete_record(StepRecord::KIND, &key);
-                Ok(tx.commit_durable()?)
+                Ok(())
             })
             .await?;
         Err(Error::new(Kind::AgentTimeout, "the guest's file system could not be frozen, so its state is not certain")
