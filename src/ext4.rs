@@ -81,8 +81,17 @@ impl From<fs_ext4::error::Error> for Error {
 
 /// Runs what reads an image; a panic, which would be a defect of the library, is an error.
 pub fn contained<T>(read: impl FnOnce() -> Result<T>) -> Result<T> {
-    let done = std::panic::catch_unwind(std::panic::AssertUnwindSafe(read));
-    done.unwrap_or_else(|_| Err(Error::Unreadable("its file system is damaged in a way that reading it fails".into())))
+    caught(read).unwrap_or_else(Err)
+}
+
+/// [`contained`], for what also writes elsewhere; that can fail by itself.
+pub fn contained_copy<T>(copy: impl FnOnce() -> std::io::Result<Result<T>>) -> std::io::Result<Result<T>> {
+    caught(copy).unwrap_or_else(|damaged| Ok(Err(damaged)))
+}
+
+fn caught<T>(work: impl FnOnce() -> T) -> Result<T> {
+    std::panic::catch_unwind(std::panic::AssertUnwindSafe(work))
+        .map_err(|_| Error::Unreadable("its file system is damaged in a way that reading it fails".into()))
 }
 
 /// What a file is.

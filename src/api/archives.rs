@@ -1,29 +1,25 @@
 //! Routes of archives and of the report: see [`crate::disks`].
 
-use std::io::Read;
+use std::io::{self, Read};
 use std::sync::Arc;
 
-use axum::body::Body;
 use axum::extract::{Request, State as AppState};
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use bytes::{Buf, Bytes};
-use futures_util::{StreamExt, stream};
+use futures_util::StreamExt;
 use tokio::sync::mpsc;
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
 use super::client;
-use super::contents::{Pieces, settle};
+use super::contents::{settle, stream_of};
 use super::disks::{DRAIN, blocking};
 use super::server::{Answer, ApiError, Params, Path, data, flag};
 use super::types::{Envelope, SnapshotBody};
 use crate::disks::{DiskView, Disks, Report};
 use crate::engine::Engine;
 use crate::engine::error::{Error, Kind, Result};
-
-/// Bytes of an archive that are sent at a time.
-const PIECE: usize = 256 << 10;
 
 #[derive(Clone)]
 struct Archives {
@@ -62,15 +58,10 @@ async fn snapshot_archive(at: AppState<Archives>, key: Path<String>) -> std::res
 async fn archive(AppState(at): AppState<Archives>, Path(key): Path<String>) -> std::result::Result<Response, ApiError> {
     settle(at.engine.as_ref(), &key).await?;
     let export = blocking(move || at.disks.archive(&key)).await?;
-    let (to, from) = mpsc::channel(4);
-    tokio::task::spawn_blocking(move || {
-        let mut pieces = std::io::BufWriter::with_capacity(PIECE, Pieces(to.clone()));
-        if let Err(error) = export.write(&mut pieces) {
-            tracing::error!(%error, "an archive broke off");
-            let _ = to.blocking_send(Err(std::io::Error::other(error.to_string())));
-        }
+    let body = stream_of("an archive", move |to| match export.write(to) {
+        Ok(_) => Ok(()),
+        Err(error) => Err(io::Error::other(error.to_string())),
     });
-    let body = Body::from_stream(stream::unfold(from, |mut from| async move { Some((from.recv().await?, from)) }));
     Ok(([(header::CONTENT_TYPE, client::MIOSA_ARCHIVE)], body).into_response())
 }
 

@@ -1,7 +1,7 @@
 //! Routes of the files on disks and snapshots: lists, content and differences, without booting anything.
 
 use std::collections::BTreeMap;
-use std::io::Write;
+use std::io::{self, Write};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -234,7 +234,7 @@ async fn publish(
     let flag = given_up.0.clone();
     let image = blocking(move || at.disks.publish(&from, base.as_deref(), &request, &flag)).await?;
     let (size, name, digest) = (image.size_bytes(), image.name(), image.digest());
-    let mut response = stream_of(move |to| image.write(to)).into_response();
+    let mut response = stream_of("an image", move |to| image.write(to)).into_response();
     let headers = response.headers_mut();
     headers.insert(header::CONTENT_TYPE, HeaderValue::from_static(client::ARCHIVE));
     headers.insert(header::CONTENT_LENGTH, HeaderValue::from(size));
@@ -255,32 +255,28 @@ impl Drop for GivenUp {
 }
 
 /// A body of what `write` writes in a thread of its own. What fails on the way breaks the body off.
-fn stream_of(write: impl FnOnce(&mut dyn Write) -> std::io::Result<()> + Send + 'static) -> Body {
+pub(super) fn stream_of(
+    what: &'static str,
+    write: impl FnOnce(&mut dyn Write) -> io::Result<()> + Send + 'static,
+) -> Body {
     let (to, from) = mpsc::channel(4);
     tokio::task::spawn_blocking(move || {
-        let mut pieces = std::io::BufWriter::with_capacity(PIECE, Pieces(to.clone()));
+        let mut pieces = io::BufWriter::with_capacity(PIECE, Pieces(to.clone()));
         if let Err(error) = write(&mut pieces).and_then(|()| pieces.flush())
-            && error.kind() != std::io::ErrorKind::BrokenPipe
+            && error.kind() != io::ErrorKind::BrokenPipe
         {
-            tracing::error!(%error, "an answer broke off");
+            tracing::error!(%error, "{what} broke off");
             let _ = to.blocking_send(Err(error));
         }
     });
     Body::from_stream(stream::unfold(from, |mut from| async move { Some((from.recv().await?, from)) }))
 }
 
-/// A file's bytes, or an archive. What fails on the way breaks the body off.
+/// A file's bytes, or an archive.
 fn send(content: Content) -> Response {
-    let (size, (to, from)) = (content.size_bytes(), mpsc::channel(4));
+    let size = content.size_bytes();
     let kind = if size.is_some() { client::BYTES } else { client::ARCHIVE };
-    tokio::task::spawn_blocking(move || {
-        let pieces = std::io::BufWriter::with_capacity(PIECE, Pieces(to.clone()));
-        if let Ok(Err(error)) = content.write(pieces) {
-            tracing::error!(%error, "files could not be read to their end");
-            let _ = to.blocking_send(Err(std::io::Error::other(error.to_string())));
-        }
-    });
-    let body = Body::from_stream(stream::unfold(from, |mut from| async move { Some((from.recv().await?, from)) }));
+    let body = stream_of("reading files", move |to| content.write(to)?.map_err(|e| io::Error::other(e.to_string())));
     let mut response = ([(header::CONTENT_TYPE, kind)], body).into_response();
     if let Some(size) = size {
         response.headers_mut().insert(header::CONTENT_LENGTH, HeaderValue::from(size));
@@ -289,15 +285,15 @@ fn send(content: Content) -> Response {
 }
 
 /// What is written becomes pieces of a body.
-pub(super) struct Pieces(pub(super) mpsc::Sender<std::io::Result<Bytes>>);
+struct Pieces(mpsc::Sender<io::Result<Bytes>>);
 
 impl Write for Pieces {
-    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         let sent = self.0.blocking_send(Ok(Bytes::copy_from_slice(bytes)));
-        sent.map(|()| bytes.len()).map_err(|_| std::io::ErrorKind::BrokenPipe.into())
+        sent.map(|()| bytes.len()).map_err(|_| io::ErrorKind::BrokenPipe.into())
     }
 
-    fn flush(&mut self) -> std::io::Result<()> {
+    fn flush(&mut self) -> io::Result<()> {
         Ok(())
     }
 }

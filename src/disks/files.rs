@@ -12,7 +12,7 @@ use crate::engine::error::{Error, Kind, Result};
 use crate::engine::lifecycle::State;
 use crate::engine::records::{Record, SandboxRecord, SnapshotRecord, TemplateRecord, load_all};
 use crate::ext4::diff::FileDiff;
-use crate::ext4::{self, File, FileSystem, Node, archive, contained};
+use crate::ext4::{self, File, FileSystem, Node, archive, contained, contained_copy};
 
 /// Most files of one list.
 const MAX_LISTED: usize = 500_000;
@@ -162,18 +162,7 @@ impl Content {
     pub fn write(self, mut to: impl Write) -> std::io::Result<Result<()>> {
         let Content { still, fs, what } = self;
         let done = match what {
-            What::Archive(node, name) => {
-                let mut written = Ok(());
-                let read = contained(|| match archive::write(&fs, *node, &name, &mut to) {
-                    Ok(read) => read,
-                    Err(error) => {
-                        written = Err(error);
-                        Ok(())
-                    }
-                });
-                written?;
-                read
-            }
+            What::Archive(node, name) => contained_copy(|| archive::write(&fs, *node, &name, &mut to))?,
             What::File(file) => {
                 let mut buffer = vec![0; PIECE];
                 let mut at = 0;

@@ -11,7 +11,7 @@ use super::Disks;
 use super::files::Still;
 use crate::engine::error::{Error, Kind, Result};
 use crate::engine::records::slug;
-use crate::ext4::{self, archive, contained};
+use crate::ext4::{self, archive, contained, contained_copy};
 use crate::oci::{self, Compression, Image, Layer, Settings};
 
 /// What becomes an image, and how it wants to be run.
@@ -88,15 +88,7 @@ impl Disks {
         let fs = from.open()?;
         let note = format!("miosa: {path} of {}", from.name());
         let kept = Layer::keep(&self.dir, compression, &note, given_up, |mut to: &mut dyn Write| {
-            let mut written = Ok(());
-            let read = contained(|| match archive::write_layer(&fs, path, alone, &mut to) {
-                Ok(read) => read,
-                Err(error) => {
-                    written = Err(error);
-                    Ok(())
-                }
-            });
-            written.map(|()| read)
+            contained_copy(|| archive::write_layer(&fs, path, alone, &mut to))
         });
         let (read, layer) = kept.map_err(|e| unkept(&e))?;
         read?;

@@ -10,11 +10,9 @@ use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::Response;
 use bytes::{Buf, Bytes};
 use flate2::write::GzEncoder;
-use futures_util::stream;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 use tokio::runtime::Handle;
-use tokio::sync::mpsc;
 use utoipa::ToSchema;
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
@@ -24,7 +22,7 @@ use super::answer::{ApiError, data};
 use super::files::streamed;
 use super::request::{JsonBody, Path, refuse_unsupported};
 use crate::api::client::escape;
-use crate::api::contents::Pieces;
+use crate::api::contents::stream_of;
 use crate::api::types::{Envelope, FileBody};
 use crate::engine::error::{Error, Kind, Result};
 use crate::engine::{Engine, FileKind, GuestReader};
@@ -177,21 +175,12 @@ impl Export {
 
 /// An archive that is made as it is read. What fails on the way breaks it off.
 fn archive(engine: Arc<Engine>, id: String, files: Vec<FileBody>) -> Body {
-    let (to, from) = mpsc::channel(4);
     let runtime = Handle::current();
-    tokio::task::spawn_blocking(move || {
-        let pieces = io::BufWriter::with_capacity(PIECE, Pieces(to.clone()));
-        let mut archive = tar::Builder::new(GzEncoder::new(pieces, flate2::Compression::fast()));
-        let written = files.iter().try_for_each(|file| add(&mut archive, &runtime, &engine, &id, file));
-        let done = written.and_then(|()| archive.into_inner()?.finish()?.flush());
-        if let Err(error) = done
-            && error.kind() != io::ErrorKind::BrokenPipe
-        {
-            tracing::warn!(%error, "an export broke off");
-            let _ = to.blocking_send(Err(error));
-        }
-    });
-    Body::from_stream(stream::unfold(from, |mut from| async move { Some((from.recv().await?, from)) }))
+    stream_of("an export", move |to| {
+        let mut archive = tar::Builder::new(GzEncoder::new(to, flate2::Compression::fast()));
+        files.iter().try_for_each(|file| add(&mut archive, &runtime, &engine, &id, file))?;
+        archive.into_inner()?.finish().map(drop)
+    })
 }
 
 fn add(
