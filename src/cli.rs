@@ -18,6 +18,7 @@ mod images;
 mod logs;
 mod output;
 mod ports;
+mod previews;
 mod publish;
 mod report;
 mod sandbox;

@@ -4,7 +4,9 @@ mod settings;
 
 use std::path::{Path, PathBuf};
 
-pub use settings::{AccelArg, Config, ConfigError, DiskFrontendArg, Flags, LogFormat, Mib, NetworkArg, Span, VmmArg};
+pub use settings::{
+    AccelArg, Config, ConfigError, DiskFrontendArg, Flags, LogFormat, Mib, NetworkArg, PreviewListen, Span, VmmArg,
+};
 
 /// The state directory, unless told otherwise: the system's for root, the user's own for everybody else.
 pub fn default_state_dir() -> PathBuf {

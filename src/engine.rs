@@ -24,6 +24,7 @@ pub mod lifecycle;
 mod metrics;
 mod named;
 mod ports;
+mod previews;
 pub mod recipe;
 pub mod records;
 mod recover;
@@ -69,6 +70,8 @@ pub use files::GuestTreeWriter;
 pub(crate) use guest::check_env;
 pub use guest::{ExecSpec, GuestReader, GuestWriter, RunningExec};
 pub use ports::PortConnection;
+pub(crate) use previews::check_ports;
+pub use previews::{CreatePreview, Preview, Scope, TOKEN as PREVIEW_TOKEN, token_end};
 pub use setup::{GuestFile, GuestSetup};
 pub use snapshots::{Deleted, LineageNode, NodeKind};
 pub use template::{
@@ -96,6 +99,8 @@ pub struct Settings {
     pub kernel_args: Vec<String>,
     /// What every guest is given.
     pub guest: GuestSetup,
+    /// Host and port under which previews are served, such as `localhost:7080`; none: they are not.
+    pub previews: Option<String>,
     /// From the start of a machine to its agent's answer.
     pub boot_deadline: Duration,
     /// For an orderly shutdown; a guest that takes longer is killed.
@@ -119,6 +124,7 @@ impl Default for Settings {
             network: vmm::Network::User,
             kernel_args: Vec::new(),
             guest: GuestSetup::default(),
+            previews: None,
             boot_deadline: Duration::from_secs(120),
             stop_deadline: Duration::from_secs(45),
             agent_deadline: Duration::from_secs(30),
@@ -227,6 +233,8 @@ pub struct SandboxView {
     pub timeout_remaining: Option<Duration>,
     /// What all sessions had, the present one too.
     pub compute: Compute,
+    /// The address that opens its first preview.
+    pub preview_url: Option<String>,
 }
 
 /// What a new sandbox starts from.
@@ -277,6 +285,8 @@ pub struct CreateRequest {
     pub tags: Vec<String>,
     /// Volumes that it has from the start.
     pub volumes: Vec<Attach>,
+    /// Ports that have previews from the start.
+    pub publish_ports: Vec<u16>,
     /// Start a session; without, the sandbox is paused.
     pub start: bool,
     /// Answer when the agent answers, not before.
@@ -548,6 +558,7 @@ fn record_of(request: &CreateRequest, base: &Base, id: String, name: String, sta
         image: base.image.clone(),
         metadata: request.metadata.clone(),
         tags: request.tags.clone(),
+        previews: previews::published(&request.publish_ports),
         unclean: base.unclean,
         last_error: None,
         machine_id: records::new_machine_id(),

@@ -8,8 +8,10 @@
 mod disks;
 mod images;
 mod listen;
+mod proxy;
 
 use std::fs::File;
+use std::net::{Ipv4Addr, SocketAddr};
 use std::os::unix::fs::DirBuilderExt;
 use std::path::Path;
 use std::sync::Arc;
@@ -17,15 +19,19 @@ use std::time::Duration;
 
 use nix::fcntl::{Flock, FlockArg};
 use nix::sys::stat::{Mode, umask};
+use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 
 use crate::api::server::{self, Defaults, Keys};
-use crate::config::{self, AccelArg, Config, NetworkArg, StateDir, VmmArg};
+use crate::config::{self, AccelArg, Config, NetworkArg, PreviewListen, StateDir, VmmArg};
 use crate::disks::Disks;
 use crate::engine::{self, Engine, GuestFile, GuestSetup, Parts, Settings, TemplateBuilder};
 use listen::{Callers, Door};
+
+/// Where previews are served if nothing was told.
+const PREVIEW_PORT: u16 = 7080;
 
 /// Beyond what guests may take to shut down: for flushing and closing.
 const CLOSING: Duration = Duration::from_secs(15);
@@ -137,6 +143,7 @@ async fn serve(config: &Config, state: &StateDir, store: storage::Store) -> Resu
             (Arc::new(vmm::FakeVmm::new(guests)), Arc::new(images::FakeImages { work: state.boot() }))
         }
     };
+    let previews = bind_previews(config).await?;
     let users_disks = Disks::open(store.clone(), state.attached(), true)?;
     let disks = disks::open(config.disk_frontend, config.vmm, &state.fuse(), users_disks.traffic().clone())?;
     let settings = Settings {
@@ -153,6 +160,7 @@ async fn serve(config: &Config, state: &StateDir, store: storage::Store) -> Resu
         },
         kernel_args: config.kernel_args.clone(),
         guest: guest_setup(config),
+        previews: previews.as_ref().and_then(|l| l.local_addr().ok()).map(|at| format!("localhost:{}", at.port())),
         boot_deadline: config.boot_timeout.0,
         stop_deadline: config.stop_timeout.0,
         ..Settings::default()
@@ -160,7 +168,7 @@ async fn serve(config: &Config, state: &StateDir, store: storage::Store) -> Resu
     settings.guest.check()?;
     let engine = Engine::open(Parts { store, vmm, disks, templates, settings }).await?;
 
-    let served = listen(config, state, engine, users_disks).await;
+    let served = listen(config, state, engine, users_disks, previews).await;
     // Only ours: the lock says that no other daemon has put one there.
     let _ = std::fs::remove_file(state.socket());
     served
@@ -175,7 +183,33 @@ fn guest_setup(config: &Config) -> GuestSetup {
     }
 }
 
-async fn listen(config: &Config, state: &StateDir, engine: Arc<Engine>, users_disks: Arc<Disks>) -> Result<(), Error> {
+/// Where previews are served. One that was not told can be another's already: then it is any that is free.
+async fn bind_previews(config: &Config) -> Result<Option<TcpListener>, Error> {
+    let failed = |address, e| {
+        Error::new(4, "listen", format!("could not listen on {address} for previews: {e}"))
+            .hint("name another: --preview-listen ADDRESS:PORT, or 'none'")
+    };
+    match config.preview_listen {
+        PreviewListen::None => Ok(None),
+        PreviewListen::At(address) => listen::bind_tcp(address).await.map(Some).map_err(|e| failed(address, e)),
+        PreviewListen::Auto => {
+            let usual = SocketAddr::from((Ipv4Addr::LOCALHOST, PREVIEW_PORT));
+            if let Ok(listener) = listen::bind_tcp(usual).await {
+                return Ok(Some(listener));
+            }
+            let any = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
+            listen::bind_tcp(any).await.map(Some).map_err(|e| failed(any, e))
+        }
+    }
+}
+
+async fn listen(
+    config: &Config,
+    state: &StateDir,
+    engine: Arc<Engine>,
+    users_disks: Arc<Disks>,
+    previews: Option<TcpListener>,
+) -> Result<(), Error> {
     let socket = state.socket();
     let failed = |e: std::io::Error| Error::file("listen on", &socket, &e);
     let mut terminate = signal(SignalKind::terminate()).map_err(failed)?;
@@ -202,10 +236,18 @@ async fn listen(config: &Config, state: &StateDir, engine: Arc<Engine>, users_di
         })?;
         // Told as it is: port 0 asks for any.
         let address = listener.local_addr().unwrap_or(address);
-        let remote = Arc::new(Door::new(server::locked(routes, keys), config.max_connections, ending));
+        let remote = Arc::new(Door::new(server::locked(routes, keys), config.max_connections, ending.clone()));
         doors.push(remote.clone());
         serving.spawn(async move { remote.serve_tcp(listener).await });
         tracing::info!(%address, "listening");
+    }
+    if let Some(listener) = previews {
+        if let Ok(address) = listener.local_addr() {
+            tracing::info!(%address, "previews are served");
+        }
+        let door = Arc::new(Door::new(proxy::routes(engine.clone()), config.max_connections, ending));
+        doors.push(door.clone());
+        serving.spawn(async move { door.serve_tcp(listener).await });
     }
     tracing::info!(socket = %socket.display(), version = env!("CARGO_PKG_VERSION"), "ready");
     // Nobody listens for this unless systemd started us.

@@ -11,6 +11,8 @@ mod errors;
 mod listen;
 #[path = "cli/ports.rs"]
 mod ports;
+#[path = "cli/previews.rs"]
+mod previews;
 #[path = "cli/story.rs"]
 mod story;
 #[path = "cli/support.rs"]

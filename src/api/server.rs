@@ -21,6 +21,7 @@ mod named;
 mod openapi;
 mod paths;
 mod ports;
+mod previews;
 mod processes;
 mod request;
 mod sandboxes;
@@ -93,6 +94,7 @@ pub fn router(engine: Arc<Engine>, disks: Arc<Disks>, defaults: Defaults) -> Rou
         .merge(exports::routes())
         .merge(paths::routes())
         .merge(ports::routes())
+        .merge(previews::routes())
         .merge(templates::routes())
         .merge(volumes::routes())
         .merge(super::archives::routes(disks.clone(), Some(engine.clone())))

@@ -1,6 +1,7 @@
 //! What goes over the wire. Field names are those of the public API; a field that is not there yet is not sent.
 
 mod batch;
+mod preview;
 mod process;
 mod template;
 mod terminal;
@@ -15,6 +16,7 @@ use serde_json::{Map, Value};
 use utoipa::ToSchema;
 
 pub use batch::*;
+pub use preview::*;
 pub use process::*;
 pub use template::*;
 pub use terminal::*;
@@ -185,7 +187,7 @@ pub struct SandboxBody {
 
 impl From<SandboxView> for SandboxBody {
     fn from(view: SandboxView) -> Self {
-        let SandboxView { record: r, timeout_remaining, compute } = view;
+        let SandboxView { record: r, timeout_remaining, compute, preview_url } = view;
         Self {
             slug: slug(&r.name),
             ready: r.state == State::Running,
@@ -203,7 +205,7 @@ impl From<SandboxView> for SandboxBody {
             persistent: r.persistent,
             boot_path: r.boot_ms.map(|_| "cold".to_owned()),
             boot_ms: r.boot_ms,
-            preview_url: None,
+            preview_url,
             network_policy: r.network_policy,
             metadata: r.metadata,
             tags: r.tags,
@@ -325,6 +327,9 @@ pub struct CreateBody {
     /// Volumes that it has from the start.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub volumes: Option<Vec<AttachVolumeBody>>,
+    /// Ports that have previews from the start.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub publish_ports: Option<Vec<u16>>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub auto_start: Option<bool>,
     /// Whatever else the request has; see [`unsupported`].

@@ -45,6 +45,10 @@ const EXAMPLES: &[(&str, &str)] = &[
     ("sandbox download", "miosa sandbox download web /workspace/app.js --output ./app.js"),
     ("sandbox wait", "miosa sandbox wait web --port 3000"),
     ("sandbox port-forward", "miosa sandbox port-forward web --remote 3000 --local 8080"),
+    (
+        "sandbox preview",
+        "miosa sandbox preview web --port 3000\nmiosa sandbox preview web --port 3000 --expires 1h --read-only\nmiosa sandbox preview web --list",
+    ),
     ("sandbox logs", "miosa sandbox logs web\nmiosa sandbox logs web --follow"),
     ("sandbox stop", "miosa sandbox stop web"),
     ("sandbox resume", "miosa sandbox resume web"),

@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 
 use super::args::{CreateArgs, ForkArgs, SandboxCommand, SnapshotArgs, SnapshotTarget, SnapshotsCommand, WaitArgs};
 use super::output::{Failure, Out, Result};
-use super::{archives, commands, contents, exec, files, logs, ports, terminal, transfer};
+use super::{archives, commands, contents, exec, files, logs, ports, previews, terminal, transfer};
 use crate::api::client::{Client, escape};
 use crate::api::types::{
     CreateBody, ExtendBody, ForkBody, PortStateBody, SandboxBody, SnapshotBody, SnapshotRequestBody,
@@ -35,6 +35,7 @@ pub(super) async fn run(client: &Client, out: Out, command: SandboxCommand) -> R
         SandboxCommand::Exec(args) => return exec::run(client, out, args).await,
         SandboxCommand::Shell(args) => return terminal::shell(client, args).await,
         SandboxCommand::PortForward(args) => return ports::forward(client, out, args).await,
+        SandboxCommand::Preview(args) => previews::run(client, out, args).await?,
         SandboxCommand::Command(command) => commands::run(client, out, command).await?,
         SandboxCommand::Stop(target) => {
             out.progress("stopping …");
@@ -119,6 +120,7 @@ async fn create(client: &Client, out: Out, args: CreateArgs) -> Result<()> {
         metadata: None,
         tags: Some(args.tag).filter(|t| !t.is_empty()),
         volumes: Some(args.volume).filter(|volumes| !volumes.is_empty()),
+        publish_ports: Some(args.publish_port).filter(|ports| !ports.is_empty()),
         auto_start: args.no_start.then_some(false),
         other: serde_json::Map::new(),
     };

@@ -39,7 +39,9 @@ pub struct Config {
     /// Keys that the TCP address takes, one a line; if not given one is made in the state directory.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub api_key_file: Option<PathBuf>,
-    /// Connections served at once, each of the socket and the address.
+    /// TCP address that previews of sandboxes' ports are served on.
+    pub preview_listen: PreviewListen,
+    /// Connections served at once, each of the socket and the addresses.
     pub max_connections: usize,
     /// Downloads and built images.
     pub cache_dir: PathBuf,
@@ -97,6 +99,7 @@ impl Default for Config {
             listen: None,
             listen_remote: false,
             api_key_file: None,
+            preview_listen: PreviewListen::Auto,
             max_connections: 512,
             cache_dir: default_cache_dir(),
             agent: None,
@@ -148,6 +151,9 @@ pub struct Flags {
     /// A file of keys, one a line, readable by its owner only [default: made in the state directory]
     #[arg(long, env = "MIOSA_API_KEY_FILE", value_name = "FILE")]
     pub api_key_file: Option<PathBuf>,
+    /// Serve previews on this TCP address, or 'none' [default: 127.0.0.1:7080, or any port that is free]
+    #[arg(long, env = "MIOSA_PREVIEW_LISTEN", value_name = "ADDRESS:PORT")]
+    pub preview_listen: Option<PreviewListen>,
     /// Connections served at once [default: 512]
     #[arg(long, value_name = "N")]
     pub max_connections: Option<usize>,
@@ -271,8 +277,12 @@ impl Config {
     }
 
     fn check(&self) -> Result<(), ConfigError> {
-        if let Some(address) = self.listen
-            && !address.ip().is_loopback()
+        let previews = match self.preview_listen {
+            PreviewListen::At(address) => Some(address),
+            PreviewListen::Auto | PreviewListen::None => None,
+        };
+        let remote = [self.listen, previews].into_iter().flatten().find(|address| !address.ip().is_loopback());
+        if let Some(address) = remote
             && !self.listen_remote
         {
             return Err(ConfigError::new(format!("other machines reach {address}, and it is not encrypted"))
@@ -350,6 +360,40 @@ pub enum AccelArg {
     Tcg,
     /// The kernel's virtualisation
     Kvm,
+}
+
+/// Where previews are served.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum PreviewListen {
+    /// On the usual port of the loopback, or on any that is free.
+    Auto,
+    /// There.
+    At(SocketAddr),
+    /// Nowhere.
+    None,
+}
+
+impl FromStr for PreviewListen {
+    type Err = String;
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "auto" => Ok(Self::Auto),
+            "none" => Ok(Self::None),
+            address => address.parse().map(Self::At).map_err(|_| {
+                format!("{address:?} is no address for previews: such as 127.0.0.1:7080, or 'auto' or 'none'")
+            }),
+        }
+    }
+}
+
+impl fmt::Display for PreviewListen {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Auto => f.write_str("auto"),
+            Self::At(address) => write!(f, "{address}"),
+            Self::None => f.write_str("none"),
+        }
+    }
 }
 
 /// A network.
@@ -458,6 +502,7 @@ macro_rules! written {
 
 written!(Span, "a duration, such as \"10m\"");
 written!(Mib, "a size, such as \"4gb\"");
+written!(PreviewListen, "an address, such as \"127.0.0.1:7080\", \"auto\" or \"none\"");
 
 #[cfg(test)]
 mod tests {
@@ -502,6 +547,8 @@ mod tests {
             ("log_budget = '4gb'", "log_limit", ""),
             ("log_level = 'a=b=c'", "log_level", "info"),
             ("listen = '0.0.0.0:80'", "0.0.0.0:80", "listen_remote"),
+            ("preview_listen = '0.0.0.0:81'", "0.0.0.0:81", "listen_remote"),
+            ("preview_listen = 7080", "127.0.0.1:7080", "--print-config"),
             ("guest_env = { 'A=B' = 'c' }", "guest_env", ""),
         ] {
             let error = load(text, &[]).expect_err(text);
@@ -509,7 +556,7 @@ mod tests {
             assert!(error.hint.as_deref().unwrap_or_default().contains(hint), "{text}: {error:?}");
         }
         assert!(load("listen = '0.0.0.0:80'\nlisten_remote = true", &[]).is_ok());
-        assert!(load("listen = '[::1]:80'", &[]).is_ok());
+        assert!(load("listen = '[::1]:80'\npreview_listen = 'none'", &[]).is_ok());
         let absent = Config::load(Some(Path::new("/no/such/file")), None, &Flags::default()).unwrap_err();
         assert!(absent.message.contains("/no/such/file"));
     }

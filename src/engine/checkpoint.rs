@@ -239,6 +239,7 @@ impl Sandbox {
                 metadata: request.metadata.clone().unwrap_or_else(|| parent.metadata.clone()),
                 last_error: None,
                 machine_id: new_machine_id(),
+                previews: super::previews::inherited(&parent.previews),
                 created_at: Timestamp::now(),
                 started_at: None,
                 ready_at: None,

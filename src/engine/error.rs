@@ -40,6 +40,10 @@ pub enum Kind {
     VolumeNotAttached,
     /// The volume's journal has to be played back by somebody who may write to it.
     VolumeUnclean,
+    /// The sandbox has no preview of this id or port, or nobody has one of this host name.
+    PreviewNotFound,
+    /// The daemon has no address for previews.
+    PreviewsOff,
     /// Disks cannot be shown in this way here.
     FrontendUnavailable,
     /// Another sandbox has this name.
@@ -113,6 +117,8 @@ impl Kind {
             Kind::VolumeInUse => "volume_in_use",
             Kind::VolumeNotAttached => "volume_not_attached",
             Kind::VolumeUnclean => "volume_unclean",
+            Kind::PreviewNotFound => "preview_not_found",
+            Kind::PreviewsOff => "previews_off",
             Kind::FrontendUnavailable => "frontend_unavailable",
             Kind::NameTaken => "name_taken",
             Kind::InvalidInput => "invalid_input",
@@ -152,6 +158,7 @@ impl Kind {
             | Kind::BatchNotFound
             | Kind::DiskNotFound
             | Kind::VolumeNotFound
+            | Kind::PreviewNotFound
             | Kind::ExecNotFound => 404,
             Kind::SandboxDestroyed => 410,
             Kind::SnapshotAmbiguous
@@ -178,6 +185,7 @@ impl Kind {
             Kind::AgentTimeout => 504,
             Kind::MachineUnavailable
             | Kind::FrontendUnavailable
+            | Kind::PreviewsOff
             | Kind::ImageMissing
             | Kind::ShuttingDown
             | Kind::StoragePoisoned => 503,

@@ -92,6 +92,9 @@ pub struct SandboxRecord {
     /// The caller's own labels.
     #[serde(default)]
     pub tags: Vec<String>,
+    /// Its ports that have an address, oldest first; one each.
+    #[serde(default)]
+    pub previews: Vec<PreviewRecord>,
     /// The last session did not end in an orderly shutdown: the file system is as after a power cut.
     #[serde(default)]
     pub unclean: bool,
@@ -126,6 +129,48 @@ pub struct SandboxRecord {
     /// The same, each session times its memory in MiB.
     #[serde(default)]
     pub memory_mib_ms: u64,
+}
+
+/// A port of a sandbox that has an address of its own.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PreviewRecord {
+    /// `pv-…`, unique for ever.
+    pub id: String,
+    /// On the guest's loopback.
+    pub port: u16,
+    /// Who may open it.
+    pub visibility: Visibility,
+    /// What the caller calls it.
+    #[serde(default)]
+    pub label: Option<String>,
+    /// 64 hex digits from which tokens are made and verified.
+    pub secret: String,
+    /// When it was made.
+    pub created_at: Timestamp,
+}
+
+/// Who may open a preview.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Visibility {
+    /// Who has a token.
+    #[default]
+    Private,
+    /// Whoever reaches the daemon's address for previews.
+    Public,
+}
+
+/// A private preview of a port.
+pub(crate) fn new_preview(port: u16) -> PreviewRecord {
+    let random: [u8; 32] = rand::rng().random();
+    PreviewRecord {
+        id: new_id("pv"),
+        port,
+        visibility: Visibility::Private,
+        label: None,
+        secret: random.iter().map(|byte| format!("{byte:02x}")).collect(),
+        created_at: Timestamp::now(),
+    }
 }
 
 /// How much of a running machine's work a snapshot is certain to hold.

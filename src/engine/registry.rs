@@ -9,7 +9,8 @@ use std::sync::Arc;
 use parking_lot::Mutex;
 
 use super::error::{Error, Kind, Result};
-use super::records::{NamedSnapshotRecord, SnapshotRecord, TemplateRecord, check_name};
+use super::lifecycle::State;
+use super::records::{NamedSnapshotRecord, SnapshotRecord, TemplateRecord, check_name, slug};
 use super::sandbox::Sandbox;
 
 /// The registry.
@@ -180,6 +181,22 @@ impl Registry {
             Some(sandbox) => Ok(sandbox),
             None => self.sandbox_by_name(key),
         }
+    }
+
+    /// The live sandbox that a host name means: by id, by name, or by the only name that looks like it there.
+    pub(crate) fn sandbox_of_host(&self, word: &str) -> Option<Arc<Sandbox>> {
+        let inner = self.inner.lock();
+        let live = |holder: &Holder| match holder {
+            Holder::Sandbox(id) => inner.sandboxes.get(id).cloned(),
+            Holder::Reserved => None,
+        };
+        let known = inner.sandboxes.get(word).filter(|s| s.record().state != State::Destroyed).cloned();
+        if let Some(sandbox) = known.or_else(|| inner.names.get(word).and_then(live)) {
+            return Some(sandbox);
+        }
+        let mut alike = inner.names.iter().filter(|(name, _)| slug(name) == word).filter_map(|(_, h)| live(h));
+        let one = alike.next()?;
+        alike.next().is_none().then_some(one)
     }
 
     /// The live sandbox of this name.

@@ -116,6 +116,7 @@ impl Sandbox {
             record: face.record.clone(),
             timeout_remaining: face.deadline.map(|d| d.saturating_duration_since(now)),
             compute: face.compute(now),
+            preview_url: self.preview_url(&face.record),
         }
     }
 

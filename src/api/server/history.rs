@@ -184,6 +184,7 @@ pub(super) async fn fork_snapshot(
         metadata: Map::new(),
         tags: Vec::new(),
         volumes: Vec::new(),
+        publish_ports: parent.map(|r| r.previews.iter().map(|p| p.port).collect()).unwrap_or_default(),
         start: true,
         wait,
     };

@@ -29,7 +29,7 @@ const OF_SANDBOXES: [(&[&str], &str); 5] = [
     (&["deploy", "template", "artifacts", "services"], "nothing is deployed from here"),
     (&["agent", "connectors", "browser", "code"], "run a program of your own: POST …/exec"),
     (&["ssh-certificates", "ssh-info", "ssh-tunnel"], "open a terminal: GET …/terminal"),
-    (&["expose", "preview-token", "previews", "shares"], "ports of a sandbox are not reached from outside yet"),
+    (&["shares"], "share a preview of one port: POST …/previews/{preview_id}/share"),
     (&["metrics", "audit"], "see …/usage, and the daemon's own figures at /metrics"),
 ];
 

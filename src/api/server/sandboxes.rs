@@ -125,6 +125,8 @@ pub(super) fn create_request(body: CreateBody, api: &Api) -> Result<CreateReques
         Some(name) => NetworkPolicy::parse(name)
             .ok_or_else(|| invalid(format!("there is no network policy {name:?}"), "allow, deny-all"))?,
     };
+    let publish_ports = body.publish_ports.unwrap_or_default();
+    crate::engine::check_ports(&publish_ports)?;
     Ok(CreateRequest {
         origin,
         name: body.name,
@@ -142,6 +144,7 @@ pub(super) fn create_request(body: CreateBody, api: &Api) -> Result<CreateReques
         metadata: body.metadata.unwrap_or_default(),
         tags: body.tags.unwrap_or_default(),
         volumes: body.volumes.unwrap_or_default().into_iter().map(Into::into).collect(),
+        publish_ports,
         start: body.auto_start.unwrap_or(true),
         wait: false,
     })

@@ -51,6 +51,8 @@ pub enum SandboxCommand {
     Shell(ShellArgs),
     /// Make a TCP port of this machine one of the sandbox's, until Ctrl-C
     PortForward(ForwardArgs),
+    /// Give a port of the sandbox an address for browsers, and say who may open it
+    Preview(PreviewArgs),
     /// Look at detached commands and end them
     #[command(subcommand)]
     Command(DetachedCommand),
@@ -145,6 +147,9 @@ pub struct CreateArgs {
     /// Give it a volume: VOLUME, VOLUME:PATH or VOLUME:PATH:ro
     #[arg(long, value_parser = parse_volume, value_name = "VOLUME")]
     pub volume: Vec<AttachVolumeBody>,
+    /// Give this port of it an address for browsers: see miosa sandbox preview
+    #[arg(long, value_name = "PORT", value_parser = clap::value_parser!(u16).range(1..))]
+    pub publish_port: Vec<u16>,
     /// Label the sandbox
     #[arg(long, value_name = "TAG")]
     pub tag: Vec<String>,
@@ -237,6 +242,41 @@ pub struct ForwardArgs {
     /// Port on 127.0.0.1 here; 0 is any that is free [default: the same]
     #[arg(long, value_name = "PORT")]
     pub local: Option<u16>,
+}
+
+/// `miosa sandbox preview`
+#[derive(Debug, Args)]
+pub struct PreviewArgs {
+    /// The sandbox; a paused one is started by whoever opens the preview
+    #[command(flatten)]
+    pub target: Target,
+    /// Port in the sandbox
+    #[arg(long, value_name = "PORT", value_parser = clap::value_parser!(u16).range(1..), required_unless_present = "list")]
+    pub port: Option<u16>,
+    /// Path of the page
+    #[arg(long, value_name = "PATH", default_value = "/")]
+    pub path: String,
+    /// Let whoever reaches the daemon's address for previews open it
+    #[arg(long, conflicts_with_all = ["expires", "read_only", "private"])]
+    pub public: bool,
+    /// Let only those open it who have a link, as is the default
+    #[arg(long)]
+    pub private: bool,
+    /// A link that is good for so long only
+    #[arg(long, value_parser = parse_duration, value_name = "DURATION")]
+    pub expires: Option<Duration>,
+    /// A link to look and not to change: GET, HEAD and OPTIONS
+    #[arg(long)]
+    pub read_only: bool,
+    /// Make all links that were given so far void; then as otherwise
+    #[arg(long)]
+    pub revoke: bool,
+    /// Take the address away
+    #[arg(long, conflicts_with_all = ["public", "private", "expires", "read_only", "revoke"])]
+    pub delete: bool,
+    /// List the sandbox's previews
+    #[arg(long, conflicts_with_all = ["port", "public", "private", "expires", "read_only", "revoke", "delete"])]
+    pub list: bool,
 }
 
 /// `miosa sandbox command`

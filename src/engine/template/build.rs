@@ -315,6 +315,7 @@ impl Bench {
             metadata: serde_json::Map::new(),
             tags: vec![super::BENCH_TAG.to_owned()],
             volumes: Vec::new(),
+            publish_ports: Vec::new(),
             start: true,
             wait: false,
         };
