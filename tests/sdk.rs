@@ -63,7 +63,7 @@ fn the_public_sdk_works_unchanged() {
     assert_eq!(String::from_utf8_lossy(&output.stdout), "the story is told\n", "{}", d.log());
 }
 
-/// As its description on PyPI prints it, but for the preview.
+/// As its description on PyPI prints it.
 #[test]
 fn the_sdks_quick_start_works() {
     let bin = python(SDK);

@@ -21,6 +21,9 @@ for turn in ["made", "resumed"]:
     out = sb.exec.run("python3 hello.py", {"cwd": "/workspace"})
     assert out.stdout == "hello from miosa\n", out
 
+    url = sb.preview.create(port=8000)["url"]
+    assert url.startswith(f"http://8000-{sb.slug}.localhost:"), url
+
     sb.snapshots.create("after-hello-world")
     assert sb.pause().state == "paused"
 
