@@ -37,6 +37,7 @@ mod survivor;
 mod template;
 mod update;
 pub mod usage;
+mod vitals;
 mod volumes;
 mod watch;
 
@@ -79,6 +80,7 @@ pub use template::{
 };
 pub use update::Changes;
 pub use usage::{Compute, Period, SandboxUsage, Saved, SessionUsage, Used};
+pub use vitals::Vitals;
 pub use vmm::agent::ExecEvent;
 pub use vmm::{CommandStatus, DirEntry, FileKind, FileStat, TerminalSize, TreeSummary};
 pub use volumes::{Attach, CreateVolume};
@@ -477,6 +479,16 @@ impl Engine {
     pub async fn acceleration(&self) -> Result<vmm::Acceleration> {
         let boot = self.shared.templates.boot_files().await?;
         Ok(self.shared.acceleration(&boot).await.clone())
+    }
+
+    /// Name and version of what runs machines; why not, if it cannot be run.
+    pub async fn runtime(&self) -> Result<String> {
+        Ok(self.shared.vmm.version().await?)
+    }
+
+    /// Whether guests reach a network at all.
+    pub fn has_network(&self) -> bool {
+        self.shared.settings.network != vmm::Network::None
     }
 
     /// Ends the engine: no new operations, running sandboxes are stopped in an orderly way (those that do not make it

@@ -111,11 +111,17 @@ fn answers_are_as_the_document_says() {
         "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance",
         // These answer with streams, work on all that is stored, or do on this machine what they are told.
         "--exclude-path-regex",
-        "/stream$|/terminal$|/events$|/export$|/disk-imports$|/store/|/attach$|/exec$|/run$|/sandbox-templates$",
+        "/stream$|/terminal$|/events$|/export$|/disk-imports$|/store/|/attach$|/exec$|/run$|/template/start$\
+         |/sandbox-templates$|-archives$|/fs/archive$",
         "--phases",
-        "coverage",
+        "coverage,fuzzing",
+        "--max-examples",
+        &std::env::var("MIOSA_FUZZ_EXAMPLES").unwrap_or_else(|_| "3".to_owned()),
+        // Some wait as long as they are told, a minute at most.
+        "--request-timeout",
+        "100",
         "--seed",
-        "1",
+        &std::env::var("MIOSA_FUZZ_SEED").unwrap_or_else(|_| "1".to_owned()),
         "--no-color",
     ]);
     succeed(&mut command);

@@ -15,6 +15,7 @@ mod files;
 mod history;
 mod idempotency;
 mod logs;
+mod machine;
 mod metrics;
 mod missing;
 mod named;
@@ -26,6 +27,7 @@ mod processes;
 mod request;
 mod sandboxes;
 mod snapshots;
+mod start;
 mod templates;
 mod terminal;
 mod usage;
@@ -95,6 +97,8 @@ pub fn router(engine: Arc<Engine>, disks: Arc<Disks>, defaults: Defaults) -> Rou
         .merge(paths::routes())
         .merge(ports::routes())
         .merge(previews::routes())
+        .merge(machine::routes())
+        .merge(start::routes())
         .merge(templates::routes())
         .merge(volumes::routes())
         .merge(super::archives::routes(disks.clone(), Some(engine.clone())))

@@ -1,6 +1,7 @@
 //! What goes over the wire. Field names are those of the public API; a field that is not there yet is not sent.
 
 mod batch;
+mod machine;
 mod preview;
 mod process;
 mod template;
@@ -16,6 +17,7 @@ use serde_json::{Map, Value};
 use utoipa::ToSchema;
 
 pub use batch::*;
+pub use machine::*;
 pub use preview::*;
 pub use process::*;
 pub use template::*;
@@ -354,9 +356,15 @@ pub fn unsupported(other: &Map<String, Value>) -> Vec<&str> {
         Value::Array(a) => !a.is_empty(),
         Value::Object(o) => !o.is_empty(),
     };
+    // The only way there is to run sandboxes.
+    let usual = |name: &str, value: &Value| name == "runtime_profile" && (value == "standard" || value == "auto");
     let harmless =
         |name: &str| HARMLESS.contains(&name) || HARMLESS_PREFIXES.iter().any(|prefix| name.starts_with(prefix));
-    other.iter().filter(|(name, value)| asks(value) && !harmless(name)).map(|(name, _)| name.as_str()).collect()
+    other
+        .iter()
+        .filter(|(name, value)| asks(value) && !harmless(name) && !usual(name, value))
+        .map(|(name, _)| name.as_str())
+        .collect()
 }
 
 /// Asks for forks.

@@ -26,15 +26,12 @@ const AREAS: [(&[&str], &str); 8] = [
 
 /// The same of what comes after a sandbox's id.
 const OF_SANDBOXES: [(&[&str], &str); 5] = [
-    (&["deploy", "template", "artifacts", "services"], "nothing is deployed from here"),
+    (&["deploy", "services"], "nothing is deployed from here"),
     (&["agent", "connectors", "browser", "code"], "run a program of your own: POST …/exec"),
     (&["ssh-certificates", "ssh-info", "ssh-tunnel"], "open a terminal: GET …/terminal"),
     (&["shares"], "share a preview of one port: POST …/previews/{preview_id}/share"),
-    (&["metrics", "audit"], "see …/usage, and the daemon's own figures at /metrics"),
+    (&["audit"], "that is in the daemon's log"),
 ];
-
-/// What is asked of all sandboxes.
-const OF_ALL_SANDBOXES: [(&[&str], &str); 1] = [(&["runtimes"], "see the templates: GET /sandbox-templates")];
 
 /// What is asked for. The body is read to its end, for nothing else: a connection on which some of it is left is closed
 /// with the answer, and the caller's next request on it with that.
@@ -59,11 +56,9 @@ pub(super) async fn no_route(request: Request) -> ApiError {
     })
 }
 
-/// What is asked of all sandboxes looks like the id of one that is asked for in a wrong way.
 pub(super) async fn no_method(request: Request) -> ApiError {
     let (method, path) = read_out(request).await;
-    let known = path.strip_prefix("/api/v1/sandboxes/").and_then(|what| find(what, &OF_ALL_SANDBOXES));
-    known.unwrap_or_else(|| ApiError::new(405, "method_not_allowed", format!("{path} does not take {method}")))
+    ApiError::new(405, "method_not_allowed", format!("{path} does not take {method}"))
 }
 
 fn find(what: &str, table: &[(&[&str], &str)]) -> Option<ApiError> {

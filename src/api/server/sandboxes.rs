@@ -29,7 +29,7 @@ const SIZES: [(&str, u32, u64, u64); 5] = [
 ];
 
 /// Largest disk of a sandbox: what ext4 and the store can both do, with room to spare.
-const MAX_DISK_MIB: u64 = 16 << 20;
+pub(super) const MAX_DISK_MIB: u64 = 16 << 20;
 
 pub(super) fn routes() -> OpenApiRouter<Api> {
     OpenApiRouter::new()
