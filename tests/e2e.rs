@@ -6,6 +6,7 @@
 
 #![allow(clippy::unwrap_used, reason = "helpers of tests are tests too")]
 
+use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::{Mutex, OnceLock, PoisonError};
@@ -280,6 +281,7 @@ fn the_whole_story() {
 
     a_shell_at_a_terminal_works(&lab, "work");
     commands_at_once_are_exact(&lab, &["work", "restored", "left", "right"]);
+    a_preview_reaches_a_guests_server(&lab, "restored");
 
     // Daemon and machines are killed: what was synced is there, nobody is running, and all can be used.
     lab.sh("right", "echo synced > /workspace/kept; sync");
@@ -297,6 +299,36 @@ fn the_whole_story() {
     assert!(lab.machines().is_empty());
     assert_eq!(lab.json(&["store", "stats"])["disks"], 0);
     assert_eq!(lab.end_daemon(), Some(0));
+}
+
+/// As a browser does it; then again when the sandbox was stopped, and what listens comes up with the session.
+fn a_preview_reaches_a_guests_server(lab: &Lab, name: &str) {
+    let serve =
+        ["sandbox", "exec", name, "--detached", "--cwd", "/workspace", "--", "python3", "-m", "http.server", "8000"];
+    lab.json(&serve);
+    let preview = lab.json(&["sandbox", "preview", name, "--port", "8000", "--path", "/choice"]);
+    let url = preview["url"].as_str().unwrap();
+    let (host, path) = url.strip_prefix("http://").unwrap().split_once('/').unwrap();
+    let port: u16 = host.rsplit_once(':').unwrap().1.parse().unwrap();
+    let get = |path: &str| {
+        let mut stream = std::net::TcpStream::connect(("127.0.0.1", port)).unwrap();
+        stream.set_read_timeout(Some(Duration::from_secs(180))).unwrap();
+        write!(stream, "GET /{path} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n").unwrap();
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).unwrap();
+        answer
+    };
+    let page = get(path);
+    assert!(page.starts_with("HTTP/1.1 200") && page.ends_with("\r\n\r\nshared\n"), "{page}");
+    assert!(get("choice").starts_with("HTTP/1.1 401"));
+    lab.json(&["sandbox", "stop", name]);
+    std::thread::scope(|scope| {
+        let page = scope.spawn(|| get(path));
+        until("the preview to start a session", || lab.state(name) == "running");
+        lab.json(&serve);
+        assert!(page.join().unwrap().ends_with("\r\n\r\nshared\n"));
+    });
+    assert!(lab.json(&["sandbox", "metrics", name])["memory"]["used_bytes"].as_u64().is_some_and(|bytes| bytes > 0));
 }
 
 /// The host's fio and the libraries it needs, as a tar archive for a guest.

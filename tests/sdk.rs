@@ -114,7 +114,7 @@ fn answers_are_as_the_document_says() {
         "/stream$|/terminal$|/events$|/export$|/disk-imports$|/store/|/attach$|/exec$|/run$|/template/start$\
          |/sandbox-templates$|-archives$|/fs/archive$",
         "--phases",
-        "coverage,fuzzing",
+        "coverage,fuzzing,stateful",
         "--max-examples",
         &std::env::var("MIOSA_FUZZ_EXAMPLES").unwrap_or_else(|_| "3".to_owned()),
         // Some wait as long as they are told, a minute at most.

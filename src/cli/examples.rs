@@ -72,6 +72,7 @@ const EXAMPLES: &[(&str, &str)] = &[
     ("sandbox restore", "miosa sandbox restore web \"after install\""),
     ("sandbox snapshots tree", "miosa sandbox snapshots tree web"),
     ("sandbox fork", "miosa sandbox fork web --name try --count 8 --wait"),
+    ("sandbox metrics", "miosa sandbox metrics web"),
     ("sandbox usage", "miosa sandbox usage web --period 7d"),
     ("usage", "miosa usage --period 7d\nmiosa usage --sessions --period 24h"),
     (

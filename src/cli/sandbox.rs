@@ -10,7 +10,7 @@ use super::output::{Failure, Out, Result};
 use super::{archives, commands, contents, exec, files, logs, ports, previews, terminal, transfer};
 use crate::api::client::{Client, escape};
 use crate::api::types::{
-    CreateBody, ExtendBody, ForkBody, PortStateBody, SandboxBody, SnapshotBody, SnapshotRequestBody,
+    CreateBody, ExtendBody, ForkBody, MetricsBody, PortStateBody, SandboxBody, SnapshotBody, SnapshotRequestBody,
 };
 use crate::engine::lifecycle::State;
 use crate::engine::records::Consistency;
@@ -68,6 +68,10 @@ pub(super) async fn run(client: &Client, out: Out, command: SandboxCommand) -> R
         SandboxCommand::Fork(args) => fork(client, out, args).await?,
         SandboxCommand::Usage { target, period } => {
             super::usage::run(client, out, Some(&target.sandbox), &period).await?;
+        }
+        SandboxCommand::Metrics(target) => {
+            let metrics: MetricsBody = client.get(&path(&target.sandbox, "/metrics")).await?;
+            out.answer(&metrics, &metrics.sandbox_id, |out| load(out, &metrics))?;
         }
         SandboxCommand::Publish(args) => super::publish::run(client, out, args).await?,
         SandboxCommand::Destroy(target) => {
@@ -211,6 +215,24 @@ pub(super) fn age(since: jiff::Timestamp) -> String {
     show_duration(Duration::from_secs(seconds as u64).max(Duration::from_secs(1)))
 }
 
+fn load(out: &Out, m: &MetricsBody) -> String {
+    let bytes = |bytes: Option<u64>| bytes.map_or("not known".to_owned(), show_bytes);
+    let pair = |one: Option<u64>, what: &str, other: Option<u64>, also: &str| {
+        format!("{} {what}, {} {also}", bytes(one), bytes(other))
+    };
+    let busy = m.cpu.busy_ms.map_or("not known".to_owned(), |ms| show_duration(from_ms(ms)));
+    let load = m.cpu.load_1m.map(|load| format!(", load {load:.2}")).unwrap_or_default();
+    let fields = [
+        ("state", m.state.name().to_owned()),
+        ("up for", m.uptime_sec.map_or("not running".to_owned(), |s| show_duration(Duration::from_secs(s.max(1))))),
+        ("processors", format!("{}, busy for {busy}{load}", m.cpu.count)),
+        ("memory", pair(m.memory.used_bytes, "used", m.memory.total_bytes, "in all")),
+        ("disk", pair(m.disk.read_bytes, "read", m.disk.written_bytes, "written")),
+        ("network", pair(m.network.received_bytes, "received", m.network.sent_bytes, "sent")),
+    ];
+    out.fields(&fields)
+}
+
 fn show(out: &Out, s: &SandboxBody) -> String {
     let mut fields = vec![
         ("id", s.id.clone()),
@@ -228,6 +250,7 @@ fn show(out: &Out, s: &SandboxBody) -> String {
     optional("time left", s.timeout_remaining_ms.map(|ms| show_duration(from_ms(ms))));
     optional("from snapshot", s.snapshot_id.clone());
     optional("forked from", s.forked_from.clone());
+    optional("preview", s.preview_url.clone());
     optional("started", s.started_at.map(|t| t.to_string()));
     optional("boot", s.boot_ms.map(|ms| format!("{ms} ms")));
     optional("destroyed", s.destroyed_at.map(|t| t.to_string()));

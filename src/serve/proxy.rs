@@ -123,6 +123,8 @@ async fn pass(
     let caller = upgrade.is_some().then(|| hyper::upgrade::on(&mut request));
     prepare(&mut request, &host, upgrade);
     let mut response = sender.send_request(request).await.map_err(|e| no_http(port, &e))?;
+    // Between us and the caller; a guest may speak the older one.
+    *response.version_mut() = Version::HTTP_11;
     let keep = (response.status() == StatusCode::SWITCHING_PROTOCOLS).then(|| upgrade_headers(response.headers()));
     if let (Some(kept), Some(caller)) = (keep, caller) {
         let guest = hyper::upgrade::on(&mut response);

@@ -218,6 +218,7 @@ pub fn wanted(name: &str) -> CreateRequest {
         metadata: serde_json::Map::new(),
         tags: Vec::new(),
         volumes: Vec::new(),
+        publish_ports: Vec::new(),
         start: true,
         wait: false,
     }

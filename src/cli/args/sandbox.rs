@@ -86,6 +86,8 @@ pub enum SandboxCommand {
         #[command(flatten)]
         period: PeriodArgs,
     },
+    /// Show the load of a running sandbox, as its guest tells it
+    Metrics(Target),
     /// Delete a sandbox for good
     #[command(visible_aliases = ["delete", "rm"])]
     Destroy(Target),
