@@ -162,6 +162,8 @@ pub(crate) struct Shared {
     pub(crate) volumes: volumes::Volumes,
     batches: batches::Batches,
     builds: template::Builds,
+    /// Held while a snapshot is deleted or its end is moved: not both.
+    snapshot_ends: tokio::sync::Mutex<()>,
     pub(crate) boots: Semaphore,
     pub(crate) metrics: Metrics,
     usage: usage::Ledgers,
@@ -321,6 +323,7 @@ impl Engine {
             volumes: volumes::Volumes::default(),
             batches: batches::Batches::default(),
             builds: template::Builds::default(),
+            snapshot_ends: tokio::sync::Mutex::default(),
             boots,
             metrics: Metrics::default(),
             usage: usage::Ledgers::default(),
@@ -379,6 +382,9 @@ impl Engine {
                 .await?;
             if let Some(change) = volumes {
                 change.publish();
+            }
+            if let Some(from) = &record.from_snapshot {
+                snapshots::used(&shared, from).await;
             }
             let sandbox = Sandbox::new(shared.clone(), record);
             // Locked before anybody can find it, so that the first session is the first thing that happens to it.

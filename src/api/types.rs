@@ -402,7 +402,7 @@ pub struct SnapshotRequestBody {
     /// End the session afterwards.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub stop: Option<bool>,
-    /// Delete the snapshot by itself after this long.
+    /// Delete the snapshot by itself so long after it was last used.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub expiration_sec: Option<u64>,
     /// Delete the oldest snapshots of the sandbox, so that so many are left.

@@ -109,6 +109,7 @@ impl Disks {
                 image: note.as_ref().map(|n| n.image.clone()).unwrap_or_default(),
                 created_at: note.as_ref().map_or_else(jiff::Timestamp::now, |n| n.created_at),
                 expires_at: None,
+                ttl_ms: None,
             };
             check_comment(made.comment.as_deref())?;
             tx.put_record(SnapshotRecord::KIND, &made.id, made.encode()?);

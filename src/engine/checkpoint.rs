@@ -20,6 +20,7 @@ use super::records::{
 };
 use super::sandbox::{OwnerGuard, Sandbox};
 use super::session::{Ending, Session, within};
+use super::snapshots::used;
 use super::{SandboxView, Shared};
 
 /// Most children of one call.
@@ -32,7 +33,7 @@ pub struct SnapshotRequest {
     pub comment: Option<String>,
     /// End the session afterwards, as a stop does.
     pub stop: bool,
-    /// Delete it by itself after this long.
+    /// Delete it by itself so long after it was last used.
     pub expires_in: Option<std::time::Duration>,
     /// Then delete the oldest snapshots of the sandbox, so that so many are left.
     pub keep_last: Option<u32>,
@@ -129,6 +130,7 @@ impl Sandbox {
         let of = self.record();
         let SnapshotRequest { comment, stop, expires_in, keep_last: _ } = request;
         let created_at = Timestamp::now();
+        let ttl_ms = expires_in.map(|after| after.as_millis() as u64);
         let expires_at = expires_in.and_then(|after| created_at.checked_add(after).ok());
         let take = move |store: &Store, consistency| {
             let mut tx = store.begin();
@@ -144,6 +146,7 @@ impl Sandbox {
                 image: of.image,
                 created_at,
                 expires_at,
+                ttl_ms,
             };
             tx.put_record(SnapshotRecord::KIND, &record.id, record.encode()?);
             if let Some(name) = named {
@@ -185,6 +188,7 @@ impl Sandbox {
             last_error: None,
             ..self.record()
         };
+        let from = snapshot.id.clone();
         let restored = self.shared.transact(move |tx| {
             tx.delete_disk(record.disk);
             record.disk = tx.fork(Source::Snapshot(snapshot.snapshot), &record.id);
@@ -192,7 +196,10 @@ impl Sandbox {
             Ok(record)
         });
         match restored.await {
-            Ok(record) => self.publish(|r| *r = record),
+            Ok(record) => {
+                self.publish(|r| *r = record);
+                used(&self.shared, &from).await;
+            }
             Err(error) => {
                 self.publish(|r| {
                     r.state = State::Paused;
@@ -275,7 +282,9 @@ impl Sandbox {
         let children = match from {
             Some(snapshot) => {
                 self.decide(Request::Fork)?;
-                shared.with_store(move |store| commit(store, snapshot.consistency)).await?
+                let children = shared.with_store(move |store| commit(store, snapshot.consistency)).await?;
+                used(&shared, &snapshot.id).await;
+                children
             }
             None => {
                 let (mut children, consistency) = self.at_one_point(&mut owner, Request::Fork, commit, upgrade).await?;

@@ -208,6 +208,9 @@ pub struct SnapshotRecord {
     /// When it is deleted by itself.
     #[serde(default)]
     pub expires_at: Option<Timestamp>,
+    /// So long after it was last used that is; without it, whatever is done with it.
+    #[serde(default)]
+    pub ttl_ms: Option<u64>,
 }
 
 /// A template.

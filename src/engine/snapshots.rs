@@ -13,7 +13,7 @@ use storage::{Source, Usage};
 use super::checkpoint::SnapshotRequest;
 use super::error::{Error, Result};
 use super::lifecycle::State;
-use super::records::{Record, SnapshotRecord, check_comment};
+use super::records::{Record, SnapshotRecord, check_comment, put_all};
 use super::{Engine, SandboxView, Shared};
 
 /// How often snapshots whose time is over are looked for.
@@ -159,6 +159,7 @@ fn sorted(shared: &Shared, sandbox_id: Option<&str>) -> Vec<SnapshotRecord> {
 
 /// Deletes by id. Of two callers one deletes and the other finds nothing.
 async fn delete(shared: &Arc<Shared>, id: &str) -> Result<SnapshotRecord> {
+    let _turn = shared.snapshot_ends.lock().await;
     let record = shared.registry.take_snapshot(id)?;
     let (state, key) = (record.snapshot, record.id.clone());
     let deleted = shared
@@ -173,6 +174,25 @@ async fn delete(shared: &Arc<Shared>, id: &str) -> Result<SnapshotRecord> {
         return Err(error);
     }
     Ok(record)
+}
+
+/// Something was made of it: one that expires so long after its last use does so from now. To move that by little is not
+/// worth a sync.
+pub(super) async fn used(shared: &Arc<Shared>, id: &str) {
+    let _turn = shared.snapshot_ends.lock().await;
+    let Ok(mut record) = shared.registry.snapshot(id, None) else { return };
+    let (Some(ttl), Some(before)) = (record.ttl_ms, record.expires_at) else { return };
+    let lasts = jiff::SignedDuration::from_millis(ttl as i64);
+    let Ok(after) = Timestamp::now().checked_add(lasts) else { return };
+    if after.duration_since(before) <= lasts / 64 {
+        return;
+    }
+    record.expires_at = Some(after);
+    let saved = record.clone();
+    match shared.transact(move |tx| put_all(tx, &[saved])).await {
+        Ok(()) => shared.registry.insert_snapshot(record),
+        Err(error) => tracing::warn!(snapshot = %id, %error, "a snapshot that was used expires as if it was not"),
+    }
 }
 
 /// Deletes the oldest snapshots of a sandbox beyond `keep`.

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use miosa::engine::error::Kind;
 use miosa::engine::lifecycle::State;
-use miosa::engine::{CreateRequest, LineageNode, NodeKind, Origin, SnapshotRequest};
+use miosa::engine::{CreateRequest, ForkRequest, LineageNode, NodeKind, Origin, SnapshotRequest};
 
 use crate::support::{DISK_BYTES, World, forks, named, refused, wanted};
 
@@ -83,6 +83,39 @@ async fn a_snapshot_expires() {
     let w = w.crash().await;
     w.until_true(|| w.engine.find_snapshot(&short.id, None).is_err()).await;
     assert_eq!(w.engine.find_snapshot("long", None).unwrap().expires_at, long.expires_at);
+}
+
+#[tokio::test]
+async fn a_snapshot_that_is_used_expires_so_long_after_that() {
+    let w = World::new().await;
+    w.create("one").await;
+    let hour = SnapshotRequest { expires_in: Some(Duration::from_secs(3_600)), ..named("hour") };
+    let id = w.engine.snapshot("one", hour).await.unwrap().id;
+    // As if it was taken a while ago.
+    let age = |w: &World| {
+        let mut record = w.engine.find_snapshot(&id, None).unwrap();
+        record.expires_at = Some(jiff::Timestamp::now() + jiff::SignedDuration::from_secs(60));
+        w.engine.adopt_snapshot(record.clone());
+        record.expires_at
+    };
+    let origin = || Origin::Snapshot(id.clone());
+    let aged = age(&w);
+    assert_eq!(w.engine.find_snapshot(&id, None).unwrap().expires_at, aged);
+    w.engine.create(CreateRequest { origin: origin(), start: false, ..wanted("two") }).await.unwrap();
+    let created = w.engine.find_snapshot(&id, None).unwrap().expires_at;
+    assert!(created > aged.map(|at| at + jiff::SignedDuration::from_secs(3_000)), "{created:?} {aged:?}");
+    age(&w);
+    w.engine.fork("one", ForkRequest { snapshot: Some(id.clone()), ..forks("three", 1) }).await.unwrap();
+    assert!(w.engine.find_snapshot(&id, None).unwrap().expires_at > created);
+    age(&w);
+    w.engine.restore("one", &id).await.unwrap();
+    let restored = w.engine.find_snapshot(&id, None).unwrap().expires_at;
+    assert!(restored > created);
+    // Durable, and used again at once it is not written again.
+    let w = w.crash().await;
+    assert_eq!(w.engine.find_snapshot(&id, None).unwrap().expires_at, restored);
+    w.engine.create(CreateRequest { origin: origin(), start: false, ..wanted("four") }).await.unwrap();
+    assert_eq!(w.engine.find_snapshot(&id, None).unwrap().expires_at, restored);
 }
 
 #[tokio::test]

@@ -427,7 +427,7 @@ pub struct SnapshotArgs {
     /// End the session afterwards
     #[arg(long)]
     pub stop: bool,
-    /// Delete the snapshot by itself after this long, such as 14d
+    /// Delete the snapshot by itself so long after its last use, such as 14d
     #[arg(long, value_parser = parse_duration, value_name = "DURATION")]
     pub expiration: Option<Duration>,
     /// Then delete the oldest snapshots of the sandbox, so that so many are left
