@@ -88,6 +88,7 @@ impl Session {
             },
             mac: mac_of(&record.machine_id),
             kernel_args: shared.settings.kernel_args.clone(),
+            warm: None,
         };
         let machine = match shared.vmm.start(spec, shared.settings.boot_deadline).await {
             Ok(machine) => machine,

@@ -33,6 +33,7 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
                 network: Network::User,
                 mac: [2, 0, 0, 0, 0, 1],
                 kernel_args: Vec::new(),
+                warm: None,
             };
             let machine = QemuVmm::new().machine_type(machine_type).start(spec, PATIENCE).await?;
             let timing = machine.boot_timing();

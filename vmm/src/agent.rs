@@ -13,7 +13,7 @@ use std::time::Duration;
 use bytes::{Buf, Bytes, BytesMut};
 use miosa_agent::wire::{
     CommandStatus, DirEntry, ExecRequest, ExitStatus, FileStat, GuestInfo, Identity, Kind, MAX_CONNECT_MS, MAX_ENTRY,
-    Mount, Reply, Request, TerminalSize, TreeSummary,
+    Mount, Reply, Request, Root, TerminalSize, TreeSummary,
 };
 use tokio::net::UnixStream;
 use tokio::time::Instant;
@@ -49,7 +49,7 @@ impl Agent {
                     let message = format!("cannot connect to the agent's socket {}: {error}", socket.display());
                     return Err(Error::new(ErrorKind::AgentTimeout, message));
                 }
-                Err(_) => tokio::time::sleep(Duration::from_millis(10)).await,
+                Err(_) => tokio::time::sleep(Duration::from_millis(2)).await,
             }
         };
         Agent::over(stream, at.saturating_duration_since(Instant::now())).await
@@ -273,6 +273,15 @@ impl Agent {
     /// `Guest(NotFound)` when there is no such disk; other guest errors.
     pub async fn mount(&self, wanted: Mount) -> Result<()> {
         self.done(Request::Mount(wanted)).await
+    }
+
+    /// Gives a guest its root that was started to wait for one; fine when it has it. Until then nothing else can be asked
+    /// of it.
+    ///
+    /// # Errors
+    /// Guest errors; the guest is of no use then.
+    pub async fn mount_root(&self, root: Root) -> Result<()> {
+        self.done(Request::MountRoot(root)).await
     }
 
     /// Writes a file of any size: the file at `path` is the old one until [`FileWriter::finish`] has returned, then

@@ -15,14 +15,15 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use miosa_agent::server::{Children, Server, System};
-use miosa_agent::wire::{AgentError, ErrorKind as GuestErrorKind, GuestInfo, Mount};
+use miosa_agent::wire::{AgentError, ErrorKind as GuestErrorKind, GuestInfo, Mount, Root};
 use parking_lot::Mutex;
 use tokio::time::Instant;
 
 use crate::console;
 use crate::machine::Exit;
 use crate::{
-    Accel, Acceleration, Agent, BootTiming, Error, ErrorKind, ExitReason, Machine, MachineSpec, Reaped, Result, Vmm,
+    Accel, Acceleration, Agent, BootPath, BootTiming, Error, ErrorKind, ExitReason, Machine, MachineSpec, Reaped,
+    Result, Vmm, WarmKey,
 };
 
 /// What one start of a fake machine does.
@@ -65,7 +66,13 @@ struct State {
     /// Those that run, or did.
     guests: HashMap<String, Arc<FakeGuest>>,
     starts: u64,
+    kept: u64,
+    fail_warm: Option<Error>,
+    installation: u32,
 }
+
+/// The one file of a kept state.
+const STATE: &str = "fake-state";
 
 impl FakeVmm {
     /// Machines whose root file systems are directories under `root`.
@@ -78,7 +85,8 @@ impl FakeVmm {
         self.state.lock().scripts.push_back(script);
     }
 
-    /// Has the steps of all machines told from now on: `start`, `greet`, `clock`, `mount`, `freeze`, `thaw`, `shutdown`.
+    /// Has the steps of all machines told from now on: `start`, `greet`, `clock`, `mount`, `freeze`, `thaw`, `shutdown`, and
+    /// `warm` when a state is to be kept.
     pub fn on_step(&self, hook: StepHook) {
         *self.state.lock().hook.lock() = Some(hook);
     }
@@ -91,6 +99,21 @@ impl FakeVmm {
     /// How often a start was tried.
     pub fn starts(&self) -> u64 {
         self.state.lock().starts
+    }
+
+    /// How often a state was kept.
+    pub fn kept(&self) -> u64 {
+        self.state.lock().kept
+    }
+
+    /// Keeping a state fails with this from now on.
+    pub fn fail_warm(&self, error: Option<Error>) {
+        self.state.lock().fail_warm = error;
+    }
+
+    /// States that were kept before are of no use any more, as with another kernel.
+    pub fn install_anew(&self) {
+        self.state.lock().installation += 1;
     }
 
     /// The running machine with this id.
@@ -117,6 +140,17 @@ impl Vmm for FakeVmm {
             return Err(boot_timeout());
         }
         tokio::time::sleep(script.boot_delay).await;
+        let path = match &spec.warm {
+            Some(dir) => {
+                let key = self.warm_key(&spec).await?;
+                let state = std::fs::read_to_string(dir.join(STATE)).map_err(|e| Error::io(dir.display(), e))?;
+                if state != format!("{}-{}", key.base, key.shape) {
+                    return Err(Error::new(ErrorKind::Invalid, "the kept state is of another fake machine"));
+                }
+                BootPath::Warm
+            }
+            None => BootPath::Cold,
+        };
 
         let root = self.root_of(&spec.id);
         std::fs::create_dir_all(root.join("workspace")).map_err(|e| Error::io(root.display(), e))?;
@@ -138,12 +172,21 @@ impl Vmm for FakeVmm {
             volumes: self.root.join("volumes"),
             serials: spec.volumes.into_iter().map(|v| v.serial).collect(),
             hang_at_shutdown: script.hang_at_shutdown,
-            seen: Mutex::new(Seen { hostname: spec.hostname, ..Seen::default() }),
+            path,
+            seen: Mutex::new(match path {
+                BootPath::Cold => Seen { has_root: true, hostname: spec.hostname.clone(), ..Seen::default() },
+                BootPath::Warm => Seen::default(),
+            }),
         });
         // Where a daemon that dies leaves a machine that it has not heard of.
         self.state.lock().guests.insert(spec.id.clone(), guest.clone());
         step(&hook, "greet").await;
         let machine = FakeMachine::take(&guest, started, deadline).await?;
+        if path == BootPath::Warm {
+            let hostname = spec.hostname.clone();
+            let root = Root { disk: "disk".into(), hostname, network: false, entropy: vec![1; 64], unix_nanos: 1 };
+            machine.agent.mount_root(root).await?;
+        }
         if let Some(after) = script.die_after {
             let guest = guest.clone();
             tokio::spawn(async move {
@@ -155,6 +198,26 @@ impl Vmm for FakeVmm {
         state.guests.retain(|_, guest| guest.exit.told().is_none());
         state.machines.insert(spec.id, Arc::downgrade(&machine));
         Ok(machine)
+    }
+
+    async fn warm_key(&self, spec: &MachineSpec) -> Result<WarmKey> {
+        let base = format!("{:016x}", self.state.lock().installation);
+        let made_of = format!("{} {} {:?}", spec.cpus, spec.memory_mib, spec.kernel_args);
+        Ok(WarmKey { base, shape: blake3::hash(made_of.as_bytes()).to_hex().chars().take(16).collect() })
+    }
+
+    async fn warm(&self, spec: &MachineSpec, to: &Path, _: Duration) -> Result<()> {
+        let hook = self.state.lock().hook.clone();
+        step(&hook, "warm").await;
+        if let Some(error) = self.state.lock().fail_warm.clone() {
+            return Err(error);
+        }
+        let WarmKey { base, shape } = self.warm_key(spec).await?;
+        let io = |e| Error::io(to.display(), e);
+        std::fs::create_dir_all(to).map_err(io)?;
+        std::fs::write(to.join(STATE), format!("{base}-{shape}")).map_err(io)?;
+        self.state.lock().kept += 1;
+        Ok(())
     }
 
     async fn survivors(&self, run_root: &Path) -> Result<Vec<PathBuf>> {
@@ -231,7 +294,8 @@ impl FakeMachine {
         host.set_nonblocking(true).map_err(failed)?;
         let host = tokio::net::UnixStream::from_std(host).map_err(failed)?;
         let agent = Agent::over(host, deadline).await.map_err(|_| boot_timeout())?;
-        let timing = BootTiming { process_ms: 0, agent_ms: started.elapsed().as_millis() as u64 };
+        let agent_ms = started.elapsed().as_millis() as u64;
+        let timing = BootTiming { path: guest.path, process_ms: 0, agent_ms };
         Ok(Arc::new(FakeMachine { agent, guest: guest.clone(), owner, timing }))
     }
 
@@ -345,6 +409,7 @@ struct FakeGuest {
     fail_freeze: Option<String>,
     fail_mount: Option<String>,
     hang_at_shutdown: bool,
+    path: BootPath,
     /// Where the volumes of all guests are.
     volumes: PathBuf,
     /// Those of this one.
@@ -354,6 +419,7 @@ struct FakeGuest {
 
 #[derive(Default)]
 struct Seen {
+    has_root: bool,
     frozen: bool,
     freezes: u64,
     hostname: String,
@@ -396,6 +462,16 @@ impl System for FakeGuest {
 
     fn info(&self) -> GuestInfo {
         GuestInfo { agent_version: env!("CARGO_PKG_VERSION").into(), kernel: "fake".into(), uptime_ms: 0 }
+    }
+
+    fn has_root(&self) -> bool {
+        self.seen.lock().has_root
+    }
+
+    fn mount_root(&self, root: &Root) -> Result<(), AgentError> {
+        let mut seen = self.seen.lock();
+        (seen.has_root, seen.hostname) = (true, root.hostname.clone());
+        Ok(())
     }
 
     fn mount(&self, wanted: &Mount) -> Result<(), AgentError> {

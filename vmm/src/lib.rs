@@ -30,11 +30,11 @@ pub use console::ConsoleReader;
 pub use error::{Error, ErrorKind, Result};
 pub use fake::FakeVmm;
 pub use machine::{
-    Accel, Acceleration, BootTiming, DiskAttachment, ExitReason, Machine, MachineSpec, Network, Reaped, Vmm,
-    VolumeDevice,
+    Accel, Acceleration, BootPath, BootTiming, DiskAttachment, ExitReason, Machine, MachineSpec, Network, Reaped, Vmm,
+    VolumeDevice, WarmKey,
 };
 pub use miosa_agent::wire::{
     CommandStatus, DirEntry, ErrorKind as GuestErrorKind, ExecRequest, ExitStatus, FileKind, FileStat, GuestInfo,
-    Identity, Mount, TerminalSize, TreeSummary,
+    Identity, Mount, Root, TerminalSize, TreeSummary,
 };
 pub use qemu::QemuVmm;

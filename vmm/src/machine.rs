@@ -43,6 +43,9 @@ pub struct MachineSpec {
     pub mac: [u8; 6],
     /// Further words for the kernel's command line.
     pub kernel_args: Vec<String>,
+    /// A directory with a state that [`Vmm::warm`] has kept of a machine of the same [`Vmm::warm_key`]: the machine starts
+    /// from it instead of booting.
+    pub warm: Option<PathBuf>,
 }
 
 /// A disk besides the root. The guest is told to mount it: [`Agent::mount`].
@@ -137,12 +140,45 @@ pub enum ExitReason {
     },
 }
 
+/// Which way a machine came up.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum BootPath {
+    /// Its kernel booted.
+    Cold,
+    /// It went on from the kept state of one that had booted.
+    Warm,
+}
+
+impl BootPath {
+    /// The name people know it by.
+    pub fn name(self) -> &'static str {
+        match self {
+            BootPath::Cold => "cold",
+            BootPath::Warm => "warm",
+        }
+    }
+}
+
+/// What a kept state depends on: machines with the same key can start from the same one. Each half is a word of 16
+/// hexadecimal digits.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct WarmKey {
+    /// What is the same for all machines of one installation: kernel, initramfs, VMM, host. States of another are of no use
+    /// any more.
+    pub base: String,
+    /// What differs between machines: processors, memory, accelerator, kernel arguments. Not disks, network or names.
+    pub shape: String,
+}
+
 /// What a start took.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct BootTiming {
+    /// Which way it came up.
+    pub path: BootPath,
     /// From the call to the process being under control, in milliseconds.
     pub process_ms: u64,
-    /// From the call to the agent's first answer, in milliseconds.
+    /// From the call to the agent's first answer with a root file system, in milliseconds.
     pub agent_ms: u64,
 }
 
@@ -160,14 +196,31 @@ pub struct Reaped {
 /// A kind of virtual machine monitor.
 #[async_trait]
 pub trait Vmm: Send + Sync {
-    /// Starts a machine and waits until its agent answers. When it fails, the machine's process is gone. When the
+    /// Starts a machine and waits until its agent answers, from a kept state if the specification has one. When it fails,
+    /// that of a kept state included, the machine's process is gone; a cold start is the caller's affair. When the
     /// future is dropped, the process has been sent SIGKILL; it is gone, and with it its hold on the disk, when its
     /// record in the run directory is.
     ///
     /// # Errors
     /// `QemuMissing`, `Invalid`, `StartFailed` (with what the process wrote last), `BootTimeout` (with the console's
-    /// end) once `deadline` is over.
+    /// end) once `deadline` is over; from a kept state also `Io` and `Invalid` when it cannot be read or is not whole, and
+    /// `Guest` with what the guest says of its disk.
     async fn start(&self, spec: MachineSpec, deadline: Duration) -> Result<Arc<dyn Machine>>;
+
+    /// What a state that a machine of this specification can start from depends on. Quick when asked again.
+    ///
+    /// # Errors
+    /// `Invalid` for a machine that can only boot; `QemuMissing`; `Io`.
+    async fn warm_key(&self, spec: &MachineSpec) -> Result<WarmKey>;
+
+    /// Boots a machine with this specification's key, without disks or network, up to the moment before it becomes one
+    /// sandbox, keeps its memory and its devices' state in the directory `to`, which is there whole or not at all, and kills
+    /// it. Meanwhile there is a directory beside `to` whose name begins with a dot and on which an exclusive `flock` is held.
+    /// Of the specification, disks, network, names and `warm` are of no matter. It yields the processor to other machines.
+    ///
+    /// # Errors
+    /// As [`Vmm::start`]; nothing is left then, nor of a future that is dropped but for its run directory.
+    async fn warm(&self, spec: &MachineSpec, to: &Path, deadline: Duration) -> Result<()>;
 
     /// The run directories under `run_root` whose machines are alive: those that [`Vmm::adopt`] can take over.
     ///

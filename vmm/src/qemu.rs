@@ -7,8 +7,9 @@
 
 mod command;
 mod probe;
+mod warm;
 
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd, RawFd};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -28,8 +29,11 @@ use crate::console;
 use crate::machine::{Exit, deadline_at};
 use crate::process::{ProcessId, RECORD, RUN_DIR_VARIABLE};
 use crate::qmp::{Qmp, QmpEvent};
-use crate::{Acceleration, Agent, BootTiming, Error, ErrorKind, ExitReason, Machine, MachineSpec, Reaped, Result, Vmm};
-use command::Paths;
+use crate::{
+    Acceleration, Agent, BootPath, BootTiming, Error, ErrorKind, ExitReason, Machine, MachineSpec, Reaped, Result,
+    Root, Vmm, WarmKey,
+};
+use command::{Course, Paths, Ram};
 pub use probe::{KvmAnswer, kept_kvm_answer};
 
 /// Bytes of console shown when a boot fails.
@@ -53,6 +57,7 @@ pub struct QemuVmm {
     machine: String,
     cgroups: Arc<std::sync::OnceLock<Cgroups>>,
     records: Records,
+    known: Arc<warm::Known>,
 }
 
 /// Held while a run directory's records of process and groups are written, and while they are looked at and removed: the
@@ -74,6 +79,7 @@ impl QemuVmm {
             machine: "q35".into(),
             cgroups: Arc::default(),
             records: Arc::default(),
+            known: Arc::default(),
         }
     }
 
@@ -96,24 +102,26 @@ impl QemuVmm {
         Error::new(ErrorKind::QemuMissing, message).hint("apt-get install qemu-system-x86")
     }
 
-    fn spawn(&self, spec: &MachineSpec) -> Result<Process> {
-        command::check(spec)?;
+    fn spawn(&self, spec: &MachineSpec, launch: Launch) -> Result<Process> {
+        command::check(spec, launch.course)?;
         let paths = Paths::of(&spec.run_dir);
         make_private(&spec.run_dir)?;
         for stale in [&paths.qmp, &paths.agent] {
             let _ = std::fs::remove_file(stale);
         }
+        warm::write_root(spec, launch.course)?;
         let file = |path: &Path| console::create(path).map_err(|e| Error::io(path.display(), e));
         file(&paths.console)?;
         let output = file(&paths.output)?;
         let mut command = Command::new(&self.program);
-        command.args(command::arguments(spec, &self.machine)).env(RUN_DIR_VARIABLE, &spec.run_dir);
+        command.args(command::arguments(spec, &self.machine, launch.course, launch.ram));
+        command.env(RUN_DIR_VARIABLE, &spec.run_dir);
         command.stdin(Stdio::null()).stderr(output.try_clone().map_err(|e| Error::io("qemu.log", e))?).stdout(output);
         let _recording = self.records.lock();
         let mut group = self.cgroups.get_or_init(Cgroups::find).make(spec);
         let doors = group.doors();
         // SAFETY: between fork and exec only system calls are made, on what was allocated before.
-        unsafe { command.pre_exec(move || prepare(&doors)) };
+        unsafe { command.pre_exec(move || prepare(&doors, &launch)) };
         let mut child = match command.spawn() {
             Ok(child) => child,
             Err(error) => {
@@ -134,8 +142,28 @@ impl QemuVmm {
     }
 }
 
+/// How a machine's process is started.
+#[derive(Debug)]
+struct Launch {
+    course: Course,
+    ram: Ram,
+    /// Files that it has under the numbers that they have here. They must be open until it is started.
+    inherited: Vec<RawFd>,
+    /// Others' work goes before its own.
+    yields: bool,
+}
+
+impl Launch {
+    fn boot() -> Launch {
+        Launch { course: Course::Boot, ram: Ram::New, inherited: Vec::new(), yields: false }
+    }
+}
+
+/// What one that makes way is nicer by.
+const NICER: libc::c_int = 10;
+
 /// What a machine's process does to itself before it becomes QEMU.
-fn prepare(doors: &[std::fs::File]) -> std::io::Result<()> {
+fn prepare(doors: &[std::fs::File], launch: &Launch) -> std::io::Result<()> {
     // A signal for the daemon's terminal is not for its machines.
     nix::unistd::setsid()?;
     // A console that is too long is cut off and not the machine's end.
@@ -143,6 +171,16 @@ fn prepare(doors: &[std::fs::File]) -> std::io::Result<()> {
     unsafe { nix::sys::signal::signal(Signal::SIGXFSZ, SigHandler::SigIgn) }?;
     nix::sys::prctl::set_no_new_privs()?;
     doors.iter().for_each(|door| cgroup::enter(door.as_fd()));
+    for fd in &launch.inherited {
+        // SAFETY: plain system calls without memory. The flag is this process's own: its parent's descriptor keeps it.
+        if unsafe { libc::fcntl(*fd, libc::F_SETFD, 0) } == -1 {
+            return Err(std::io::Error::last_os_error());
+        }
+    }
+    if launch.yields {
+        // SAFETY: as above. What it says is of no interest: it goes on as it is.
+        unsafe { libc::nice(NICER) };
+    }
     Ok(())
 }
 
@@ -157,13 +195,24 @@ fn make_private(dir: &Path) -> Result<()> {
 impl Vmm for QemuVmm {
     async fn start(&self, spec: MachineSpec, deadline: Duration) -> Result<Arc<dyn Machine>> {
         let (started, at) = (Instant::now(), deadline_at(deadline));
-        let process = self.spawn(&spec)?;
-        let machine = process.into_machine(started, at).await?;
+        let machine = match &spec.warm {
+            Some(dir) => warm::restore(self, &spec, dir, (started, at)).await?,
+            None => self.spawn(&spec, Launch::boot())?.into_machine(started, at, Coming::Boot).await?,
+        };
         if spec.disk.outlives_its_server() {
             limit_files(machine.process.control.id);
         }
-        tracing::info!(machine = spec.id, pid = machine.pid(), ms = machine.timing.agent_ms, "machine is up");
+        let (way, ms) = (machine.timing.path.name(), machine.timing.agent_ms);
+        tracing::info!(machine = spec.id, pid = machine.pid(), way, ms, "machine is up");
         Ok(Arc::new(machine))
+    }
+
+    async fn warm_key(&self, spec: &MachineSpec) -> Result<WarmKey> {
+        warm::key(self, spec).await
+    }
+
+    async fn warm(&self, spec: &MachineSpec, to: &Path, deadline: Duration) -> Result<()> {
+        warm::keep(self, spec, to, deadline).await
     }
 
     async fn survivors(&self, run_root: &Path) -> Result<Vec<PathBuf>> {
@@ -174,7 +223,10 @@ impl Vmm for QemuVmm {
     async fn adopt(&self, run_dir: &Path, deadline: Duration) -> Result<Option<Arc<dyn Machine>>> {
         let (started, at) = (Instant::now(), deadline_at(deadline));
         let adopted = match Process::recorded(run_dir, self.records.clone()) {
-            Ok(Some(process)) => process.into_machine(started, at).await.map(Some),
+            Ok(Some(process)) => match warm::read_root(run_dir) {
+                Ok(root) => process.into_machine(started, at, Coming::Found(root)).await.map(Some),
+                Err(error) => Err(error),
+            },
             Ok(None) => Ok(None),
             Err(error) => Err(error),
         };
@@ -265,7 +317,8 @@ impl Control {
     }
 
     async fn boot_failed(&self, error: Error, at: Instant) -> Error {
-        if error.kind == ErrorKind::StartFailed {
+        // What says enough by itself.
+        if matches!(error.kind, ErrorKind::StartFailed | ErrorKind::Guest(_) | ErrorKind::Io) {
             return error;
         }
         // A process that dies closes its sockets first: wait a moment for the better reason.
@@ -345,6 +398,16 @@ async fn watch(
     control.exit.tell(reason);
 }
 
+/// How a process's guest comes to answer.
+enum Coming {
+    /// It boots.
+    Boot,
+    /// It is given a state, and then a root.
+    Restored(warm::Restoring),
+    /// An earlier daemon started it: to boot, or, with this root, from a state.
+    Found(Option<Root>),
+}
+
 /// A process that runs; dropping it kills it, unless it was left.
 struct Process {
     control: Arc<Control>,
@@ -385,7 +448,7 @@ impl Process {
     }
 
     /// Takes control of the process and waits for its guest. If that fails, the process is gone.
-    async fn into_machine(mut self, started: Instant, at: Instant) -> Result<QemuMachine> {
+    async fn into_machine(mut self, started: Instant, at: Instant, coming: Coming) -> Result<QemuMachine> {
         let control = self.control.clone();
         let left = || at.saturating_duration_since(Instant::now());
         let events = self.events.take();
@@ -395,8 +458,20 @@ impl Process {
                 let _ = sender.send(received);
             }
             let process_ms = millis(started);
+            let root = match coming {
+                Coming::Boot | Coming::Found(None) => None,
+                Coming::Restored(restoring) => Some(restoring.load(&qmp).await?),
+                Coming::Found(Some(root)) => {
+                    warm::check_loaded(&qmp).await?;
+                    Some(root)
+                }
+            };
+            let path = if root.is_some() { BootPath::Warm } else { BootPath::Cold };
             let agent = Agent::connect(&control.paths.agent, left()).await?;
-            Ok((qmp, agent, BootTiming { process_ms, agent_ms: millis(started) }))
+            if let Some(root) = root {
+                agent.clone().with_timeout(left()).mount_root(warm::told_now(root)).await?;
+            }
+            Ok((qmp, agent, BootTiming { path, process_ms, agent_ms: millis(started) }))
         };
         let result = tokio::select! {
             reason = control.exit.wait() => Err(control.start_failed(&reason)),

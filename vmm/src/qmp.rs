@@ -62,7 +62,7 @@ impl Qmp {
                 Err(error) if Instant::now() >= at => {
                     return Err(failed(format!("cannot connect to {}: {error}", socket.display())));
                 }
-                Err(_) => tokio::time::sleep(Duration::from_millis(5)).await,
+                Err(_) => tokio::time::sleep(Duration::from_millis(1)).await,
             }
         };
         let (reader, writer) = stream.into_split();

@@ -23,6 +23,7 @@ fn spec(id: &str) -> MachineSpec {
         network: Network::None,
         mac: [2, 0, 0, 0, 0, 1],
         kernel_args: Vec::new(),
+        warm: None,
     }
 }
 

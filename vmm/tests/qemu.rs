@@ -14,8 +14,8 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use vmm::agent::{ExecEvent, ExecOutput};
 use vmm::{
-    Accel, Agent, DiskAttachment, ErrorKind, ExecRequest, ExitReason, GuestErrorKind, Machine, MachineSpec, Network,
-    QemuVmm, Vmm, image,
+    Accel, Agent, BootPath, DiskAttachment, ErrorKind, ExecRequest, ExitReason, GuestErrorKind, Machine, MachineSpec,
+    Mount, Network, QemuVmm, Vmm, VolumeDevice, image,
 };
 
 /// Far more than anything here takes, even on a loaded machine without KVM.
@@ -82,6 +82,7 @@ impl Lab {
             network: Network::User,
             mac: [2, 0, 0, 0, 0, 1],
             kernel_args: Vec::new(),
+            warm: None,
         };
         Lab { dir, spec }
     }
@@ -627,4 +628,164 @@ async fn a_vhost_user_disk_may_go_and_come_back() {
     stdout(&agent, "echo 3 > /proc/sys/vm/drop_caches").await;
     assert_eq!(stdout(&agent, "cat /workspace/f").await, "before\nafter");
     assert_eq!(machine.shutdown(PATIENCE).await.unwrap(), ExitReason::Shutdown);
+}
+
+/// A kept state for machines as this lab's.
+async fn kept(lab: &Lab) -> PathBuf {
+    let vmm = QemuVmm::new();
+    let key = vmm.warm_key(&lab.spec).await.unwrap();
+    let dir = lab.dir.path().join("warm").join(format!("{}-{}", key.base, key.shape));
+    let spec = MachineSpec { id: "keeper".into(), run_dir: lab.run_root().join("keeper"), ..lab.spec.clone() };
+    vmm.warm(&spec, &dir, PATIENCE).await.unwrap();
+    assert_eq!(vmm.survivors(&lab.run_root()).await.unwrap(), Vec::<PathBuf>::new(), "the kept machine is gone");
+    dir
+}
+
+/// A second disk for a machine as another lab's.
+fn another_disk(lab: &Lab, name: &str) -> PathBuf {
+    let disk = lab.dir.path().join(name);
+    assert!(Command::new("cp").arg("--sparse=always").arg(&images().base).arg(&disk).status().unwrap().success());
+    disk
+}
+
+fn unix_now() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn machines_go_on_from_a_kept_state_and_are_not_the_same() {
+    let lab = Lab::new("warm");
+    let dir = kept(&lab).await;
+    let vmm = QemuVmm::new();
+    let disk = another_disk(&lab, "larger.raw");
+    std::fs::File::options().write(true).open(&disk).unwrap().set_len(4 << 30).unwrap();
+    let one = MachineSpec { warm: Some(dir.clone()), ..lab.spec.clone() };
+    let other = MachineSpec {
+        id: "other".into(),
+        run_dir: lab.run_root().join("other"),
+        disk: DiskAttachment::RawFile { path: disk },
+        hostname: "other-box".into(),
+        mac: [2, 0, 0, 0, 0, 9],
+        ..one.clone()
+    };
+    // The clock of the kept machine stood still in between.
+    tokio::time::sleep(Duration::from_secs(3)).await;
+    let mut told = Vec::new();
+    let mut machines = Vec::new();
+    for spec in [&one, &other] {
+        let machine = vmm.start(spec.clone(), PATIENCE).await.unwrap();
+        eprintln!("{}: {:?}", spec.id, machine.boot_timing());
+        assert_eq!(machine.boot_timing().path, BootPath::Warm);
+        let agent = machine.agent();
+        let script = "cat /proc/sys/kernel/random/boot_id; head -c 32 /dev/urandom | od -An -tx1 | tr -d ' \\n'; echo; \
+                      python3 -c 'import os, random; print(os.getrandom(16).hex(), random.random())'; \
+                      cat /sys/class/net/eth0/address; hostname; mktemp -u";
+        let before = unix_now();
+        let clock: u64 = stdout(&agent, "date +%s").await.parse().unwrap();
+        assert!((before - 1..=unix_now() + 1).contains(&clock), "its clock is right: {clock}");
+        told.push(stdout(&agent, script).await.lines().map(str::to_owned).collect::<Vec<_>>());
+        machines.push(machine);
+    }
+    eprintln!("{told:?}");
+    assert_eq!(told[0].len(), 6, "{told:?}");
+    for (a, b) in told[0].iter().zip(&told[1]) {
+        assert_ne!(a, b, "{told:?}");
+    }
+    assert_eq!((told[0][3].as_str(), told[1][3].as_str()), ("02:00:00:00:00:01", "02:00:00:00:00:09"));
+    assert_eq!((told[0][4].as_str(), told[1][4].as_str()), ("box", "other-box"));
+
+    // The disk was not there when the state was kept, and is as large as it is.
+    let agent = machines[1].agent();
+    let size: u64 = stdout(&agent, "df -B1 --output=size / | tail -1").await.trim().parse().unwrap();
+    assert!(size > 3 << 30, "the file system has grown to {size}");
+    stdout(&agent, "echo kept > /workspace/note").await;
+    // The network: the host is 10.0.2.2.
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = listener.local_addr().unwrap().port();
+    let greeter = std::thread::spawn(move || std::io::Write::write_all(&mut listener.accept().unwrap().0, b"hello"));
+    let connect =
+        format!("python3 -c 'import socket; print(socket.create_connection((\"10.0.2.2\", {port})).recv(9))'");
+    assert_eq!(stdout(&agent, &connect).await, "b'hello'");
+    greeter.join().unwrap().unwrap();
+    for machine in machines {
+        assert_eq!(machine.shutdown(PATIENCE).await.unwrap(), ExitReason::Shutdown);
+    }
+    // What was written is there for one that boots.
+    let machine = vmm.start(MachineSpec { warm: None, ..other }, PATIENCE).await.unwrap();
+    assert_eq!(machine.boot_timing().path, BootPath::Cold);
+    assert_eq!(stdout(&machine.agent(), "cat /workspace/note").await, "kept");
+    machine.kill().await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_machine_from_a_kept_state_has_volumes_or_no_network_and_is_taken_over() {
+    let mut lab = Lab::new("warm-more");
+    let dir = kept(&lab).await;
+    let volume = another_disk(&lab, "volume.raw");
+    lab.spec.volumes =
+        vec![VolumeDevice { serial: "vol-1".into(), disk: DiskAttachment::RawFile { path: volume }, read_only: false }];
+    lab.spec.network = Network::None;
+    lab.spec.warm = Some(dir);
+    let machine = lab.boot().await;
+    let agent = machine.agent();
+    agent.mount(Mount { serial: "vol-1".into(), path: "/data".into(), read_only: false }).await.unwrap();
+    assert_eq!(stdout(&agent, "ls /data/workspace; ls /sys/class/net; ls /workspace").await, "lo");
+    assert_eq!(stdout(&agent, "cat /sys/block/vda/serial; echo; cat /sys/block/vdb/serial").await, "disk\nvol-1");
+    stdout(&agent, "echo still > /run/here; sleep 100000 >/dev/null 2>&1 &").await;
+
+    machine.leave().await;
+    drop((agent, machine));
+    let vmm = QemuVmm::new();
+    assert_eq!(vmm.survivors(&lab.run_root()).await.unwrap(), [lab.spec.run_dir.clone()]);
+    let machine = vmm.adopt(&lab.spec.run_dir, PATIENCE).await.unwrap().unwrap();
+    assert_eq!(machine.boot_timing().path, BootPath::Warm);
+    assert_eq!(
+        stdout(&machine.agent(), "cat /run/here; hostname; cat /proc/[0-9]*/comm | grep -c sleep").await,
+        "still\nbox\n1"
+    );
+    assert_eq!(machine.shutdown(PATIENCE).await.unwrap(), ExitReason::Shutdown);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_state_that_is_damaged_is_an_error_and_leaves_no_process() {
+    let lab = Lab::new("warm-bad");
+    let dir = kept(&lab).await;
+    let vmm = QemuVmm::new();
+    let spec = MachineSpec { warm: Some(dir.clone()), ..lab.spec.clone() };
+    let gone = || !spec.run_dir.join(vmm::process::RECORD).exists();
+    let fails = async |spec: MachineSpec, kinds: &[ErrorKind]| {
+        let error = vmm.start(spec, PATIENCE).await.err().unwrap();
+        assert!(kinds.contains(&error.kind), "{:?}: {error}", error.kind);
+        while !gone() {
+            tokio::task::yield_now().await;
+        }
+        error
+    };
+    let whole = std::fs::read(dir.join("devices")).unwrap();
+    let mut damaged = whole.clone();
+    damaged[whole.len() / 2] ^= 1;
+    std::fs::write(dir.join("devices"), &damaged).unwrap();
+    fails(spec.clone(), &[ErrorKind::Invalid]).await;
+    // Damage that its digest does not tell: QEMU finds it.
+    std::fs::write(dir.join("devices"), &whole[..whole.len() / 2]).unwrap();
+    let record = std::fs::read_to_string(dir.join("state.json")).unwrap();
+    let mut json: serde_json::Value = serde_json::from_str(&record).unwrap();
+    json["devices_blake3"] = blake3::hash(&whole[..whole.len() / 2]).to_hex().to_string().into();
+    std::fs::write(dir.join("state.json"), json.to_string()).unwrap();
+    fails(spec.clone(), &[ErrorKind::StartFailed]).await;
+    std::fs::write(dir.join("devices"), &whole).unwrap();
+    std::fs::write(dir.join("state.json"), record).unwrap();
+    // A disk that is none: the guest says so, and is gone.
+    let nonsense = lab.dir.path().join("nonsense.raw");
+    std::fs::write(&nonsense, noise(1 << 20)).unwrap();
+    let bad_disk = MachineSpec { disk: DiskAttachment::RawFile { path: nonsense }, ..spec.clone() };
+    let error =
+        fails(bad_disk, &[ErrorKind::Guest(GuestErrorKind::Invalid), ErrorKind::Guest(GuestErrorKind::Io)]).await;
+    assert!(error.message.contains("mount /dev/vda"), "{error}");
+    // Of another shape.
+    fails(MachineSpec { cpus: 1, ..spec.clone() }, &[ErrorKind::Invalid]).await;
+    // The state is whole all the same.
+    let machine = vmm.start(spec.clone(), PATIENCE).await.unwrap();
+    machine.kill().await.unwrap();
+    assert_eq!(vmm.reap_orphans(&lab.run_root(), &[]).await.unwrap(), []);
 }

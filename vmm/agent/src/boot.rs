@@ -1,8 +1,11 @@
-//! From the initramfs to a mounted root: the kernel's file systems, modules, the root disk, the move into it.
+//! From the initramfs to a mounted root, in two parts: [`early`] is the same in all guests (the kernel's file systems,
+//! modules), [`enter_root`] is what makes one of them (the root disk, the move into it). A guest that is to be copied
+//! stops between the two and is told later what it becomes: it has neither disk nor network device until then.
 
 use std::fs::{self, File};
 use std::io::{Error, Result};
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use nix::kmod::{ModuleInitFlags, finit_module};
@@ -14,18 +17,51 @@ use crate::{guest, log, network, read_line, volumes};
 const DISK_PATIENCE: Duration = Duration::from_secs(30);
 const NEW_ROOT: &str = "/newroot";
 
-/// Runs once; after it `/` is the root disk.
+/// What the kernel's command line says of the root when the host says it later.
+const LATER: &str = "later";
+
+/// `/` is the root disk.
+static HAS_ROOT: AtomicBool = AtomicBool::new(false);
+
+/// Whether `/` is the root disk.
+pub(crate) fn has_root() -> bool {
+    HAS_ROOT.load(Ordering::Acquire)
+}
+
+/// Runs once; after it `/` is the root disk, or the guest waits to be told which.
 pub(crate) fn boot() -> Result<()> {
+    early()?;
+    let disk = argument("miosa.root").unwrap_or_else(|| "/dev/vda".into());
+    if disk == LATER {
+        return Ok(());
+    }
+    let network = argument("miosa.net").is_none_or(|net| net != "none");
+    enter_root(&disk, argument("miosa.hostname").as_deref(), network)
+}
+
+/// What is the same whatever the disk.
+fn early() -> Result<()> {
     make_mount("devtmpfs", "/dev", MsFlags::MS_NOSUID, "mode=0755")?;
     make_mount("proc", "/proc", MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC, "")?;
     make_mount("sysfs", "/sys", MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC, "")?;
     load_modules();
-    let command_line = read_line("/proc/cmdline");
-    let argument = |name: &str| -> Option<String> {
-        command_line.split_whitespace().find_map(|word| word.strip_prefix(name)?.strip_prefix('=').map(str::to_owned))
-    };
+    Ok(())
+}
 
-    let disk = root_disk(&argument("miosa.root").unwrap_or_else(|| "/dev/vda".into()))?;
+/// A word of the kernel's command line.
+fn argument(name: &str) -> Option<String> {
+    let command_line = read_line("/proc/cmdline");
+    command_line.split_whitespace().find_map(|word| word.strip_prefix(name)?.strip_prefix('=').map(str::to_owned))
+}
+
+/// Finds the devices that were not there when the kernel looked. Their drivers are loaded, so they are usable after it.
+pub(crate) fn find_devices() -> Result<()> {
+    fs::write("/sys/bus/pci/rescan", "1").map_err(|e| error("look for devices", e))
+}
+
+/// Runs once; after it `/` is the root disk, with what programs expect around it.
+pub(crate) fn enter_root(disk: &str, hostname: Option<&str>, network: bool) -> Result<()> {
+    let disk = root_disk(disk)?;
     fs::create_dir_all(NEW_ROOT)?;
     // Reading a file must not write to the disk: snapshots would differ for nothing. Discard gives space back.
     let flags = argument("miosa.rootflags").unwrap_or_else(|| "discard,errors=remount-ro".into());
@@ -33,9 +69,8 @@ pub(crate) fn boot() -> Result<()> {
         .map_err(|errno| error(&format!("mount {disk}"), errno.into()))?;
     grow_root(&disk);
     switch_root()?;
-
-    let network = argument("miosa.net").is_none_or(|net| net != "none");
-    furnish(argument("miosa.hostname").as_deref(), network);
+    furnish(hostname, network);
+    HAS_ROOT.store(true, Ordering::Release);
     Ok(())
 }
 

@@ -7,16 +7,17 @@ use std::path::{Component, Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use miosa_agent::server::{Children, System};
-use miosa_agent::wire::{AgentError, ErrorKind, GuestInfo, Mount};
+use miosa_agent::wire::{AgentError, ErrorKind, GuestInfo, Mount, Root};
 use nix::mount::{MsFlags, mount};
 use nix::sys::reboot::{RebootMode, reboot};
 use nix::sys::signal::{Signal, kill};
 use nix::sys::time::TimeSpec;
 use nix::time::{ClockId, clock_settime};
 use nix::unistd::Pid;
+use parking_lot::Mutex;
 
 use crate::volumes::Volumes;
-use crate::{log, read_line};
+use crate::{boot, log, read_line};
 
 nix::ioctl_readwrite!(
     /// Freezes the file system of an open file.
@@ -45,11 +46,13 @@ const KILL_PATIENCE: Duration = Duration::from_secs(2);
 pub(crate) struct Guest {
     children: Children,
     volumes: Volumes,
+    /// Held while the root is mounted: that is done once.
+    rooting: Mutex<()>,
 }
 
 impl Guest {
     pub(crate) fn new() -> Guest {
-        Guest { children: Children::of_init(), volumes: Volumes::default() }
+        Guest { children: Children::of_init(), volumes: Volumes::default(), rooting: Mutex::default() }
     }
 
     pub(crate) fn reap_forever(&self) {
@@ -78,6 +81,25 @@ impl System for Guest {
             kernel: read_line("/proc/sys/kernel/osrelease"),
             uptime_ms: (seconds * 1000.0) as u64,
         }
+    }
+
+    fn has_root(&self) -> bool {
+        boot::has_root()
+    }
+
+    fn mount_root(&self, root: &Root) -> std::result::Result<(), AgentError> {
+        let _rooting = self.rooting.lock();
+        if boot::has_root() {
+            return Ok(());
+        }
+        let entered = boot::find_devices().and_then(|()| {
+            let hostname = Some(root.hostname.as_str());
+            boot::enter_root(&root.disk, hostname, root.network)
+        });
+        entered.map_err(|e| {
+            log(&format!("no root: {e}"));
+            AgentError::io("enter the root file system", &e)
+        })
     }
 
     fn mount(&self, wanted: &Mount) -> std::result::Result<(), AgentError> {

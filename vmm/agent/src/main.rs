@@ -16,6 +16,9 @@ use std::time::{Duration, Instant};
 use miosa_agent::server::Server;
 use miosa_agent::wire;
 
+/// How often to look whether a host has connected, and before there is a root.
+const IDLE: Duration = Duration::from_millis(10);
+const IDLE_WITHOUT_ROOT: Duration = Duration::from_millis(1);
 /// How long to look for the host's port before saying so; the search goes on.
 const PORT_PATIENCE: Duration = Duration::from_secs(10);
 
@@ -60,8 +63,9 @@ fn serve(system: &Arc<guest::Guest>) -> std::io::Result<()> {
     let port = File::options().read(true).write(true).custom_flags(libc::O_CLOEXEC).open(path)?;
     let server = Server::new(system.clone(), port.try_clone()?)?;
     server.serve(&port, || {
-        // No host is connected; the port gives no way to wait for one without a signal.
-        std::thread::sleep(Duration::from_millis(10));
+        // No host is connected; the port gives no way to wait for one without a signal. A guest without a root is waited
+        // for as soon as there is one.
+        std::thread::sleep(if boot::has_root() { IDLE } else { IDLE_WITHOUT_ROOT });
         false
     })
 }

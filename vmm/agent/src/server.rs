@@ -23,7 +23,7 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use parking_lot::{Condvar, Mutex};
 
-use crate::wire::{self, AgentError, Decoder, ErrorKind, Frame, GuestInfo, Kind, Mount, Outcome, Reply, Request};
+use crate::wire::{self, AgentError, Decoder, ErrorKind, Frame, GuestInfo, Kind, Mount, Outcome, Reply, Request, Root};
 pub use exec::Children;
 use freezer::Freezer;
 use terminal::Terminal;
@@ -42,6 +42,14 @@ pub trait System: Send + Sync + 'static {
     fn children(&self) -> &Children;
     /// Who this is.
     fn info(&self) -> GuestInfo;
+    /// Whether there is a root file system; a guest may have been started to get one later.
+    fn has_root(&self) -> bool;
+    /// Finds the root disk, mounts it and moves into it; nothing to do where there is one. Random numbers and clock are
+    /// this guest's own by then.
+    ///
+    /// # Errors
+    /// Of the system. The guest is of no use then.
+    fn mount_root(&self, root: &Root) -> Result<(), AgentError>;
     /// Mounts a disk besides the root.
     ///
     /// # Errors
@@ -229,6 +237,9 @@ impl Server {
 
     fn handle(&self, stream: &Arc<Stream>, request: Request) -> Outcome {
         let system = &*self.system;
+        if !system.has_root() && !matches!(request, Request::MountRoot(_)) {
+            return Err(AgentError::new(ErrorKind::Invalid, "the guest has no root file system yet"));
+        }
         match request {
             Request::Ping => return Ok(Reply::Pong(system.info())),
             Request::Exec(request) => return exec::run(system, stream, &request).map(Reply::Exit),
@@ -253,6 +264,13 @@ impl Server {
             }
             Request::Identify(identity) => return identity::assume(system, &identity),
             Request::Mount(wanted) => system.mount(&wanted)?,
+            Request::MountRoot(root) => {
+                identity::check_hostname(&root.hostname)?;
+                // First: from here on it is no copy any more.
+                system.add_entropy(&root.entropy)?;
+                system.set_clock(root.unix_nanos)?;
+                system.mount_root(&root)?;
+            }
             Request::Stat { path } => return files::stat(system, &path).map(Reply::Stat),
             Request::Freeze { auto_thaw_ms } => self.freezer.freeze(auto_thaw_ms)?,
             Request::Thaw => return Ok(Reply::Thawed { was_frozen: self.freezer.thaw()? }),

@@ -31,7 +31,7 @@ use bytes::{Buf, Bytes, BytesMut};
 use serde::{Deserialize, Serialize};
 
 /// Version of this protocol; both sides must have the same one.
-pub const VERSION: u32 = 6;
+pub const VERSION: u32 = 7;
 /// Name of the virtio-serial port the agent listens on.
 pub const PORT_NAME: &str = "miosa.agent";
 /// Largest payload of one frame, in bytes.
@@ -413,6 +413,10 @@ pub enum Request {
     Identify(Identity),
     /// Mount a disk besides the root. Fine when it is mounted there already.
     Mount(Mount),
+    /// Look for devices, mount the root disk and move into it: what a guest waits for that was started to have its root
+    /// later (`miosa.root=later` on the kernel's command line). Until then it refuses everything else. Fine when it has a
+    /// root already.
+    MountRoot(Root),
     /// End all processes, write everything back and power off. Answered just before the power goes.
     Shutdown {
         /// Time between SIGTERM and SIGKILL, in milliseconds; capped at 30 s.
@@ -430,6 +434,21 @@ pub struct Identity {
     /// Mixed into the kernel's random numbers.
     pub entropy: Vec<u8>,
     /// Nanoseconds since the Unix epoch.
+    pub unix_nanos: u64,
+}
+
+/// What a guest becomes that waits without a root. Many may have been started as copies of one such guest.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Root {
+    /// The disk: a device's file, or `serial:` and a virtio device's serial number.
+    pub disk: String,
+    /// Host name: 1-64 letters, digits, dots and hyphens.
+    pub hostname: String,
+    /// Bring up the network device, if there is one.
+    pub network: bool,
+    /// Mixed into the kernel's random numbers before anything else is done: copies of a guest have the same ones.
+    pub entropy: Vec<u8>,
+    /// Nanoseconds since the Unix epoch: the clock of a copy stood still.
     pub unix_nanos: u64,
 }
 

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::ffi::OsString;
+use std::os::fd::RawFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
@@ -41,7 +42,7 @@ fn invalid(message: impl Into<String>) -> Error {
 }
 
 /// Refuses what can never work, before anything is started.
-pub(super) fn check(spec: &MachineSpec) -> Result<()> {
+pub(super) fn check(spec: &MachineSpec, course: Course) -> Result<()> {
     let plain = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
     if spec.id.is_empty() || spec.id.len() > 64 || !spec.id.chars().all(plain) {
         return Err(invalid(format!("{:?} is not a machine's id: 1-64 letters, digits, '-', '_' and '.'", spec.id)));
@@ -74,7 +75,8 @@ pub(super) fn check(spec: &MachineSpec) -> Result<()> {
     if serials.len() != spec.volumes.len() + 1 || !serials.iter().all(good) {
         return Err(invalid(format!("serial numbers of disks are unique, of 1-{SERIAL_MAX} characters: {serials:?}")));
     }
-    for disk in std::iter::once(&spec.disk).chain(spec.volumes.iter().map(|v| &v.disk)) {
+    let disks = std::iter::once(&spec.disk).chain(spec.volumes.iter().map(|v| &v.disk));
+    for disk in disks.filter(|_| course != Course::Keep) {
         match disk {
             DiskAttachment::RawFile { path } => files.push(("disk", path)),
             DiskAttachment::VhostUserBlk { socket } => {
@@ -99,8 +101,42 @@ fn escaped(path: &Path) -> String {
     path.to_string_lossy().replace(',', ",,")
 }
 
-/// All arguments but the program's name.
-pub(super) fn arguments(spec: &MachineSpec, machine: &str) -> Vec<OsString> {
+/// Where a machine's memory is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Ram {
+    /// Of its own making, shared with who serves its disks.
+    New,
+    /// In an inherited file that is written to, shared with who serves its disks.
+    Shared(RawFd),
+    /// What is in an inherited file, which stays as it is.
+    Copied(RawFd),
+}
+
+/// How a machine comes to run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Course {
+    /// It boots.
+    Boot,
+    /// It boots without disks or network, and its guest waits for a root: its state is to be kept.
+    Keep,
+    /// It waits for such a state, with disks and network devices that were not there then.
+    Restore,
+}
+
+/// Words of the kernel's command line that the agent would go by instead of by what it is told later.
+const SAYS_ROOT: [&str; 3] = ["miosa.root=", "miosa.net=", "miosa.hostname="];
+
+/// Refuses what can only boot.
+pub(super) fn check_warm(spec: &MachineSpec) -> Result<()> {
+    match spec.kernel_args.iter().find(|word| SAYS_ROOT.iter().any(|says| word.starts_with(says))) {
+        Some(word) => Err(invalid(format!("with the kernel argument {word} a machine can only boot"))),
+        None => Ok(()),
+    }
+}
+
+/// All arguments but the program's name. Those of a machine that is kept are the beginning of those of one that starts
+/// from its state: what is added comes after it on the guest's buses, too.
+pub(super) fn arguments(spec: &MachineSpec, machine: &str, course: Course, ram: Ram) -> Vec<OsString> {
     let paths = Paths::of(&spec.run_dir);
     let (accel, cpu) = match spec.accel {
         // Five-level page tables would only make each of the translator's page walks longer.
@@ -115,10 +151,15 @@ pub(super) fn arguments(spec: &MachineSpec, machine: &str) -> Vec<OsString> {
     add("smp", spec.cpus.to_string());
     add("m", format!("{}M", spec.memory_mib));
     // A vhost-user back end reads and writes the guest's memory: it must be shared.
-    add("object", format!("memory-backend-memfd,id=ram,size={}M,share=on", spec.memory_mib));
+    let (backend, share) = match ram {
+        Ram::New => ("memory-backend-memfd,id=ram".to_owned(), "on"),
+        Ram::Shared(fd) => (format!("memory-backend-file,id=ram,mem-path=/proc/self/fd/{fd}"), "on"),
+        Ram::Copied(fd) => (format!("memory-backend-file,id=ram,mem-path=/proc/self/fd/{fd}"), "off"),
+    };
+    add("object", format!("{backend},size={}M,share={share}", spec.memory_mib));
     add("kernel", spec.kernel.to_string_lossy().into_owned());
     add("initrd", spec.initramfs.to_string_lossy().into_owned());
-    add("append", kernel_command_line(spec));
+    add("append", kernel_command_line(spec, course));
     add("display", "none".into());
     add("sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny".into());
     add("chardev", format!("file,id=console,path={},append=on", escaped(&paths.console)));
@@ -129,16 +170,21 @@ pub(super) fn arguments(spec: &MachineSpec, machine: &str) -> Vec<OsString> {
     add("chardev", format!("socket,id=agent,path={},server=on,wait=off", escaped(&paths.agent)));
     add("device", format!("virtserialport,chardev=agent,name={PORT_NAME}"));
     add("device", "virtio-rng-pci".into());
-    if spec.network == Network::User {
+    if course == Course::Restore {
+        add("incoming", "defer".into());
+    }
+    if spec.network == Network::User && course != Course::Keep {
         add("netdev", "user,id=net".into());
         // No ROM: nobody boots from the network.
         let [a, b, c, d, e, f] = spec.mac;
         let mac = format!("{a:02x}:{b:02x}:{c:02x}:{d:02x}:{e:02x}:{f:02x}");
         add("device", format!("virtio-net-pci,netdev=net,romfile=,mac={mac}"));
     }
-    add_disk(&mut arguments, spec, ROOT_SERIAL, &spec.disk, false);
-    for volume in &spec.volumes {
-        add_disk(&mut arguments, spec, &volume.serial, &volume.disk, volume.read_only);
+    if course != Course::Keep {
+        add_disk(&mut arguments, spec, ROOT_SERIAL, &spec.disk, false);
+        for volume in &spec.volumes {
+            add_disk(&mut arguments, spec, &volume.serial, &volume.disk, volume.read_only);
+        }
     }
     let flags = ["-nodefaults", "-no-user-config", "-no-reboot"].map(str::to_owned);
     arguments.into_iter().chain(flags).map(OsString::from).collect()
@@ -171,7 +217,12 @@ fn add_disk(arguments: &mut Vec<String>, spec: &MachineSpec, serial: &str, disk:
     }
 }
 
-fn kernel_command_line(spec: &MachineSpec) -> String {
+/// How the guest finds its root disk: with others beside it, by its serial number.
+pub(super) fn root_disk(spec: &MachineSpec) -> String {
+    if spec.volumes.is_empty() { "/dev/vda".into() } else { format!("serial:{ROOT_SERIAL}") }
+}
+
+fn kernel_command_line(spec: &MachineSpec, course: Course) -> String {
     // A panic is a reset, a reset is the machine's end: nothing is left hanging.
     let mut words = vec!["console=ttyS0", "quiet", "panic=-1", "random.trust_cpu=on", "rcupdate.rcu_expedited=1"];
     if spec.accel == Accel::Tcg {
@@ -179,13 +230,17 @@ fn kernel_command_line(spec: &MachineSpec) -> String {
         words.extend(["mitigations=off", "no_timer_check", "tsc=reliable", "nokaslr"]);
     }
     let hostname = format!("miosa.hostname={}", spec.hostname);
-    words.push(&hostname);
-    if spec.network == Network::None {
-        words.push("miosa.net=none");
-    }
-    let root = format!("miosa.root=serial:{ROOT_SERIAL}");
-    if !spec.volumes.is_empty() {
-        words.push(&root);
+    let root = format!("miosa.root={}", root_disk(spec));
+    if course == Course::Boot {
+        words.push(&hostname);
+        if spec.network == Network::None {
+            words.push("miosa.net=none");
+        }
+        if !spec.volumes.is_empty() {
+            words.push(&root);
+        }
+    } else {
+        words.push("miosa.root=later");
     }
     words.extend(spec.kernel_args.iter().map(String::as_str));
     words.join(" ")
@@ -218,6 +273,7 @@ mod tests {
             network: Network::None,
             mac: [2, 0, 0, 0, 0, 1],
             kernel_args: vec!["debug".into()],
+            warm: None,
         }
     }
 
@@ -225,16 +281,16 @@ mod tests {
     fn nonsense_is_refused_before_anything_starts() {
         let dir = tempfile::tempdir().unwrap();
         let good = spec(dir.path());
-        check(&good).unwrap();
+        check(&good, Course::Boot).unwrap();
         let volume = |serial: &str| VolumeDevice {
             serial: serial.into(),
             disk: DiskAttachment::RawFile { path: "/dev/null".into() },
             read_only: false,
         };
-        check(&MachineSpec { volumes: vec![volume("vol-1")], ..good.clone() }).unwrap();
+        check(&MachineSpec { volumes: vec![volume("vol-1")], ..good.clone() }, Course::Boot).unwrap();
         for volumes in [vec![volume("disk")], vec![volume("a"), volume("a")], vec![volume("a,b")], vec![volume("")]] {
             let spec = MachineSpec { volumes, ..good.clone() };
-            assert_eq!(check(&spec).unwrap_err().kind, ErrorKind::Invalid, "{:?}", spec.volumes);
+            assert_eq!(check(&spec, Course::Boot).unwrap_err().kind, ErrorKind::Invalid, "{:?}", spec.volumes);
         }
         let bad: [fn(&mut MachineSpec); 9] = [
             |s| s.id = "a b".into(),
@@ -250,18 +306,38 @@ mod tests {
         for (number, change) in bad.iter().enumerate() {
             let mut spec = good.clone();
             change(&mut spec);
-            assert_eq!(check(&spec).unwrap_err().kind, ErrorKind::Invalid, "case {number}");
+            assert_eq!(check(&spec, Course::Boot).unwrap_err().kind, ErrorKind::Invalid, "case {number}");
         }
     }
 
     #[test]
     fn a_path_cannot_add_options() {
         let dir = tempfile::tempdir().unwrap();
-        let arguments = arguments(&spec(dir.path()), "pc");
+        let arguments = arguments(&spec(dir.path()), "pc", Course::Boot, Ram::New);
         let disk = arguments.iter().find(|a| a.to_string_lossy().starts_with("socket,id=disk")).unwrap();
         assert!(disk.to_string_lossy().contains("/a,,file,reconnect=1"), "{disk:?}");
         let append = &arguments[arguments.iter().position(|a| a == "-append").unwrap() + 1];
         assert!(append.to_string_lossy().ends_with("miosa.hostname=box miosa.net=none debug"), "{append:?}");
         assert!(!arguments.iter().any(|a| a.to_string_lossy().contains("virtio-net")));
+    }
+
+    #[test]
+    fn a_restored_machine_is_the_kept_one_and_more() {
+        let dir = tempfile::tempdir().unwrap();
+        let one = MachineSpec { network: Network::User, ..spec(dir.path()) };
+        let other =
+            MachineSpec { hostname: "other".into(), mac: [2, 0, 0, 0, 0, 9], volumes: Vec::new(), ..one.clone() };
+        let devices = |arguments: Vec<OsString>| -> Vec<OsString> {
+            arguments.windows(2).filter(|pair| pair[0] == "-device").map(|pair| pair[1].clone()).collect()
+        };
+        let kept = devices(arguments(&one, "pc", Course::Keep, Ram::Shared(5)));
+        let restored = devices(arguments(&other, "pc", Course::Restore, Ram::Copied(6)));
+        assert_eq!(restored[..kept.len()], kept, "in the same places on the buses");
+        assert_eq!(restored.len(), kept.len() + 2, "a network device and a disk are added: {restored:?}");
+        // Nothing of one machine is in what is kept for all.
+        let kept = arguments(&one, "pc", Course::Keep, Ram::Shared(5));
+        assert_eq!(kept, arguments(&other, "pc", Course::Keep, Ram::Shared(5)));
+        check_warm(&one).unwrap();
+        check_warm(&MachineSpec { kernel_args: vec!["miosa.net=none".into()], ..one }).unwrap_err();
     }
 }

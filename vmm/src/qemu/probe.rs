@@ -97,7 +97,7 @@ async fn question(vmm: &QemuVmm, kernel: &Path) -> Result<Answer> {
 }
 
 /// Kernel and processor.
-fn this_host() -> nix::Result<(String, String)> {
+pub(super) fn this_host() -> nix::Result<(String, String)> {
     let host = nix::sys::utsname::uname()?;
     let processors = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
     let model = processors.lines().find_map(|line| line.strip_prefix("model name")?.split_once(':'));
@@ -157,6 +157,7 @@ async fn boot(vmm: &QemuVmm, kernel: &Path, initramfs: &Path, run_root: &Path) -
         network: Network::None,
         mac: [2, 0, 0, 0, 0, 1],
         kernel_args: Vec::new(),
+        warm: None,
     };
     let booted = match vmm.start(spec, DEADLINE).await {
         Ok(machine) => machine.kill().await.map(|_| machine.boot_timing().agent_ms),

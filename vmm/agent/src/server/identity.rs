@@ -15,11 +15,16 @@ const SSH: &str = "/etc/ssh";
 /// The address by which Debian knows a machine of its own name.
 const OWN_ADDRESS: &str = "127.0.1.1";
 
-pub(super) fn set_hostname(system: &dyn System, name: &str) -> std::result::Result<(), AgentError> {
+pub(super) fn check_hostname(name: &str) -> std::result::Result<(), AgentError> {
     let allowed = |c: char| c.is_ascii_alphanumeric() || c == '-' || c == '.';
     if name.is_empty() || name.len() > 64 || !name.chars().all(allowed) {
         return Err(AgentError::new(ErrorKind::Invalid, "a host name is 1-64 of a-z, 0-9, '-' and '.'"));
     }
+    Ok(())
+}
+
+pub(super) fn set_hostname(system: &dyn System, name: &str) -> std::result::Result<(), AgentError> {
+    check_hostname(name)?;
     system.set_hostname(name)
 }
 

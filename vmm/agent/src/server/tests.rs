@@ -9,6 +9,9 @@ struct Directory {
     root: tempfile::TempDir,
     children: Children,
     frozen: AtomicBool,
+    rooted: AtomicBool,
+    /// What was done to get a root, in that order.
+    steps: Mutex<Vec<String>>,
 }
 
 impl System for Directory {
@@ -22,6 +25,17 @@ impl System for Directory {
     fn info(&self) -> GuestInfo {
         GuestInfo { agent_version: "test".into(), kernel: "test".into(), uptime_ms: 0 }
     }
+    fn has_root(&self) -> bool {
+        self.rooted.load(Ordering::SeqCst)
+    }
+    fn mount_root(&self, root: &Root) -> Result<(), AgentError> {
+        self.steps.lock().push(format!("root {}", root.disk));
+        if root.disk == "/dev/none" {
+            return Err(AgentError::new(ErrorKind::NotFound, "no disk"));
+        }
+        self.rooted.store(true, Ordering::SeqCst);
+        Ok(())
+    }
     fn mount(&self, _: &wire::Mount) -> Result<(), AgentError> {
         Ok(())
     }
@@ -33,13 +47,15 @@ impl System for Directory {
         self.frozen.store(false, Ordering::SeqCst);
         Ok(())
     }
-    fn set_clock(&self, _: u64) -> Result<(), AgentError> {
+    fn set_clock(&self, unix_nanos: u64) -> Result<(), AgentError> {
+        self.steps.lock().push(format!("clock {unix_nanos}"));
         Ok(())
     }
     fn set_hostname(&self, _: &str) -> Result<(), AgentError> {
         Ok(())
     }
-    fn add_entropy(&self, _: &[u8]) -> Result<(), AgentError> {
+    fn add_entropy(&self, bytes: &[u8]) -> Result<(), AgentError> {
+        self.steps.lock().push(format!("entropy {bytes:?}"));
         Ok(())
     }
     fn sync(&self) {}
@@ -59,10 +75,20 @@ struct Host {
 
 impl Host {
     fn new() -> Host {
+        Host::with_root(true)
+    }
+
+    fn with_root(rooted: bool) -> Host {
         let (host, guest) = UnixStream::pair().unwrap();
         host.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
         let root = tempfile::tempdir().unwrap();
-        let system = Arc::new(Directory { root, children: Children::of_process(), frozen: AtomicBool::new(false) });
+        let system = Arc::new(Directory {
+            root,
+            children: Children::of_process(),
+            frozen: AtomicBool::new(false),
+            rooted: AtomicBool::new(rooted),
+            steps: Mutex::default(),
+        });
         let server = Server::new(system.clone(), guest.try_clone().unwrap()).unwrap();
         std::thread::spawn(move || server.serve(guest, || true));
         let mut host = Host { pipe: host, decoder: Decoder::host([0; 16]), system };
@@ -150,6 +176,31 @@ fn a_host_that_sends_without_credit_loses_the_stream_only() {
     assert!(matches!(host.end_of(1).0, Ok(Reply::Exit(status)) if status.signal == Some(9)));
     host.open(2, &Request::Ping);
     assert!(host.end_of(2).0.is_ok());
+}
+
+#[test]
+fn a_guest_without_a_root_takes_one_and_nothing_else() {
+    let mut host = Host::with_root(false);
+    for request in [Request::Ping, Request::Sync, Request::Shutdown { grace_ms: 0 }, Request::Commands] {
+        host.open(1, &request);
+        let error = host.end_of(1).0.unwrap_err();
+        assert!(error.kind == ErrorKind::Invalid && error.message.contains("no root"), "{request:?}: {error:?}");
+    }
+    let root = |disk: &str, hostname: &str| {
+        let (disk, hostname) = (disk.to_owned(), hostname.to_owned());
+        Request::MountRoot(Root { disk, hostname, network: false, entropy: vec![7], unix_nanos: 5 })
+    };
+    host.open(1, &root("/dev/vda", "no name"));
+    assert_eq!(host.end_of(1).0.unwrap_err().kind, ErrorKind::Invalid);
+    host.open(1, &root("/dev/none", "box"));
+    assert_eq!(host.end_of(1).0.unwrap_err().kind, ErrorKind::NotFound);
+    assert!(host.system.steps.lock().drain(..).eq(["entropy [7]", "clock 5", "root /dev/none"]));
+    host.open(1, &Request::Ping);
+    assert!(host.end_of(1).0.is_err(), "it has none still");
+    host.open(1, &root("/dev/vda", "box"));
+    assert_eq!(host.end_of(1).0, Ok(Reply::Done));
+    host.open(1, &Request::Ping);
+    assert!(host.end_of(1).0.is_ok());
 }
 
 #[test]

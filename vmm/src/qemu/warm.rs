@@ -1,0 +1,496 @@
+//! Machines that go on from the kept state of one that had booted.
+//!
+//! What is kept is a machine without disks and without network whose guest waits for a root (`miosa.root=later`): its
+//! memory, and what QEMU's migration says of its devices. Memory is not in that stream (`x-ignore-shared`): it is a file of
+//! ours that QEMU maps. A machine that starts from it is the kept one with disk and network device added at the end of its
+//! buses; its guest looks for them when it is told what it becomes. So a state is good for any disk, however that is shown.
+//!
+//! A start, of which 2 and 3 go on at the same time:
+//! 1. The state's record is read, and the devices' state compared with its digest.
+//! 2. QEMU starts with `-incoming defer`. Where the disk is served by another process, which reads and writes the guest's
+//!    memory, that is a new memory file; else a private mapping of the kept one, whose pages machines share until they
+//!    write to them.
+//! 3. The kept memory is copied into the new file: only what is not zero.
+//! 4. QEMU reads the devices' state, and the guest goes on.
+//! 5. The agent is greeted, and told the root disk, the host's clock and random numbers of its own ([`Root`]). What it was
+//!    told is in the run directory, for a daemon that takes the machine over before that is done.
+
+use std::collections::HashMap;
+use std::fs::{self, File};
+use std::io::{Read, Write};
+use std::os::fd::{AsRawFd, RawFd};
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use miosa_agent::wire::Root;
+use nix::fcntl::{FcntlArg, Flock, FlockArg, SealFlag, fcntl};
+use nix::sys::memfd::{MFdFlags, memfd_create};
+use nix::unistd::{Whence, lseek};
+use parking_lot::Mutex;
+use serde::{Deserialize, Serialize};
+use serde_json::json;
+use tokio::io::AsyncReadExt;
+use tokio::net::UnixListener;
+use tokio::task::JoinHandle;
+use tokio::time::Instant;
+
+use super::command::{self, Course, Ram};
+use super::{Coming, Launch, QemuMachine, QemuVmm, blocking, probe};
+use crate::machine::deadline_at;
+use crate::qmp::Qmp;
+use crate::{Error, ErrorKind, Machine, MachineSpec, Network, Result, WarmKey};
+
+/// Version of what is in a state's directory.
+const VERSION: u32 = 1;
+/// The guest's memory: a file of its size, with holes where it is zero.
+const RAM: &str = "ram";
+/// What QEMU says of the devices.
+const DEVICES: &str = "devices";
+/// Written last.
+const RECORD: &str = "state.json";
+/// In a run directory: what a guest that was kept was told it becomes.
+const ROOT: &str = "root.json";
+/// Over which QEMU tells the devices' state.
+const SOCKET: &str = "state.sock";
+/// Most bytes of it that are believed; it has about 400 KB.
+const DEVICES_MAX: u64 = 64 << 20;
+/// Bytes that are copied at a time: what stays in a processor's cache.
+const PIECE: usize = 128 << 10;
+const PAGE: usize = 4096;
+/// How often QEMU is asked whether it has told everything.
+const ASK_EVERY: Duration = Duration::from_millis(2);
+
+#[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
+struct Record {
+    version: u32,
+    base: String,
+    shape: String,
+    ram_bytes: u64,
+    devices_bytes: u64,
+    devices_blake3: String,
+}
+
+/// What was found out about files, for as long as they are the same.
+#[derive(Debug, Default)]
+pub(super) struct Known(Mutex<HashMap<PathBuf, (FileIdentity, String)>>);
+
+type FileIdentity = (u64, u64, u64, i64, i64);
+
+impl Known {
+    fn get(&self, path: &Path, find: impl FnOnce() -> Result<String>) -> Result<String> {
+        let meta = fs::metadata(path).map_err(|e| Error::io(path.display(), e))?;
+        let identity = (meta.dev(), meta.ino(), meta.len(), meta.mtime(), meta.mtime_nsec());
+        if let Some((known, found)) = self.0.lock().get(path)
+            && *known == identity
+        {
+            return Ok(found.clone());
+        }
+        let found = find()?;
+        self.0.lock().insert(path.to_owned(), (identity, found.clone()));
+        Ok(found)
+    }
+
+    fn digest(&self, path: &Path) -> Result<String> {
+        self.get(path, || {
+            let bytes = fs::read(path).map_err(|e| Error::io(path.display(), e))?;
+            Ok(blake3::hash(&bytes).to_hex().to_string())
+        })
+    }
+}
+
+/// See [`crate::Vmm::warm_key`].
+pub(super) async fn key(vmm: &QemuVmm, spec: &MachineSpec) -> Result<WarmKey> {
+    command::check_warm(spec)?;
+    let (vmm, spec) = (vmm.clone(), spec.clone());
+    blocking(move || {
+        let program = in_path(&vmm.program);
+        let qemu = vmm.known.get(&program, || {
+            let output = std::process::Command::new(&program).arg("--version").output();
+            Ok(String::from_utf8_lossy(&output.map_err(|e| vmm.missing(&e))?.stdout).into_owned())
+        });
+        let qemu = qemu.map_err(|e| Error::new(ErrorKind::QemuMissing, e.message))?;
+        let (host, processor) = probe::this_host().map_err(|e| Error::io("uname", e))?;
+        let (kernel, initramfs) = (vmm.known.digest(&spec.kernel)?, vmm.known.digest(&spec.initramfs)?);
+        let base = short([VERSION.to_string(), qemu, host, processor, kernel, initramfs]);
+        // Where this machine's files are is of no matter.
+        let anywhere = MachineSpec {
+            id: "machine".into(),
+            run_dir: PathBuf::new(),
+            kernel: PathBuf::new(),
+            initramfs: PathBuf::new(),
+            ..spec
+        };
+        let arguments = command::arguments(&anywhere, &vmm.machine, Course::Keep, Ram::Shared(0));
+        let arguments: Vec<String> = arguments.iter().map(|a| a.to_string_lossy().into_owned()).collect();
+        Ok(WarmKey { base, shape: short(&arguments) })
+    })
+    .await
+}
+
+/// A word that is another when one of the parts is.
+fn short<T: AsRef<str>>(parts: impl IntoIterator<Item = T>) -> String {
+    let mut hasher = blake3::Hasher::new();
+    for part in parts {
+        let part = part.as_ref().as_bytes();
+        hasher.update(&(part.len() as u64).to_le_bytes()).update(part);
+    }
+    hasher.finalize().to_hex().chars().take(16).collect()
+}
+
+/// The file that is run under a name.
+fn in_path(program: &Path) -> PathBuf {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let looked_for = program.components().count() == 1;
+    let dirs = std::env::split_paths(&path).filter(|_| looked_for);
+    dirs.map(|dir| dir.join(program)).find(|file| file.is_file()).unwrap_or_else(|| program.to_owned())
+}
+
+/// See [`crate::Vmm::warm`].
+pub(super) async fn keep(vmm: &QemuVmm, spec: &MachineSpec, to: &Path, deadline: Duration) -> Result<()> {
+    let (started, at) = (Instant::now(), deadline_at(deadline));
+    let key = key(vmm, spec).await?;
+    let spec = MachineSpec { volumes: Vec::new(), network: Network::None, warm: None, ..spec.clone() };
+    let ram = new_ram(spec.memory_mib).map_err(|e| Error::io("a guest's memory", e))?;
+    let fd = ram.as_raw_fd();
+    let launch = Launch { course: Course::Keep, ram: Ram::Shared(fd), inherited: vec![fd], yields: true };
+    let machine = vmm.spawn(&spec, launch)?.into_machine(started, at, Coming::Boot).await?;
+    machine.agent.disconnect();
+    let socket = spec.run_dir.join(SOCKET);
+    let devices = tokio::time::timeout_at(at, devices_of(&machine, &socket)).await;
+    machine.kill().await?;
+    let devices = devices.map_err(|_| Error::new(ErrorKind::Qmp, "QEMU did not tell a machine's state in time"))??;
+    let to = to.to_owned();
+    blocking(move || write(&to, &key, &ram, &devices).map_err(|e| Error::io(to.display(), e))).await
+}
+
+/// Has QEMU stop the machine and tell the state of its devices.
+async fn devices_of(machine: &QemuMachine, socket: &Path) -> Result<Vec<u8>> {
+    let io = |e| Error::io(socket.display(), e);
+    let _ = fs::remove_file(socket);
+    let listener = UnixListener::bind(socket).map_err(io)?;
+    ignore_shared(&machine.qmp).await?;
+    machine.qmp.execute("migrate", json!({ "uri": format!("unix:{}", socket.display()) })).await?;
+    let mut devices = Vec::new();
+    let (stream, _) = listener.accept().await.map_err(io)?;
+    stream.take(DEVICES_MAX).read_to_end(&mut devices).await.map_err(io)?;
+    let _ = fs::remove_file(socket);
+    loop {
+        let told = machine.qmp.execute("query-migrate", json!({})).await?;
+        match told.get("status").and_then(|status| status.as_str()) {
+            Some("completed") => return Ok(devices),
+            Some("setup" | "active" | "device" | "wait-unplug") => tokio::time::sleep(ASK_EVERY).await,
+            _ => return Err(Error::new(ErrorKind::Qmp, format!("QEMU did not tell a machine's state: {told}"))),
+        }
+    }
+}
+
+/// The guest's memory is not in the stream, for either side.
+async fn ignore_shared(qmp: &Qmp) -> Result<()> {
+    let capabilities = json!({ "capabilities": [{ "capability": "x-ignore-shared", "state": true }] });
+    qmp.execute("migrate-set-capabilities", capabilities).await.map(drop)
+}
+
+/// Memory for a guest. Nobody who has it can make it shorter under another's mapping.
+fn new_ram(mib: u32) -> std::io::Result<File> {
+    let file = File::from(memfd_create(c"ram", MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING)?);
+    file.set_len(u64::from(mib) << 20)?;
+    fcntl(&file, FcntlArg::F_ADD_SEALS(SealFlag::F_SEAL_GROW | SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_SEAL))?;
+    Ok(file)
+}
+
+/// Writes a state, whole or not at all.
+fn write(to: &Path, key: &WarmKey, ram: &File, devices: &[u8]) -> std::io::Result<()> {
+    let parent = to.parent().unwrap_or(Path::new("."));
+    fs::create_dir_all(parent)?;
+    // Nobody else may look at a guest's memory, which these directories are made for.
+    let work = tempfile::Builder::new().prefix(".warm-").tempdir_in(parent)?;
+    let _lock = Flock::lock(File::open(work.path())?, FlockArg::LockExclusiveNonblock).map_err(|(_, errno)| errno)?;
+    let create = |name| File::options().write(true).create_new(true).mode(0o600).open(work.path().join(name));
+    let file = create(RAM)?;
+    file.set_len(ram.metadata()?.len())?;
+    copy(ram, &file, true)?;
+    file.sync_all()?;
+    let put = |name, bytes: &[u8]| {
+        let mut file = create(name)?;
+        file.write_all(bytes)?;
+        file.sync_all()
+    };
+    put(DEVICES, devices)?;
+    let record = Record {
+        version: VERSION,
+        base: key.base.clone(),
+        shape: key.shape.clone(),
+        ram_bytes: ram.metadata()?.len(),
+        devices_bytes: devices.len() as u64,
+        devices_blake3: blake3::hash(devices).to_hex().to_string(),
+    };
+    put(RECORD, &serde_json::to_vec_pretty(&record)?)?;
+    File::open(work.path())?.sync_all()?;
+    match fs::rename(work.path(), to) {
+        Ok(()) => {
+            let _ = work.keep();
+            File::open(parent)?.sync_all()
+        }
+        // Somebody else has kept one of the same key meanwhile.
+        Err(_) if to.join(RECORD).is_file() => Ok(()),
+        Err(error) => Err(error),
+    }
+}
+
+/// Copies what is there of a file to the same places of another, in which it is a hole; with `thin` without pages of zeroes.
+fn copy(from: &File, to: &File, thin: bool) -> std::io::Result<()> {
+    let mut piece = vec![0; PIECE];
+    let mut at = 0;
+    loop {
+        let seek = |offset, whence| match lseek(from, offset, whence) {
+            Err(nix::errno::Errno::ENXIO) => Ok(None),
+            found => found.map(Some),
+        };
+        let Some(mut data) = seek(at, Whence::SeekData)? else { return Ok(()) };
+        at = seek(data, Whence::SeekHole)?.unwrap_or(data);
+        while data < at {
+            let len = PIECE.min((at - data) as usize);
+            from.read_exact_at(&mut piece[..len], data as u64)?;
+            for (start, run) in runs(&piece[..len], thin) {
+                to.write_all_at(run, data as u64 + start)?;
+            }
+            data += len as i64;
+        }
+    }
+}
+
+/// The runs of pages of a piece that are to be written, with where they begin in it.
+fn runs(piece: &[u8], thin: bool) -> Vec<(u64, &[u8])> {
+    if !thin {
+        return vec![(0, piece)];
+    }
+    let mut runs = Vec::new();
+    let mut begin = 0;
+    let is_zero = |page: &[u8]| page.iter().all(|byte| *byte == 0);
+    for (number, page) in piece.chunks(PAGE).enumerate() {
+        if is_zero(page) {
+            runs.push((begin, number * PAGE));
+            begin = number * PAGE + page.len();
+        }
+    }
+    runs.push((begin, piece.len()));
+    runs.into_iter().filter(|(begin, end)| begin < end).map(|(begin, end)| (begin as u64, &piece[begin..end])).collect()
+}
+
+/// A state that is whole, as far as its record tells.
+struct Kept {
+    ram: File,
+    devices: File,
+}
+
+impl Kept {
+    fn open(dir: &Path, key: &WarmKey, memory_mib: u32) -> Result<Kept> {
+        let open = |name| {
+            let path = dir.join(name);
+            File::open(&path).map_err(|e| Error::io(path.display(), e))
+        };
+        let read = |file: &File, bytes: &mut Vec<u8>| {
+            let mut file = file;
+            Read::take(&mut file, DEVICES_MAX).read_to_end(bytes).map_err(|e| Error::io(dir.display(), e))
+        };
+        let broken = |what: &str| Error::new(ErrorKind::Invalid, format!("the kept state {} {what}", dir.display()));
+        let mut record = Vec::new();
+        read(&open(RECORD)?, &mut record)?;
+        let record: Record = serde_json::from_slice(&record).map_err(|e| broken(&format!("has no record: {e}")))?;
+        if (record.version, &record.base, &record.shape) != (VERSION, &key.base, &key.shape) {
+            return Err(broken("is of another machine"));
+        }
+        let (ram, devices) = (open(RAM)?, open(DEVICES)?);
+        let mut state = Vec::new();
+        read(&devices, &mut state)?;
+        if blake3::hash(&state).to_hex().as_str() != record.devices_blake3 {
+            return Err(broken("is damaged: its devices are not what they were"));
+        }
+        let len = ram.metadata().map_err(|e| Error::io(dir.display(), e))?.len();
+        if len != record.ram_bytes || len != u64::from(memory_mib) << 20 {
+            return Err(broken("is damaged: its memory is not what it was"));
+        }
+        // The same open file is read by QEMU.
+        lseek(&devices, 0, Whence::SeekSet).map_err(|e| Error::io(dir.display(), e))?;
+        Ok(Kept { ram, devices })
+    }
+}
+
+/// Starts a machine from a kept state. If that fails, its process is gone.
+pub(super) async fn restore(
+    vmm: &QemuVmm,
+    spec: &MachineSpec,
+    dir: &Path,
+    (started, at): (Instant, Instant),
+) -> Result<QemuMachine> {
+    let key = key(vmm, spec).await?;
+    let (from, memory_mib) = (dir.to_owned(), spec.memory_mib);
+    let kept = blocking(move || Kept::open(&from, &key, memory_mib)).await?;
+    let shared = spec.disk.outlives_its_server() || spec.volumes.iter().any(|v| v.disk.outlives_its_server());
+    let memory = if shared {
+        Some(Arc::new(new_ram(spec.memory_mib).map_err(|e| Error::io("a guest's memory", e))?))
+    } else {
+        None
+    };
+    let devices = kept.devices.as_raw_fd();
+    let ram = match &memory {
+        Some(memory) => Ram::Shared(memory.as_raw_fd()),
+        None => Ram::Copied(kept.ram.as_raw_fd()),
+    };
+    let (Ram::Shared(memory_fd) | Ram::Copied(memory_fd)) = ram else {
+        return Err(Error::new(ErrorKind::Invalid, "a state is kept in memory that is given"));
+    };
+    let launch = Launch { course: Course::Restore, ram, inherited: vec![memory_fd, devices], yields: false };
+    let process = vmm.spawn(spec, launch)?;
+    let filled = tokio::spawn(blocking(move || match memory {
+        Some(memory) => copy(&kept.ram, &memory, false).map_err(|e| Error::io("fill a guest's memory", e)),
+        None => Ok(()),
+    }));
+    let restoring = Restoring { devices, filled, root: root_of(spec) };
+    process.into_machine(started, at, Coming::Restored(restoring)).await
+}
+
+/// What is left to do once QEMU answers.
+pub(super) struct Restoring {
+    /// The number of the file with the devices' state, in QEMU.
+    devices: RawFd,
+    filled: JoinHandle<Result<()>>,
+    pub(super) root: Root,
+}
+
+impl Restoring {
+    /// Has the guest go on. When its state is of no use, QEMU ends, which its watcher sees.
+    pub(super) async fn load(self, qmp: &Qmp) -> Result<Root> {
+        ignore_shared(qmp).await?;
+        self.filled.await.map_err(|e| Error::io("fill a guest's memory", e))??;
+        qmp.execute("migrate-incoming", json!({ "uri": format!("fd:{}", self.devices) })).await?;
+        Ok(self.root)
+    }
+}
+
+/// What the guest becomes, but for what is told at the moment itself.
+fn root_of(spec: &MachineSpec) -> Root {
+    Root {
+        disk: command::root_disk(spec),
+        hostname: spec.hostname.clone(),
+        network: spec.network != Network::None,
+        entropy: Vec::new(),
+        unix_nanos: 0,
+    }
+}
+
+/// The same with what is.
+pub(super) fn told_now(root: Root) -> Root {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    let unix_nanos = u64::try_from(now.as_nanos()).unwrap_or(u64::MAX);
+    Root { entropy: rand::random::<[u8; 64]>().to_vec(), unix_nanos, ..root }
+}
+
+/// Notes in a machine's run directory what its guest is to become, or that it boots.
+pub(super) fn write_root(spec: &MachineSpec, course: Course) -> Result<()> {
+    let path = spec.run_dir.join(ROOT);
+    let written = match course {
+        Course::Restore => {
+            serde_json::to_vec(&root_of(spec)).map_err(std::io::Error::from).and_then(|bytes| fs::write(&path, bytes))
+        }
+        Course::Boot | Course::Keep => match fs::remove_file(&path) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(error),
+            _ => Ok(()),
+        },
+    };
+    written.map_err(|e| Error::io(path.display(), e))
+}
+
+/// What the guest of a machine that an earlier daemon started was to become; none if it booted.
+pub(super) fn read_root(run_dir: &Path) -> Result<Option<Root>> {
+    let path = run_dir.join(ROOT);
+    match fs::read(&path) {
+        Ok(bytes) => {
+            let root = serde_json::from_slice(&bytes);
+            root.map(Some).map_err(|e| Error::new(ErrorKind::Invalid, format!("{}: {e}", path.display())))
+        }
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(Error::io(path.display(), error)),
+    }
+}
+
+/// Refuses a machine whose daemon died before its state was loaded: nobody can load it any more.
+pub(super) async fn check_loaded(qmp: &Qmp) -> Result<()> {
+    let status = qmp.execute("query-status", json!({})).await?;
+    match status.get("status").and_then(|status| status.as_str()) {
+        Some("inmigrate") => Err(Error::new(ErrorKind::StartFailed, "its daemon ended before it had its state")),
+        _ => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_copy_has_what_is_there_and_no_pages_of_zeroes() {
+        let dir = tempfile::tempdir().unwrap();
+        let ram = new_ram(4).unwrap();
+        let mut bytes = vec![0; 4 << 20];
+        for at in [0, PAGE + 1, PIECE - 1, PIECE, 3 << 20, (4 << 20) - 1] {
+            bytes[at] = 7;
+            ram.write_all_at(&bytes[at..=at], at as u64).unwrap();
+        }
+        // A page that is there and zero.
+        ram.write_all_at(&[0; PAGE], 2 << 20).unwrap();
+        ram.set_len(8 << 20).expect_err("nobody makes it longer");
+        ram.set_len(0).expect_err("or shorter");
+        let key = WarmKey { base: "a".into(), shape: "b".into() };
+        let to = dir.path().join("kept/a-b");
+        write(&to, &key, &ram, b"devices").unwrap();
+        write(&to, &key, &ram, b"another").unwrap();
+        assert_eq!(fs::read_dir(dir.path().join("kept")).unwrap().count(), 1, "nothing is left beside it");
+        assert_eq!(fs::read(to.join(RAM)).unwrap(), bytes);
+        assert!(fs::metadata(to.join(RAM)).unwrap().blocks() <= 6 * 8, "with holes");
+        let kept = Kept::open(&to, &key, 4).unwrap();
+        let again = new_ram(4).unwrap();
+        copy(&kept.ram, &again, false).unwrap();
+        let mut read = vec![1; 4 << 20];
+        again.read_exact_at(&mut read, 0).unwrap();
+        assert!(read == bytes);
+    }
+
+    #[test]
+    fn what_is_not_whole_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let key = WarmKey { base: "a".into(), shape: "b".into() };
+        let to = dir.path().join("a-b");
+        let refused = |what: &str| {
+            let error = Kept::open(&to, &key, 4).err().unwrap();
+            assert!(matches!(error.kind, ErrorKind::Invalid | ErrorKind::Io), "{what}: {error}");
+        };
+        refused("nothing is there");
+        let ram = new_ram(4).unwrap();
+        ram.write_all_at(b"x", 0).unwrap();
+        write(&to, &key, &ram, b"devices").unwrap();
+        Kept::open(&to, &key, 4).unwrap();
+        assert!(Kept::open(&to, &key, 8).is_err(), "of another size");
+        assert!(Kept::open(&to, &WarmKey { base: "c".into(), ..key.clone() }, 4).is_err(), "of another key");
+        for (name, damage) in [(DEVICES, &b"devicez"[..]), (RAM, b"short"), (RECORD, b"{"), (RECORD, b"")] {
+            let before = fs::read(to.join(name)).unwrap();
+            fs::write(to.join(name), damage).unwrap();
+            refused(name);
+            fs::write(to.join(name), before).unwrap();
+            Kept::open(&to, &key, 4).unwrap();
+        }
+    }
+
+    #[test]
+    fn what_is_known_of_a_file_is_asked_again_when_it_is_another() {
+        let dir = tempfile::tempdir().unwrap();
+        let (known, path) = (Known::default(), dir.path().join("kernel"));
+        known.digest(&path).unwrap_err();
+        fs::write(&path, "one").unwrap();
+        let one = known.digest(&path).unwrap();
+        assert_eq!(known.get(&path, || Err(Error::new(ErrorKind::Io, "asked again"))).unwrap(), one);
+        fs::write(&path, "three").unwrap();
+        assert_ne!(known.digest(&path).unwrap(), one);
+    }
+}
