@@ -39,6 +39,7 @@ mod update;
 pub mod usage;
 mod vitals;
 mod volumes;
+mod warm;
 mod watch;
 
 use std::collections::BTreeMap;
@@ -95,6 +96,8 @@ pub struct Settings {
     pub accel: Option<vmm::Accel>,
     /// Where it is kept whether KVM works.
     pub probe_dir: PathBuf,
+    /// Where states of machines that had booted are kept, for others to start from; none: every machine boots.
+    pub warm_dir: Option<PathBuf>,
     /// Network of machines.
     pub network: vmm::Network,
     /// Added to the guest kernel's command line.
@@ -123,6 +126,7 @@ impl Default for Settings {
             run_root: PathBuf::from("run"),
             accel: None,
             probe_dir: PathBuf::from("boot"),
+            warm_dir: None,
             network: vmm::Network::User,
             kernel_args: Vec::new(),
             guest: GuestSetup::default(),
@@ -165,6 +169,7 @@ pub(crate) struct Shared {
     /// Held while a snapshot is deleted or its end is moved: not both.
     snapshot_ends: tokio::sync::Mutex<()>,
     pub(crate) boots: Semaphore,
+    warm: warm::Warm,
     pub(crate) metrics: Metrics,
     usage: usage::Ledgers,
     acceleration: OnceCell<vmm::Acceleration>,
@@ -313,6 +318,7 @@ impl Engine {
     pub async fn open(parts: Parts) -> Result<Arc<Engine>> {
         let Parts { store, vmm, disks, templates, settings } = parts;
         let boots = Semaphore::new(settings.concurrent_boots.max(1));
+        let warm = warm::Warm::new(settings.warm_dir.clone());
         let shared = Arc::new(Shared {
             store,
             vmm,
@@ -325,6 +331,7 @@ impl Engine {
             builds: template::Builds::default(),
             snapshot_ends: tokio::sync::Mutex::default(),
             boots,
+            warm,
             metrics: Metrics::default(),
             usage: usage::Ledgers::default(),
             acceleration: OnceCell::new(),
@@ -516,6 +523,7 @@ impl Engine {
     ) -> Result<()> {
         self.shared.closing.store(true, Ordering::Release);
         self.shared.batches.end();
+        self.shared.warm.end();
         let mut ends = tokio::task::JoinSet::new();
         for sandbox in self.shared.registry.sandboxes() {
             ends.spawn(end(sandbox));
@@ -537,6 +545,7 @@ impl Engine {
 impl Drop for Engine {
     fn drop(&mut self) {
         self.background.iter().for_each(|task| task.abort());
+        self.shared.warm.end();
         // Sandboxes and what they share hold each other.
         self.shared.registry.clear();
     }
@@ -584,6 +593,7 @@ fn record_of(request: &CreateRequest, base: &Base, id: String, name: String, sta
         started_at: None,
         ready_at: None,
         boot_ms: None,
+        boot_path: None,
         accel: None,
         destroyed_at: None,
         total_runtime_ms: 0,

@@ -154,6 +154,8 @@ async fn serve(config: &Config, state: &StateDir, store: storage::Store) -> Resu
             AccelArg::Kvm => Some(vmm::Accel::Kvm),
         },
         probe_dir: config.cache_dir.clone(),
+        // Fake machines have no state worth keeping among those of real ones.
+        warm_dir: (config.warm_machines && config.vmm == VmmArg::Qemu).then(|| config.cache_dir.join("warm")),
         network: match config.network {
             NetworkArg::User => vmm::Network::User,
             NetworkArg::None => vmm::Network::None,

@@ -682,3 +682,82 @@ fn what_a_running_guest_has_written_is_read_compared_and_taken_elsewhere() {
     let (_, logs, _) = lab.run(&["sandbox", "command", "logs", "one", command]);
     assert!(logs.starts_with("1\n2\n3\n"), "{logs}");
 }
+
+/// Which way the sandbox's session came up.
+fn way(lab: &Lab, sandbox: &str) -> String {
+    lab.json(&["sandbox", "show", sandbox])["boot_path"].as_str().unwrap().to_owned()
+}
+
+/// Stops the sandbox and starts it again until there is a state that it goes on from.
+fn until_warm(lab: &Lab, sandbox: &str) {
+    until("a machine that goes on from a kept state", || {
+        lab.json(&["sandbox", "stop", sandbox]);
+        lab.sh(sandbox, "true");
+        way(lab, sandbox) == "warm"
+    });
+}
+
+/// Machines that did not boot are as those that did: what they write is kept, none is like another, and they go on without
+/// their daemon.
+#[test]
+fn a_session_that_goes_on_from_a_kept_state_is_as_any_other() {
+    let mut lab = Lab::new(&[]);
+    lab.json(&["sandbox", "create", "--name", "one", "--disk", "3gb", "--wait"]);
+    lab.json(&["volume", "create", "data", "--size", "1gb"]);
+    lab.json(&["sandbox", "stop", "one"]);
+    lab.json(&["volume", "attach", "data", "one", "--mount", "/data"]);
+    lab.sh("one", "echo unsynced > /workspace/x; echo too > /data/y");
+    until_warm(&lab, "one");
+    assert_eq!(lab.sh("one", "cat /workspace/x /data/y; hostname"), "unsynced\ntoo\none\n");
+    let size: u64 = lab.sh("one", "df -B1 --output=size / | tail -1").trim().parse().unwrap();
+    assert!(size > 5 << 29, "the file system has {size} bytes");
+    lab.json(&["sandbox", "create", "--name", "two", "--wait"]);
+    assert_eq!(way(&lab, "two"), "warm");
+    let look = "cat /proc/sys/kernel/random/boot_id /etc/machine-id /sys/class/net/eth0/address; \
+                od -An -N16 -tx1 /dev/urandom";
+    let (one, two) = (lab.sh("one", look), lab.sh("two", look));
+    assert!(one.lines().count() == 4 && one.lines().zip(two.lines()).all(|(a, b)| a != b), "{one}{two}");
+    let own = lab.sh("one", "cat /etc/machine-id /sys/class/net/eth0/address");
+    // In a session, a command that nobody waits for writes while its daemon is killed.
+    let count = "(i=0; while :; do i=$((i+1)); echo $i > /workspace/count; sync; sleep 0.1; done) >/dev/null 2>&1 &";
+    lab.sh("one", count);
+    let machines = lab.machines().len();
+    for _ in 0..2 {
+        lab.kill_daemon();
+        lab.start_daemon();
+        let counted = || lab.sh("one", "cat /workspace/count").trim().parse::<u64>().unwrap_or(0);
+        let before = counted();
+        until("the command to go on", || counted() > before);
+        assert_eq!((way(&lab, "one").as_str(), lab.machines().len()), ("warm", machines));
+    }
+    assert_eq!(lab.signal_daemon(Signal::SIGUSR2), Some(0));
+    lab.start_daemon();
+    assert_eq!(lab.sh("one", "cat /workspace/x /data/y"), "unsynced\ntoo\n");
+    lab.sh("one", "echo later > /workspace/x");
+    lab.json(&["sandbox", "stop", "one"]);
+    // What it is has not changed, and its file system is as a stopped machine leaves it.
+    assert_eq!(lab.sh("one", "cat /workspace/x"), "later\n");
+    assert_eq!(lab.sh("one", "cat /etc/machine-id /sys/class/net/eth0/address"), own);
+    lab.kill_machines();
+    assert_eq!(lab.end_daemon(), Some(0));
+    assert!(lab.machines().is_empty());
+}
+
+#[test]
+fn machines_go_on_from_a_kept_state_on_disks_through_fuse_and_boot_where_they_are_told_to() {
+    let mut lab = Lab::new(&["--disk-frontend", "fuse"]);
+    lab.json(&["sandbox", "create", "--name", "one", "--wait"]);
+    lab.sh("one", "dd if=/dev/urandom of=/workspace/blob bs=1M count=4 2>/dev/null; sha256sum /workspace/blob > /sum");
+    until_warm(&lab, "one");
+    assert_eq!(lab.sh("one", "sha256sum -c /sum"), "/workspace/blob: OK\n");
+    lab.kill_daemon();
+    lab.start_daemon();
+    assert!(lab.machines().is_empty());
+    assert_eq!(lab.sh("one", "sha256sum -c /sum"), "/workspace/blob: OK\n");
+    assert_eq!(lab.end_daemon(), Some(0));
+
+    lab.extra = &["--no-warm-machines"];
+    lab.start_daemon();
+    assert_eq!(lab.sh("one", "sha256sum -c /sum"), "/workspace/blob: OK\n");
+    assert_eq!(way(&lab, "one"), "cold");
+}

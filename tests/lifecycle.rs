@@ -25,3 +25,5 @@ mod survival;
 mod timeouts;
 #[path = "lifecycle/volumes.rs"]
 mod volumes;
+#[path = "lifecycle/warm.rs"]
+mod warm;

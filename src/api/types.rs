@@ -205,7 +205,7 @@ impl From<SandboxView> for SandboxBody {
             idle_timeout_sec: r.idle_timeout_ms.map(|ms| ms.div_ceil(1_000)),
             always_on: r.timeout_ms.is_none() && r.idle_timeout_ms.is_none(),
             persistent: r.persistent,
-            boot_path: r.boot_ms.map(|_| "cold".to_owned()),
+            boot_path: r.boot_ms.map(|_| r.boot_path.unwrap_or(vmm::BootPath::Cold).name().to_owned()),
             boot_ms: r.boot_ms,
             preview_url,
             network_policy: r.network_policy,

@@ -252,7 +252,8 @@ fn show(out: &Out, s: &SandboxBody) -> String {
     optional("forked from", s.forked_from.clone());
     optional("preview", s.preview_url.clone());
     optional("started", s.started_at.map(|t| t.to_string()));
-    optional("boot", s.boot_ms.map(|ms| format!("{ms} ms")));
+    let boot_path = s.boot_path.as_deref().unwrap_or_default();
+    optional("boot", s.boot_ms.map(|ms| format!("{boot_path}, {ms} ms")));
     optional("destroyed", s.destroyed_at.map(|t| t.to_string()));
     optional("last error", s.last_error.clone());
     out.fields(&fields)
@@ -262,7 +263,8 @@ fn show(out: &Out, s: &SandboxBody) -> String {
 fn changed(out: &Out, s: &SandboxBody, next: &str) -> String {
     let mut text = format!("{} {} is {}", s.id, out.strong(&s.name), s.state.name());
     if let (State::Running, Some(ms)) = (s.state, s.boot_ms) {
-        text.push_str(&format!(" (booted in {ms} ms)"));
+        let how = if s.boot_path.as_deref() == Some("warm") { "up" } else { "booted" };
+        text.push_str(&format!(" ({how} in {ms} ms)"));
     }
     if let Some(error) = &s.last_error {
         text.push_str(&format!("\nnote: {error}"));

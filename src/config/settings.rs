@@ -65,6 +65,8 @@ pub struct Config {
     pub boot_timeout: Span,
     /// How long a guest may take to shut down.
     pub stop_timeout: Span,
+    /// Whether machines start from a kept state of one that had booted.
+    pub warm_machines: bool,
     /// Added to the guest kernel's command line.
     pub kernel_args: Vec<String>,
     /// Environment of every command in every sandbox, such as a proxy's address; a sandbox's own goes before it.
@@ -111,6 +113,7 @@ impl Default for Config {
             default_timeout: None,
             boot_timeout: Span(Duration::from_secs(120)),
             stop_timeout: Span(Duration::from_secs(45)),
+            warm_machines: true,
             kernel_args: Vec::new(),
             guest_env: BTreeMap::new(),
             guest_files: BTreeMap::new(),
@@ -187,6 +190,9 @@ pub struct Flags {
     /// How long a guest may take to shut down before it is killed [default: 45s]
     #[arg(long, value_name = "DURATION")]
     pub stop_timeout: Option<Span>,
+    /// Boot every machine; do not start them from a kept state of one that had booted
+    #[arg(long = "no-warm-machines", num_args = 0, default_missing_value = "false")]
+    pub warm_machines: Option<bool>,
     /// Added to the guest kernel's command line
     #[arg(long = "kernel-arg", value_name = "WORD")]
     pub kernel_args: Option<Vec<String>>,

@@ -251,6 +251,7 @@ impl Sandbox {
                 started_at: None,
                 ready_at: None,
                 boot_ms: None,
+                boot_path: None,
                 accel: None,
                 destroyed_at: None,
                 total_runtime_ms: 0,

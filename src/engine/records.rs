@@ -114,6 +114,9 @@ pub struct SandboxRecord {
     /// From the start of the machine to the agent's answer.
     #[serde(default)]
     pub boot_ms: Option<u64>,
+    /// Which way it came up.
+    #[serde(default)]
+    pub boot_path: Option<vmm::BootPath>,
     /// What ran the guest's instructions in the present or last session.
     #[serde(default)]
     pub accel: Option<vmm::Accel>,

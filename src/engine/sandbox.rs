@@ -298,6 +298,7 @@ impl Sandbox {
             r.unclean = true;
             r.ready_at.get_or_insert(now);
             r.boot_ms = Some(session.boot.as_millis() as u64);
+            r.boot_path = Some(session.machine.boot_timing().path);
             r.accel = Some(session.accel);
         });
         // It runs, whatever is known of that after a crash.

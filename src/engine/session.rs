@@ -14,6 +14,7 @@ use super::error::{Error, Kind, Result};
 use super::records::{NetworkPolicy, SandboxRecord, slug};
 use super::sandbox::Sandbox;
 use super::survivor::{SessionRecord, write_deadline};
+use super::warm;
 
 /// Between two attempts to end a session whose time is up.
 const EXPIRY_PAUSE: Duration = Duration::from_millis(100);
@@ -90,7 +91,7 @@ impl Session {
             kernel_args: shared.settings.kernel_args.clone(),
             warm: None,
         };
-        let machine = match shared.vmm.start(spec, shared.settings.boot_deadline).await {
+        let machine = match warm::start(shared, spec).await {
             Ok(machine) => machine,
             Err(error) => {
                 detach(devices).await;

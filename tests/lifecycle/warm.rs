@@ -1,0 +1,153 @@
+//! Sessions that begin from a kept state of a machine that had booted.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use miosa::engine::lifecycle::State;
+use miosa::engine::{CreateRequest, Settings};
+use vmm::BootPath::{Cold, Warm};
+use vmm::fake::Script;
+use vmm::{Error, ErrorKind};
+
+use crate::support::{World, wanted};
+
+/// An engine that keeps states in this directory.
+async fn world(states: &Path) -> World {
+    World::with(Settings { warm_dir: Some(states.to_owned()), ..Settings::default() }).await
+}
+
+fn states(dir: &Path) -> Vec<PathBuf> {
+    std::fs::read_dir(dir).into_iter().flatten().flatten().map(|entry| entry.path()).collect()
+}
+
+/// Which way the sandbox's session came up.
+fn way(w: &World, name: &str) -> vmm::BootPath {
+    w.engine.show(name).unwrap().record.boot_path.unwrap()
+}
+
+async fn again(w: &World, name: &str) -> vmm::BootPath {
+    w.engine.stop(name).await.unwrap();
+    w.engine.resume(name).await.unwrap();
+    way(w, name)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_first_machine_of_a_shape_boots_and_others_go_on_from_its_state() {
+    let dir = tempfile::tempdir().unwrap();
+    let w = world(dir.path()).await;
+    let one = w.create("one").await;
+    assert_eq!(one.record.boot_path, Some(Cold));
+    w.until_true(|| w.vmm.kept() == 1).await;
+    assert_eq!(states(dir.path()).len(), 1);
+    assert!(!w.run_dir("warm").exists(), "nothing is left of the machine that was kept");
+
+    assert_eq!(w.create("two").await.record.boot_path, Some(Warm), "whatever its disk and name");
+    assert_eq!(w.sh("two", "echo up").await.unwrap().0, "up\n");
+    let two = w.vmm.machine(&w.engine.show("two").unwrap().record.id).unwrap();
+    assert_eq!(two.hostname(), "two");
+    assert_eq!(again(&w, "one").await, Warm);
+    let one = w.vmm.machine(&one.record.id).unwrap();
+    assert_ne!(one.entropy(), two.entropy());
+
+    // Another shape is another state.
+    let larger = w.engine.create(CreateRequest { memory_mib: 512, wait: true, ..wanted("larger") }).await.unwrap();
+    assert_eq!(larger.record.boot_path, Some(Cold));
+    w.until_true(|| w.vmm.kept() == 2).await;
+    assert_eq!(again(&w, "larger").await, Warm);
+    assert_eq!(w.vmm.kept(), 2, "what is there is not made again");
+
+    // Those of another kernel are of no use to the next daemon.
+    w.vmm.install_anew();
+    assert_eq!(again(&w, "one").await, Cold);
+    w.until_true(|| w.vmm.kept() == 3).await;
+    w.until_true(|| states(dir.path()).len() == 3).await;
+    let next = world(dir.path()).await;
+    next.vmm.install_anew();
+    next.create("one").await;
+    assert_eq!((way(&next, "one"), states(dir.path()).len()), (Warm, 1));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_session_whose_state_is_of_no_use_boots() {
+    let dir = tempfile::tempdir().unwrap();
+    let w = world(dir.path()).await;
+    w.create("one").await;
+    w.until_true(|| w.vmm.kept() == 1).await;
+    let damage = || std::fs::write(states(dir.path())[0].join("fake-state"), "damaged").unwrap();
+    damage();
+    assert_eq!(again(&w, "one").await, Cold);
+    w.until_true(|| w.vmm.kept() == 2).await;
+    assert_eq!(again(&w, "one").await, Warm, "it was made anew");
+    // A machine that dies on the way, or whose guest does not answer.
+    w.vmm.script(Script { fail_start: Some(Error::new(ErrorKind::StartFailed, "scripted")), ..Script::default() });
+    assert_eq!(again(&w, "one").await, Cold);
+    w.until_true(|| w.vmm.kept() == 3).await;
+    // What a guest says of its disk does the state no harm.
+    let of_the_disk = Error::new(ErrorKind::Guest(vmm::GuestErrorKind::Io), "no file system");
+    w.vmm.script(Script { fail_start: Some(of_the_disk), ..Script::default() });
+    assert_eq!(again(&w, "one").await, Cold);
+    assert_eq!(again(&w, "one").await, Warm);
+    assert_eq!(w.vmm.kept(), 3);
+
+    // One that fails again and again is left alone.
+    for _ in 0..2 {
+        damage();
+        assert_eq!(again(&w, "one").await, Cold);
+        if states(dir.path()).is_empty() && w.vmm.kept() == 3 {
+            w.until_true(|| w.vmm.kept() == 4).await;
+        }
+    }
+    assert_eq!(again(&w, "one").await, Cold);
+    assert_eq!((w.vmm.kept(), states(dir.path()).len()), (4, 0));
+    // And the boot's own failure is told as ever.
+    w.engine.stop("one").await.unwrap();
+    w.vmm.script(Script { fail_start: Some(Error::new(ErrorKind::StartFailed, "scripted")), ..Script::default() });
+    let error = w.engine.resume("one").await.unwrap_err();
+    assert!(error.to_string().contains("scripted"), "{error}");
+    assert_eq!(w.state("one"), State::Error);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_state_that_cannot_be_kept_is_nobodys_trouble() {
+    let dir = tempfile::tempdir().unwrap();
+    let w = world(dir.path()).await;
+    w.vmm.fail_warm(Some(Error::new(ErrorKind::BootTimeout, "scripted")));
+    w.create("one").await;
+    for _ in 0..3 {
+        assert_eq!(again(&w, "one").await, Cold);
+    }
+    assert!(states(dir.path()).is_empty());
+    // Nor one that is being made when the daemon ends.
+    let dir = tempfile::tempdir().unwrap();
+    let w = world(dir.path()).await;
+    let (stuck, freed) = (Arc::new(std::sync::Barrier::new(2)), Arc::new(std::sync::Barrier::new(2)));
+    let (entered, left) = (stuck.clone(), freed.clone());
+    w.vmm.on_step(Arc::new(move |name| {
+        if name == "warm" {
+            entered.wait();
+            left.wait();
+        }
+    }));
+    w.create("one").await;
+    tokio::task::spawn_blocking(move || stuck.wait()).await.unwrap();
+    assert_eq!(again(&w, "one").await, Cold, "nobody waits for it");
+    w.engine.shutdown(std::time::Duration::from_secs(60)).await.unwrap();
+    freed.wait();
+    assert_eq!((w.vmm.kept(), states(dir.path()).len()), (0, 0));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_session_that_did_not_boot_goes_on_without_its_daemon() {
+    let dir = tempfile::tempdir().unwrap();
+    let w = world(dir.path()).await;
+    w.create("one").await;
+    w.until_true(|| w.vmm.kept() == 1).await;
+    assert_eq!(again(&w, "one").await, Warm);
+    let starts = w.vmm.starts();
+    let w = w.replace().await;
+    w.until("one", State::Running).await;
+    assert_eq!(w.sh("one", "echo up").await.unwrap().0, "up\n");
+    assert_eq!((way(&w, "one"), w.vmm.starts()), (Warm, starts));
+    // Without the setting everything boots.
+    assert_eq!(again(&w, "one").await, Cold);
+}
