@@ -73,7 +73,7 @@ pub(crate) use guest::check_env;
 pub use guest::{ExecSpec, GuestReader, GuestWriter, RunningExec};
 pub use ports::PortConnection;
 pub(crate) use previews::check_ports;
-pub use previews::{CreatePreview, Preview, Scope, TOKEN as PREVIEW_TOKEN, token_end};
+pub use previews::{CreatePreview, PREFIX as PREVIEW_TOKEN_PREFIX, Preview, Scope, TOKEN as PREVIEW_TOKEN, token_end};
 pub use setup::{GuestFile, GuestSetup};
 pub use snapshots::{Deleted, LineageNode, NodeKind};
 pub use template::{

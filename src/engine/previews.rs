@@ -18,7 +18,7 @@ use super::records::{PreviewRecord, SandboxRecord, Visibility, new_id, new_previ
 use super::sandbox::Sandbox;
 
 /// What a token begins with.
-const PREFIX: &str = "mp_";
+pub const PREFIX: &str = "mp_";
 /// The name of a token in a preview's address.
 pub const TOKEN: &str = "mt";
 /// Most previews of one sandbox.

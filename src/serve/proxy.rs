@@ -22,7 +22,7 @@ use crate::api::server::Place;
 use crate::api::{error_body, types::ErrorBody, types::ErrorEnvelope};
 use crate::engine::error::Error;
 use crate::engine::records::Visibility;
-use crate::engine::{Engine, PREVIEW_TOKEN, Preview, Scope};
+use crate::engine::{Engine, PREVIEW_TOKEN, PREVIEW_TOKEN_PREFIX, Preview, Scope};
 
 /// How long a request waits for its port to answer, the start of a session not included.
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -248,10 +248,13 @@ fn authorise(preview: &Preview, request: &mut Request) -> Result<Option<Granted>
     Ok((in_address.as_ref() == Some(token)).then(|| Granted { token: token.clone(), until }))
 }
 
-/// Takes the token out of an address; the rest of the query stays as it was written.
+/// Takes the token out of an address; the rest of the query stays as it was written, the guest's own `mt` too.
 fn take_query_token(uri: &mut Uri) -> Option<String> {
     let query = uri.query()?;
-    let is_token = |pair: &&str| pair.split_once('=').is_some_and(|(name, _)| name == PREVIEW_TOKEN);
+    let is_token = |pair: &&str| {
+        pair.split_once('=')
+            .is_some_and(|(name, value)| name == PREVIEW_TOKEN && value.starts_with(PREVIEW_TOKEN_PREFIX))
+    };
     let token = query.split('&').find(is_token)?.split_once('=')?.1.to_owned();
     let rest: Vec<&str> = query.split('&').filter(|pair| !is_token(pair)).collect();
     let path = uri.path();
@@ -390,9 +393,10 @@ mod tests {
     #[test]
     fn a_token_is_taken_out_of_the_address_and_the_rest_stays_as_it_was() {
         for (before, token, after) in [
-            ("/a%20b?mt=T", Some("T"), "/a%20b"),
-            ("/?x=1&mt=T&y=%2f", Some("T"), "/?x=1&y=%2f"),
-            ("/?x=mt=T", None, "/?x=mt=T"),
+            ("/a%20b?mt=mp_T", Some("mp_T"), "/a%20b"),
+            ("/?x=1&mt=mp_T&y=%2f&mt=7", Some("mp_T"), "/?x=1&y=%2f&mt=7"),
+            ("/?mt=7", None, "/?mt=7"),
+            ("/?x=mt=mp_T", None, "/?x=mt=mp_T"),
             ("/?mt", None, "/?mt"),
             ("/", None, "/"),
         ] {
