@@ -1,5 +1,6 @@
-//! From a call to the first program that has run, with a real daemon, real QEMU and a real Debian guest; the store's part of
-//! it, measured alone; and how long a snapshot stalls a running guest's writes.
+//! From a call to the first program that has run, with a real daemon, real QEMU and a real Debian guest, by machines that
+//! boot and by machines that go on from a kept state; the store's part of it, measured alone; and how long a snapshot stalls
+//! a running guest's writes.
 //!
 //! `cargo bench --bench lifecycle [-- --json FILE] [--rounds N]`. Needs what `tests/e2e.rs` needs, and the guest's agent
 //! as `MIOSA_AGENT` or beside `miosa`. Times are of the command line, its own start included.
@@ -36,11 +37,12 @@ struct Daemon {
 }
 
 impl Daemon {
-    fn start() -> Daemon {
+    fn start(extra: &[&str]) -> Daemon {
         let dir = tempfile::tempdir().expect("a directory");
         let log = std::fs::File::create(dir.path().join("log")).expect("a log");
         let child = Command::new(env!("CARGO_BIN_EXE_miosa"))
             .args(["daemon", "--default-memory", "256mb", "--boot-timeout", "4m"])
+            .args(extra)
             .env("MIOSA_STATE_DIR", dir.path())
             .env("MIOSA_CACHE_DIR", harness::cache_dir())
             .stdin(Stdio::null())
@@ -71,6 +73,55 @@ impl Daemon {
         self.try_run(args).unwrap_or_else(|| panic!("{args:?} failed"))
     }
 
+    /// A daemon with a template and a running sandbox `parent`.
+    fn with_parent(extra: &[&str]) -> Daemon {
+        let daemon = Daemon::start(extra);
+        daemon.run(&["template", "build", "base", "--disk", "2gb"]);
+        daemon.run(&["sandbox", "create", "--name", "parent", "--wait"]);
+        daemon
+    }
+
+    /// Which way the sandbox's session came up.
+    fn boot_path(&self, name: &str) -> String {
+        let told: serde_json::Value =
+            serde_json::from_str(&self.run(&["--json", "sandbox", "show", name])).expect("a sandbox");
+        told["boot_path"].as_str().unwrap_or_default().to_owned()
+    }
+
+    /// Starts the parent again until that is without a boot.
+    fn until_warm(&self) {
+        let began = Instant::now();
+        while self.boot_path("parent") != "warm" {
+            assert!(began.elapsed() < Duration::from_secs(120), "no state is kept");
+            std::thread::sleep(Duration::from_secs(1));
+            self.run(&["sandbox", "stop", "parent"]);
+            self.run(&["sandbox", "exec", "parent", "--", "true"]);
+        }
+    }
+
+    /// Creates, resumes and forks once each, up to the first program that has run; the sandbox is destroyed.
+    fn round(&self, round: usize, way: &str, times: &mut [Samples; 3]) {
+        let (new, child) = (format!("new-{round}"), format!("child-{round}"));
+        let expect = |name: &str| assert_eq!(self.boot_path(name), way);
+        let [create, resume, fork] = times;
+        create.time(|| {
+            self.run(&["sandbox", "create", "--name", &new, "--no-start"]);
+            self.run(&["sandbox", "exec", &new, "--", "true"])
+        });
+        expect(&new);
+        self.run(&["sandbox", "stop", &new]);
+        resume.time(|| self.run(&["sandbox", "exec", &new, "--", "true"]));
+        expect(&new);
+        fork.time(|| {
+            self.run(&["sandbox", "fork", "parent", "--name", &child]);
+            self.run(&["sandbox", "exec", &child, "--", "true"])
+        });
+        expect(&child);
+        for name in [&new, &child] {
+            self.run(&["sandbox", "destroy", name]);
+        }
+    }
+
     /// Seconds that guests' file systems have been freezing, kept frozen and thawing so far.
     fn frozen(&self) -> [f64; 3] {
         let mut stream = UnixStream::connect(self.dir.path().join("miosa.sock")).expect("the daemon's socket");
@@ -98,28 +149,21 @@ fn main() {
     let args: Vec<String> = std::env::args().collect();
     let rounds = args.iter().position(|a| a == "--rounds").and_then(|at| args.get(at + 1)?.parse().ok()).unwrap_or(5);
     store_alone(&mut report);
-    let daemon = Daemon::start();
-    daemon.run(&["template", "build", "base", "--disk", "2gb"]);
-    daemon.run(&["sandbox", "create", "--name", "parent", "--wait"]);
-    let (mut create, mut resume, mut fork) = (Samples::default(), Samples::default(), Samples::default());
+    // In turns, so that whatever else the host does meets them alike.
+    let (cold, daemon) = (Daemon::with_parent(&["--no-warm-machines"]), Daemon::with_parent(&[]));
+    daemon.until_warm();
+    let (mut booted, mut kept): ([Samples; 3], [Samples; 3]) = Default::default();
     for round in 0..rounds {
-        let (new, child) = (format!("new-{round}"), format!("child-{round}"));
-        create.time(|| {
-            daemon.run(&["sandbox", "create", "--name", &new, "--no-start"]);
-            daemon.run(&["sandbox", "exec", &new, "--", "true"])
-        });
-        daemon.run(&["sandbox", "stop", &new]);
-        resume.time(|| daemon.run(&["sandbox", "exec", &new, "--", "true"]));
-        fork.time(|| {
-            daemon.run(&["sandbox", "fork", "parent", "--name", &child]);
-            daemon.run(&["sandbox", "exec", &child, "--", "true"])
-        });
-        for name in [&new, &child] {
-            daemon.run(&["sandbox", "destroy", name]);
-        }
+        cold.round(round, "cold", &mut booted);
+        daemon.round(round, "warm", &mut kept);
     }
-    for (case, samples) in [("create", &mut create), ("resume", &mut resume), ("fork", &mut fork)] {
-        report.row("miosa", &format!("{case} to first exec"), "median", samples.quantile_us(0.5) / 1e3, "ms");
+    drop(cold);
+    for (case, (booted, kept)) in ["create", "resume", "fork"].iter().zip(booted.iter_mut().zip(&mut kept)) {
+        let case = format!("{case} to first exec");
+        let (cold, warm) = (booted.quantile_us(0.5) / 1e3, kept.quantile_us(0.5) / 1e3);
+        report.row("miosa", &format!("{case}, by a boot"), "median", cold, "ms");
+        report.row("miosa", &format!("{case}, from a kept state"), "median", warm, "ms");
+        report.row("miosa", &format!("{case}, boot over kept state"), "ratio", cold / warm, "times");
     }
     let stalls = |snapshots: bool| {
         std::thread::scope(|scope| {
