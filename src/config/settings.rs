@@ -538,6 +538,9 @@ mod tests {
         assert_eq!(config.boot_timeout.0, Duration::from_secs(90));
         assert_eq!((config.default_memory, config.default_cpus, config.cache_memory), (Mib(1_024), 2, Mib(256)));
         assert_eq!(config.guest_env["A"], "b");
+        let warm = |text: &str, flags: &[&str]| load(text, flags).unwrap().warm_machines;
+        assert!(warm("", &[]) && warm("warm_machines = true", &[]));
+        assert!(!warm("warm_machines = false", &[]) && !warm("warm_machines = true", &["--no-warm-machines"]));
     }
 
     #[test]
