@@ -129,6 +129,17 @@ fn alive(pid: i32) -> bool {
     Path::new(&format!("/proc/{pid}")).exists()
 }
 
+/// The guest's network works: the host is 10.0.2.2.
+async fn reaches_the_host(agent: &Agent) {
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = listener.local_addr().unwrap().port();
+    let greeter = std::thread::spawn(move || std::io::Write::write_all(&mut listener.accept().unwrap().0, b"hello"));
+    let connect =
+        format!("python3 -c 'import socket; print(socket.create_connection((\"10.0.2.2\", {port})).recv(9))'");
+    assert_eq!(stdout(agent, &connect).await, "b'hello'");
+    greeter.join().unwrap().unwrap();
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn programs_run_as_asked() {
     let lab = Lab::new("programs");
@@ -151,14 +162,7 @@ async fn programs_run_as_asked() {
     assert_eq!(stdout(&agent, "cat /sys/class/net/lo/flags /sys/class/net/eth0/flags").await, "0x9\n0x1003");
     assert_eq!(stdout(&agent, "python3 -c 'print(6*7)' && git --version | cut -c1-3").await, "42\ngit");
 
-    // The network: the host is 10.0.2.2.
-    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-    let port = listener.local_addr().unwrap().port();
-    let greeter = std::thread::spawn(move || std::io::Write::write_all(&mut listener.accept().unwrap().0, b"hello"));
-    let connect =
-        format!("python3 -c 'import socket; print(socket.create_connection((\"10.0.2.2\", {port})).recv(9))'");
-    assert_eq!(stdout(&agent, &connect).await, "b'hello'");
-    greeter.join().unwrap().unwrap();
+    reaches_the_host(&agent).await;
     assert_eq!(stdout(&agent, "cat /etc/resolv.conf").await, "nameserver 10.0.2.3");
 
     for code in [0, 1, 7, 126, 255] {
@@ -699,14 +703,7 @@ async fn machines_go_on_from_a_kept_state_and_are_not_the_same() {
     let size: u64 = stdout(&agent, "df -B1 --output=size / | tail -1").await.trim().parse().unwrap();
     assert!(size > 3 << 30, "the file system has grown to {size}");
     stdout(&agent, "echo kept > /workspace/note").await;
-    // The network: the host is 10.0.2.2.
-    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-    let port = listener.local_addr().unwrap().port();
-    let greeter = std::thread::spawn(move || std::io::Write::write_all(&mut listener.accept().unwrap().0, b"hello"));
-    let connect =
-        format!("python3 -c 'import socket; print(socket.create_connection((\"10.0.2.2\", {port})).recv(9))'");
-    assert_eq!(stdout(&agent, &connect).await, "b'hello'");
-    greeter.join().unwrap().unwrap();
+    reaches_the_host(&agent).await;
     for machine in machines {
         assert_eq!(machine.shutdown(PATIENCE).await.unwrap(), ExitReason::Shutdown);
     }
