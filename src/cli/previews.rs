@@ -36,7 +36,7 @@ pub(super) async fn run(client: &Client, out: Out, args: PreviewArgs) -> Result<
     }
     if args.expires.is_none() && !args.read_only {
         preview.url = with_path(&preview.url, &args.path);
-        return out.answer(&preview, &preview.url, |out| tell(out, sandbox, &preview.url, port, None));
+        return out.answer(&preview, &preview.url, |out| tell(out, &preview, &preview.url, None));
     }
     let body = PreviewTokenBody {
         expires_in: args.expires.map(|time| time.as_secs().max(1)),
@@ -46,7 +46,7 @@ pub(super) async fn run(client: &Client, out: Out, args: PreviewArgs) -> Result<
     let mut share: ShareBody = client.post(&format!("{one}/share"), &body).await?;
     share.share_url = with_path(&share.share_url, &args.path);
     let lasts = args.expires.map(show_duration);
-    out.answer(&share, &share.share_url, |out| tell(out, sandbox, &share.share_url, port, lasts.as_deref()))
+    out.answer(&share, &share.share_url, |out| tell(out, &share.preview, &share.share_url, lasts.as_deref()))
 }
 
 /// The address of another page than the first.
@@ -66,12 +66,11 @@ fn with_path(url: &str, page: &str) -> String {
     }
 }
 
-fn tell(out: &Out, sandbox: &str, url: &str, port: u16, lasts: Option<&str>) -> String {
+fn tell(out: &Out, preview: &PreviewBody, url: &str, lasts: Option<&str>) -> String {
+    let (id, port) = (&preview.sandbox_id, preview.port);
     let lasts = lasts.map(|lasts| format!(", for {lasts}")).unwrap_or_default();
-    format!(
-        "{url}\nopens port {port} of {sandbox}{lasts}\n{}",
-        out.next_step(&format!("miosa sandbox wait {sandbox} --port {port}"))
-    )
+    let next = out.next_step(&format!("miosa sandbox wait {id} --port {port}"));
+    format!("{url}\nopens port {port} of {id}{lasts}\n{next}")
 }
 
 fn list(out: Out, sandbox: &str, all: &[PreviewBody]) -> Result<()> {

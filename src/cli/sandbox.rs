@@ -215,21 +215,19 @@ pub(super) fn age(since: jiff::Timestamp) -> String {
     show_duration(Duration::from_secs(seconds as u64).max(Duration::from_secs(1)))
 }
 
+/// What the guest does not tell is left out.
 fn load(out: &Out, m: &MetricsBody) -> String {
-    let bytes = |bytes: Option<u64>| bytes.map_or("not known".to_owned(), show_bytes);
+    let mut fields = vec![("state", m.state.name().to_owned()), ("processors", m.cpu.count.to_string())];
+    let mut known = |name, value: Option<String>| fields.extend(value.map(|value| (name, value)));
     let pair = |one: Option<u64>, what: &str, other: Option<u64>, also: &str| {
-        format!("{} {what}, {} {also}", bytes(one), bytes(other))
+        Some(format!("{} {what}, {} {also}", show_bytes(one?), show_bytes(other?)))
     };
-    let busy = m.cpu.busy_ms.map_or("not known".to_owned(), |ms| show_duration(from_ms(ms)));
-    let load = m.cpu.load_1m.map(|load| format!(", load {load:.2}")).unwrap_or_default();
-    let fields = [
-        ("state", m.state.name().to_owned()),
-        ("up for", m.uptime_sec.map_or("not running".to_owned(), |s| show_duration(Duration::from_secs(s.max(1))))),
-        ("processors", format!("{}, busy for {busy}{load}", m.cpu.count)),
-        ("memory", pair(m.memory.used_bytes, "used", m.memory.total_bytes, "in all")),
-        ("disk", pair(m.disk.read_bytes, "read", m.disk.written_bytes, "written")),
-        ("network", pair(m.network.received_bytes, "received", m.network.sent_bytes, "sent")),
-    ];
+    known("up for", m.uptime_sec.map(|s| show_duration(Duration::from_secs(s.max(1)))));
+    known("busy for", m.cpu.busy_ms.map(|ms| show_duration(from_ms(ms))));
+    known("load", m.cpu.load_1m.map(|load| format!("{load:.2}")));
+    known("memory", pair(m.memory.used_bytes, "used", m.memory.total_bytes, "in all"));
+    known("disk", pair(m.disk.read_bytes, "read", m.disk.written_bytes, "written"));
+    known("network", pair(m.network.received_bytes, "received", m.network.sent_bytes, "sent"));
     out.fields(&fields)
 }
 
