@@ -55,11 +55,34 @@ async fn run(client: &Client, sandbox: &str, wanted: TerminalRequestBody, typed:
     let made: TerminalBody = client.post(&path(sandbox, "/terminal"), &wanted).await?;
     let (to, from) = client.socket(&made.stream_path).await?.split();
     let raw = if typed { Raw::begin()? } else { None };
-    // Beside each other: a program that shows much and reads nothing holds up what is typed, and only that.
+    both(show(from), send(to, typed, raw.is_some(), resized, interrupt)).await
+}
+
+/// Beside each other: a program that shows much and reads nothing holds up what is typed, and only that. A daemon that
+/// takes nothing more has said why, or will be missed: that is for the one who listens to tell.
+async fn both(
+    show: impl Future<Output = Result<ExitCode>>,
+    send: impl Future<Output = std::result::Result<ExitCode, SendFailure>>,
+) -> Result<ExitCode> {
+    let sent = async {
+        match send.await {
+            Ok(code) => Ok(code),
+            Err(SendFailure::Here(failure)) => Err(failure),
+            Err(SendFailure::NotTaken) => std::future::pending().await,
+        }
+    };
     tokio::select! {
-        ended = show(from) => ended,
-        ended = send(to, typed, raw.is_some(), resized, interrupt) => ended,
+        ended = show => ended,
+        ended = sent => ended,
     }
+}
+
+/// Why no more is sent.
+enum SendFailure {
+    /// What is typed cannot be read.
+    Here(Failure),
+    /// The connection takes nothing more.
+    NotTaken,
 }
 
 /// Shows what comes, until the program's end.
@@ -89,17 +112,17 @@ async fn send(
     escapes: bool,
     mut resized: Signal,
     mut interrupt: Option<Signal>,
-) -> Result<ExitCode> {
+) -> std::result::Result<ExitCode, SendFailure> {
     let mut input = typed.then(|| Box::pin(stdin_pieces()));
     let mut escape = escapes.then(Escape::default);
     // It may have changed since the terminal was asked for.
     let mut message = size_now();
     loop {
         if let Some(message) = message.take() {
-            to.send(message).await?;
+            to.send(message).await.map_err(|_| SendFailure::NotTaken)?;
         }
         message = tokio::select! {
-            piece = next(&mut input) => match (piece.transpose()?, &mut escape) {
+            piece = next(&mut input) => match (piece.transpose().map_err(|e| SendFailure::Here(e.into()))?, &mut escape) {
                 (Some(piece), None) => Some(Message::Data(piece)),
                 (Some(piece), Some(escape)) => match escape.pass(&piece) {
                     Some(rest) => (!rest.is_empty()).then(|| Message::Data(rest.into())),
@@ -231,6 +254,16 @@ impl Escape {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[tokio::test]
+    async fn a_daemon_that_takes_nothing_more_is_heard_to_the_end() {
+        let show = async {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+            Ok(ExitCode::from(3))
+        };
+        let ended = both(show, std::future::ready(Err(SendFailure::NotTaken))).await;
+        assert_eq!(ended.ok(), Some(ExitCode::from(3)));
+    }
 
     #[test]
     fn a_tilde_and_a_dot_at_the_beginning_of_a_line_hang_up() {
