@@ -46,6 +46,7 @@ use vhost::vhost_user::message::{
 use vhost::vhost_user::{
     BackendReqHandler, Error as ProtocolError, GpuBackend, Result as ProtocolResult, VhostUserBackendReqHandlerMut,
 };
+use virtio_bindings::vhost::VHOST_F_LOG_ALL;
 use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_MQ, VIRTIO_BLK_F_RO,
     VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_SIZE_MAX, VIRTIO_BLK_F_TOPOLOGY, VIRTIO_BLK_F_WRITE_ZEROES,
@@ -85,7 +86,17 @@ impl VhostUserServer {
     /// Listens on `socket`, which is replaced if it is a stale socket, and serves `disk` to whoever connects, one at a
     /// time. The guest sees the file's stem as the serial number.
     pub fn start(disk: impl Into<Device>, socket: &Path) -> Result<Self> {
-        let disk = disk.into();
+        Self::serve(disk.into(), socket, 0)
+    }
+
+    /// The same for a VMM that asks a machine for its state only while that is held. A back end has to say that it logs the
+    /// pages it writes to (`VHOST_F_LOG_ALL`) for a VMM to do so at all, and is not asked for it while its rings stand still.
+    /// It does not: should a VMM ask it to, that is refused.
+    pub fn start_for_state(disk: impl Into<Device>, socket: &Path) -> Result<Self> {
+        Self::serve(disk.into(), socket, 1 << VHOST_F_LOG_ALL)
+    }
+
+    fn serve(disk: Device, socket: &Path, claimed: u64) -> Result<Self> {
         let failed = |source| Error::Listen { path: socket.to_path_buf(), source };
         if std::fs::symlink_metadata(socket).is_ok_and(|m| m.file_type().is_socket()) {
             std::fs::remove_file(socket).map_err(failed)?;
@@ -99,7 +110,8 @@ impl VhostUserServer {
         };
         let prepared = setup().and_then(|(wake, woken)| {
             let shared = Arc::new(Shared { stopping: AtomicBool::new(false), connection: Mutex::new(None), wake });
-            let acceptor = Acceptor { listener, woken, shared: shared.clone(), disk, serial: serial_of(socket) };
+            let serial = serial_of(socket);
+            let acceptor = Acceptor { listener, woken, shared: shared.clone(), disk, serial, claimed };
             let thread = std::thread::Builder::new().name("vblk".into()).spawn(move || acceptor.run())?;
             Ok((shared, thread))
         });
@@ -167,6 +179,8 @@ struct Acceptor {
     shared: Arc<Shared>,
     disk: Device,
     serial: [u8; SERIAL_BYTES],
+    /// Features that are said to be there.
+    claimed: u64,
 }
 
 impl Acceptor {
@@ -210,7 +224,8 @@ impl Acceptor {
     }
 
     fn serve(&self, stream: UnixStream) -> ProtocolResult<()> {
-        let session = Session::new(self.disk.clone(), self.serial).map_err(ProtocolError::ReqHandlerError)?;
+        let session =
+            Session::new(self.disk.clone(), self.serial, self.claimed).map_err(ProtocolError::ReqHandlerError)?;
         let session = Arc::new(std::sync::Mutex::new(session));
         let clone = stream.try_clone().map_err(ProtocolError::ReqHandlerError)?;
         let greeted = Arc::new(AtomicBool::new(false));
@@ -259,6 +274,7 @@ impl Connection {
 struct Session {
     disk: Device,
     serial: [u8; SERIAL_BYTES],
+    claimed: u64,
     acked_features: u64,
     ram: Option<Arc<GuestRam>>,
     inflight: Option<Inflight>,
@@ -268,13 +284,13 @@ struct Session {
 const PROTOCOL_FEATURES: u64 = VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
 
 impl Session {
-    fn new(disk: Device, serial: [u8; SERIAL_BYTES]) -> io::Result<Self> {
+    fn new(disk: Device, serial: [u8; SERIAL_BYTES], claimed: u64) -> io::Result<Self> {
         let rings = (0..usize::from(QUEUES)).map(Ring::new).collect::<io::Result<_>>()?;
-        Ok(Self { disk, serial, acked_features: 0, ram: None, inflight: None, rings })
+        Ok(Self { disk, serial, claimed, acked_features: 0, ram: None, inflight: None, rings })
     }
 
     fn features(&self) -> u64 {
-        let mut features = PROTOCOL_FEATURES;
+        let mut features = PROTOCOL_FEATURES | self.claimed;
         for bit in [
             VIRTIO_F_VERSION_1,
             VIRTIO_RING_F_EVENT_IDX,
@@ -378,6 +394,9 @@ impl VhostUserBackendReqHandlerMut for Session {
     fn set_features(&mut self, features: u64) -> ProtocolResult<()> {
         if features & !self.features() != 0 {
             return Err(ProtocolError::InvalidParam);
+        }
+        if features & (1 << VHOST_F_LOG_ALL) != 0 {
+            return not_offered();
         }
         if features != self.acked_features && self.any_running() {
             return Err(Frozen.into());

@@ -47,7 +47,7 @@ impl DiskFrontend for VhostUser {
     fn attach(&self, slot: Slot<'_>, disk: Disk) -> Result<Box<dyn AttachedDisk>> {
         // Its name is the device's serial number.
         let socket = slot.run_dir.join(format!("{}.sock", slot.serial));
-        let server = VhostUserServer::start(self.traffic.counted(VHOST_USER, disk), &socket)
+        let server = VhostUserServer::start_for_state(self.traffic.counted(VHOST_USER, disk), &socket)
             .map_err(|e| EngineError::new(Kind::MachineUnavailable, chain(&e)))?;
         Ok(Box::new(VhostUserDisk(server)))
     }

@@ -14,16 +14,18 @@ use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use async_trait::async_trait;
+use bytes::Bytes;
 use miosa_agent::server::{Children, Server, System};
 use miosa_agent::wire::{AgentError, ErrorKind as GuestErrorKind, GuestInfo, Mount, Root};
 use parking_lot::Mutex;
+use serde::{Deserialize, Serialize};
 use tokio::time::Instant;
 
 use crate::console;
-use crate::machine::Exit;
+use crate::machine::{Exit, Loaded, MachineState};
 use crate::{
-    Accel, Acceleration, Agent, BootPath, BootTiming, Error, ErrorKind, ExitReason, Machine, MachineSpec, Reaped,
-    Result, Vmm, WarmKey,
+    Accel, Acceleration, Agent, BootPath, BootTiming, Error, ErrorKind, ExitReason, GuestMemory, Machine, MachineSpec,
+    Reaped, Result, Vmm, WarmKey,
 };
 
 /// What one start of a fake machine does.
@@ -39,6 +41,8 @@ pub struct Script {
     pub die_after: Option<Duration>,
     /// Freezing fails with this message.
     pub fail_freeze: Option<String>,
+    /// The machine's state cannot be had, because of this.
+    pub fail_devices: Option<Error>,
     /// Mounting a volume fails with this message.
     pub fail_mount: Option<String>,
     /// The agent does not go through with a shutdown: only killing helps.
@@ -85,8 +89,8 @@ impl FakeVmm {
         self.state.lock().scripts.push_back(script);
     }
 
-    /// Has the steps of all machines told from now on: `start`, `greet`, `clock`, `mount`, `freeze`, `thaw`, `shutdown`, and
-    /// `warm` when a state is to be kept.
+    /// Has the steps of all machines told from now on: `start`, `greet`, `clock`, `mount`, `freeze`, `thaw`, `shutdown`,
+    /// `hold`, `devices`, `load`, `go on`, and `warm` when a state is to be kept.
     pub fn on_step(&self, hook: StepHook) {
         *self.state.lock().hook.lock() = Some(hook);
     }
@@ -152,34 +156,12 @@ impl Vmm for FakeVmm {
             None => BootPath::Cold,
         };
 
-        let root = self.root_of(&spec.id);
-        std::fs::create_dir_all(root.join("workspace")).map_err(|e| Error::io(root.display(), e))?;
-        let console = spec.run_dir.join("console.log");
-        // As firmware begins, and then lines. Where there is no such directory there is no console.
-        if let Ok(mut file) = console::create(&console) {
-            let _ = file.write_all(b"\x1bc\x1b[?7l\x1b[2J\x1b[0mfake firmware\r\nfake guest\r\n");
-        }
-        let guest = Arc::new(FakeGuest {
-            root,
-            console,
-            children: Children::of_process(),
-            pipe: Mutex::default(),
-            exit: Exit::new(),
-            owner: AtomicU64::new(0),
-            hook: hook.clone(),
-            fail_freeze: script.fail_freeze,
-            fail_mount: script.fail_mount,
-            volumes: self.root.join("volumes"),
-            serials: spec.volumes.into_iter().map(|v| v.serial).collect(),
-            hang_at_shutdown: script.hang_at_shutdown,
-            path,
-            seen: Mutex::new(match path {
-                BootPath::Cold => Seen { has_root: true, hostname: spec.hostname.clone(), ..Seen::default() },
-                BootPath::Warm => Seen::default(),
-            }),
-        });
-        // Where a daemon that dies leaves a machine that it has not heard of.
-        self.state.lock().guests.insert(spec.id.clone(), guest.clone());
+        let memory = GuestMemory::new(u64::from(spec.memory_mib) << 20).map_err(|e| Error::io("fake memory", e))?;
+        let seen = match path {
+            BootPath::Warm => Seen::default(),
+            _ => Seen { has_root: true, hostname: spec.hostname.clone(), ..Seen::default() },
+        };
+        let guest = self.guest(&spec, &script, path, memory, seen)?;
         step(&hook, "greet").await;
         let machine = FakeMachine::take(&guest, started, deadline).await?;
         if path == BootPath::Warm {
@@ -194,10 +176,39 @@ impl Vmm for FakeVmm {
                 guest.end(ExitReason::Failed { message: "scripted".into() });
             });
         }
-        let mut state = self.state.lock();
-        state.guests.retain(|_, guest| guest.exit.told().is_none());
-        state.machines.insert(spec.id, Arc::downgrade(&machine));
+        remember(&self.state, spec.id, &machine);
         Ok(machine)
+    }
+
+    async fn state_key(&self, spec: &MachineSpec) -> Result<String> {
+        if !spec.volumes.is_empty() {
+            return Err(Error::new(ErrorKind::Invalid, "a fake machine with volumes has no state of its own"));
+        }
+        let WarmKey { base, shape } = self.warm_key(spec).await?;
+        Ok(blake3::hash(format!("{base} {shape} {:?}", spec.network).as_bytes()).to_hex().chars().take(16).collect())
+    }
+
+    async fn load(&self, spec: MachineSpec, state: MachineState, deadline: Duration) -> Result<Box<dyn Loaded>> {
+        let started = Instant::now();
+        let (script, hook) = {
+            let mut state = self.state.lock();
+            state.starts += 1;
+            (state.scripts.pop_front().unwrap_or_default(), state.hook.clone())
+        };
+        step(&hook, "load").await;
+        if let Some(error) = script.fail_start {
+            return Err(error);
+        }
+        let seen: Seen = serde_json::from_slice(&state.devices)
+            .map_err(|e| Error::new(ErrorKind::StartFailed, format!("no fake machine's state: {e}")))?;
+        if state.memory.bytes() != u64::from(spec.memory_mib) << 20 {
+            return Err(Error::new(ErrorKind::Invalid, "the state is of another size"));
+        }
+        let memory = GuestMemory::new(state.memory.bytes())
+            .and_then(|memory| state.memory.copy_to(&memory, true).map(|()| memory))
+            .map_err(|e| Error::io("fake memory", e))?;
+        let guest = self.guest(&spec, &script, BootPath::Memory, memory, seen)?;
+        Ok(Box::new(FakeLoaded { guest: Some(guest), id: spec.id, state: self.state.clone(), hook, started, deadline }))
     }
 
     async fn warm_key(&self, spec: &MachineSpec) -> Result<WarmKey> {
@@ -231,7 +242,10 @@ impl Vmm for FakeVmm {
         let guest = self.state.lock().guests.get(&id).cloned().filter(|guest| guest.exit.told().is_none());
         let Some(guest) = guest else { return Ok(None) };
         // A real guest's one server does this when it is greeted.
-        guest.seen.lock().frozen = false;
+        {
+            let mut seen = guest.seen.lock();
+            (seen.frozen, seen.held) = (false, false);
+        }
         let machine = FakeMachine::take(&guest, Instant::now(), deadline).await?;
         self.state.lock().machines.insert(id, Arc::downgrade(&machine));
         Ok(Some(machine))
@@ -253,6 +267,83 @@ impl Vmm for FakeVmm {
 
     async fn version(&self) -> Result<String> {
         Ok("fake".into())
+    }
+}
+
+impl FakeVmm {
+    /// A guest that runs.
+    fn guest(
+        &self,
+        spec: &MachineSpec,
+        script: &Script,
+        path: BootPath,
+        memory: GuestMemory,
+        seen: Seen,
+    ) -> Result<Arc<FakeGuest>> {
+        let root = self.root_of(&spec.id);
+        std::fs::create_dir_all(root.join("workspace")).map_err(|e| Error::io(root.display(), e))?;
+        let console = spec.run_dir.join("console.log");
+        // As firmware begins, and then lines. Where there is no such directory there is no console.
+        if let Ok(mut file) = console::create(&console) {
+            let _ = file.write_all(b"\x1bc\x1b[?7l\x1b[2J\x1b[0mfake firmware\r\nfake guest\r\n");
+        }
+        let guest = Arc::new(FakeGuest {
+            root,
+            console,
+            children: Children::of_process(),
+            pipe: Mutex::default(),
+            exit: Exit::new(),
+            owner: AtomicU64::new(0),
+            hook: self.state.lock().hook.clone(),
+            fail_freeze: script.fail_freeze.clone(),
+            fail_mount: script.fail_mount.clone(),
+            fail_devices: script.fail_devices.clone(),
+            volumes: self.root.join("volumes"),
+            serials: spec.volumes.iter().map(|v| v.serial.clone()).collect(),
+            hang_at_shutdown: script.hang_at_shutdown,
+            path,
+            memory,
+            seen: Mutex::new(seen),
+        });
+        // Where a daemon that dies leaves a machine that it has not heard of.
+        self.state.lock().guests.insert(spec.id.clone(), guest.clone());
+        Ok(guest)
+    }
+}
+
+fn remember(state: &Mutex<State>, id: String, machine: &Arc<FakeMachine>) {
+    let mut state = state.lock();
+    state.guests.retain(|_, guest| guest.exit.told().is_none());
+    state.machines.insert(id, Arc::downgrade(machine));
+}
+
+/// A fake machine that has its state.
+struct FakeLoaded {
+    guest: Option<Arc<FakeGuest>>,
+    id: String,
+    state: Arc<Mutex<State>>,
+    hook: SharedHook,
+    started: Instant,
+    deadline: Duration,
+}
+
+#[async_trait]
+impl Loaded for FakeLoaded {
+    async fn go_on(mut self: Box<Self>) -> Result<Arc<dyn Machine>> {
+        step(&self.hook, "go on").await;
+        let Some(guest) = self.guest.take() else { return Err(boot_timeout()) };
+        guest.seen.lock().held = false;
+        let machine = FakeMachine::take(&guest, self.started, self.deadline).await?;
+        remember(&self.state, self.id.clone(), &machine);
+        Ok(machine)
+    }
+}
+
+impl Drop for FakeLoaded {
+    fn drop(&mut self) {
+        if let Some(guest) = self.guest.take() {
+            guest.end(ExitReason::Killed);
+        }
     }
 }
 
@@ -313,6 +404,16 @@ impl FakeMachine {
         self.guest.seen.lock().frozen
     }
 
+    /// Whether its processors stand still.
+    pub fn is_held(&self) -> bool {
+        self.guest.seen.lock().held
+    }
+
+    /// What is in its guest's memory, which a guest of its own would use: what is written here is what goes on.
+    pub fn guest_memory(&self) -> &GuestMemory {
+        &self.guest.memory
+    }
+
     /// How often it was frozen.
     pub fn freezes(&self) -> u64 {
         self.guest.seen.lock().freezes
@@ -363,6 +464,36 @@ impl Machine for FakeMachine {
         Ok(self.guest.exit.wait().await)
     }
 
+    async fn hold(&self) -> Result<()> {
+        step(&self.guest.hook, "hold").await;
+        self.guest.seen.lock().held = true;
+        Ok(())
+    }
+
+    async fn devices(&self) -> Result<Bytes> {
+        step(&self.guest.hook, "devices").await;
+        if let Some(error) = &self.guest.fail_devices {
+            return Err(error.clone());
+        }
+        let seen = self.guest.seen.lock();
+        let told = serde_json::to_vec(&*seen).map_err(|e| Error::io("a fake machine's state", e))?;
+        if seen.held { Ok(told.into()) } else { Err(Error::new(ErrorKind::Qmp, "a machine that runs has no state")) }
+    }
+
+    async fn memory(&self) -> Result<GuestMemory> {
+        let failed = |e| Error::io("fake memory", e);
+        let memory = &self.guest.memory;
+        let copy = GuestMemory::new(memory.bytes()).map_err(failed)?;
+        memory.copy_to(&copy, true).map_err(failed)?;
+        Ok(copy)
+    }
+
+    async fn go_on(&self) -> Result<()> {
+        step(&self.guest.hook, "go on").await;
+        self.guest.seen.lock().held = false;
+        Ok(())
+    }
+
     async fn wait(&self) -> ExitReason {
         let reason = self.guest.exit.wait().await;
         if !self.is_owner() {
@@ -408,8 +539,10 @@ struct FakeGuest {
     hook: SharedHook,
     fail_freeze: Option<String>,
     fail_mount: Option<String>,
+    fail_devices: Option<Error>,
     hang_at_shutdown: bool,
     path: BootPath,
+    memory: GuestMemory,
     /// Where the volumes of all guests are.
     volumes: PathBuf,
     /// Those of this one.
@@ -417,10 +550,11 @@ struct FakeGuest {
     seen: Mutex<Seen>,
 }
 
-#[derive(Default)]
+#[derive(Default, Serialize, Deserialize)]
 struct Seen {
     has_root: bool,
     frozen: bool,
+    held: bool,
     freezes: u64,
     hostname: String,
     clock: Option<u64>,

@@ -5,6 +5,7 @@
 //! | [`machine`] | the traits [`Vmm`] and [`Machine`], and what a machine is made of |
 //! | [`agent`] | the async client of the guest agent: programs, files, freeze, clock |
 //! | [`qemu`] | machines as QEMU processes, over [`qmp`] |
+//! | [`memory`] | a guest's memory, where the host can read it |
 //! | [`process`] | processes that are found again and never left behind |
 //! | `cgroup` | what limits them |
 //! | `console` | what they write, kept short |
@@ -21,6 +22,7 @@ pub mod error;
 pub mod fake;
 pub mod image;
 pub mod machine;
+pub mod memory;
 pub mod process;
 pub mod qemu;
 pub mod qmp;
@@ -30,9 +32,10 @@ pub use console::ConsoleReader;
 pub use error::{Error, ErrorKind, Result};
 pub use fake::FakeVmm;
 pub use machine::{
-    Accel, Acceleration, BootPath, BootTiming, DiskAttachment, ExitReason, Machine, MachineSpec, Network, Reaped, Vmm,
-    VolumeDevice, WarmKey,
+    Accel, Acceleration, BootPath, BootTiming, DiskAttachment, ExitReason, Loaded, Machine, MachineSpec, MachineState,
+    Network, Reaped, Vmm, VolumeDevice, WarmKey,
 };
+pub use memory::GuestMemory;
 pub use miosa_agent::wire::{
     CommandStatus, DirEntry, ErrorKind as GuestErrorKind, ExecRequest, ExitStatus, FileKind, FileStat, GuestInfo,
     Identity, Mount, Root, TerminalSize, TreeSummary,

@@ -7,9 +7,11 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
+use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 use tokio::time::Instant;
 
+use crate::memory::GuestMemory;
 use crate::{Agent, Result};
 pub(crate) use exit::Exit;
 
@@ -148,6 +150,8 @@ pub enum BootPath {
     Cold,
     /// It went on from the kept state of one that had booted.
     Warm,
+    /// It went on from its own state, or that of the one it is a fork of, with its programs.
+    Memory,
 }
 
 impl BootPath {
@@ -156,6 +160,7 @@ impl BootPath {
         match self {
             BootPath::Cold => "cold",
             BootPath::Warm => "warm",
+            BootPath::Memory => "memory",
         }
     }
 }
@@ -169,6 +174,26 @@ pub struct WarmKey {
     pub base: String,
     /// What differs between machines: processors, memory, accelerator, kernel arguments. Not disks, network or names.
     pub shape: String,
+}
+
+/// A machine at one moment: what its guest has in memory, and what its devices are. It is of use only together with its
+/// disk as that was at the same moment.
+#[derive(Clone, Debug)]
+pub struct MachineState {
+    /// The guest's memory. Who alone has it gives it away; what is shared is not written to.
+    pub memory: Arc<GuestMemory>,
+    /// For the VMM to understand.
+    pub devices: Bytes,
+}
+
+/// A machine that has its state, and whose guest does not run yet. Dropped, its process has been sent SIGKILL.
+#[async_trait]
+pub trait Loaded: Send {
+    /// Has the guest run, and greets its agent, which ends what it did for the host it knew.
+    ///
+    /// # Errors
+    /// As of [`Vmm::start`]; the machine's process is gone then.
+    async fn go_on(self: Box<Self>) -> Result<Arc<dyn Machine>>;
 }
 
 /// What a start took.
@@ -221,6 +246,20 @@ pub trait Vmm: Send + Sync {
     /// # Errors
     /// As [`Vmm::start`]; nothing is left then, nor of a future that is dropped but for its run directory.
     async fn warm(&self, spec: &MachineSpec, to: &Path, deadline: Duration) -> Result<()>;
+
+    /// What a machine of this specification has in common with those that can go on from its state, beside the size of its
+    /// disk: 16 hexadecimal digits. Quick when asked again.
+    ///
+    /// # Errors
+    /// `Invalid` for a machine whose state cannot be had; `QemuMissing`; `Io`.
+    async fn state_key(&self, spec: &MachineSpec) -> Result<String>;
+
+    /// Starts a machine's process and gives it a state of one with the same [`Vmm::state_key`]. Its disk is not touched
+    /// before it goes on, so whoever called can decide until then.
+    ///
+    /// # Errors
+    /// As of [`Vmm::start`]; nothing is left then.
+    async fn load(&self, spec: MachineSpec, state: MachineState, deadline: Duration) -> Result<Box<dyn Loaded>>;
 
     /// The run directories under `run_root` whose machines are alive: those that [`Vmm::adopt`] can take over.
     ///
@@ -276,6 +315,31 @@ pub trait Machine: Send + Sync {
     /// # Errors
     /// `Io` when the process does not go away.
     async fn kill(&self) -> Result<ExitReason>;
+
+    /// Stops the guest's processors, and brings what its devices do to an end: its disk and its memory stand still until
+    /// [`Machine::go_on`]. Its agent does not answer meanwhile.
+    ///
+    /// # Errors
+    /// When the VMM does not do so, or does not answer. The guest may be held or not; let it go on.
+    async fn hold(&self) -> Result<()>;
+
+    /// What the devices of a held machine are.
+    ///
+    /// # Errors
+    /// As of [`Machine::hold`].
+    async fn devices(&self) -> Result<Bytes>;
+
+    /// The guest's memory as it is at each moment, and as it was when the machine has ended.
+    ///
+    /// # Errors
+    /// `Io` when it cannot be looked at, as of a machine that shares it with others that have the same state.
+    async fn memory(&self) -> Result<GuestMemory>;
+
+    /// Has the guest of a held machine go on as if nothing had been.
+    ///
+    /// # Errors
+    /// As of [`Machine::hold`].
+    async fn go_on(&self) -> Result<()>;
 
     /// Waits for the machine's end; any number of waiters, at once or later, get the same reason.
     async fn wait(&self) -> ExitReason;

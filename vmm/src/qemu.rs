@@ -7,6 +7,7 @@
 
 mod command;
 mod probe;
+mod state;
 mod warm;
 
 use std::os::fd::{AsFd, OwnedFd, RawFd};
@@ -18,6 +19,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use async_trait::async_trait;
+use bytes::Bytes;
 use nix::sys::signal::{SigHandler, Signal};
 use serde_json::json;
 use tokio::io::unix::AsyncFd;
@@ -26,7 +28,8 @@ use tokio::time::Instant;
 
 use crate::cgroup::{self, Cgroups};
 use crate::console;
-use crate::machine::{Exit, deadline_at};
+use crate::machine::{Exit, Loaded, MachineState, deadline_at};
+use crate::memory::GuestMemory;
 use crate::process::{ProcessId, RECORD, RUN_DIR_VARIABLE};
 use crate::qmp::{Qmp, QmpEvent};
 use crate::{
@@ -213,6 +216,14 @@ impl Vmm for QemuVmm {
 
     async fn warm(&self, spec: &MachineSpec, to: &Path, deadline: Duration) -> Result<()> {
         warm::keep(self, spec, to, deadline).await
+    }
+
+    async fn state_key(&self, spec: &MachineSpec) -> Result<String> {
+        state::key(self, spec).await
+    }
+
+    async fn load(&self, spec: MachineSpec, state: MachineState, deadline: Duration) -> Result<Box<dyn Loaded>> {
+        Ok(Box::new(state::load(self, &spec, state, deadline).await?))
     }
 
     async fn survivors(&self, run_root: &Path) -> Result<Vec<PathBuf>> {
@@ -412,7 +423,7 @@ enum Coming {
 struct Process {
     control: Arc<Control>,
     /// Hands QEMU's events to the watcher.
-    events: Option<tokio::sync::oneshot::Sender<mpsc::UnboundedReceiver<QmpEvent>>>,
+    events: Option<EventsFor>,
 }
 
 impl Process {
@@ -448,22 +459,18 @@ impl Process {
     }
 
     /// Takes control of the process and waits for its guest. If that fails, the process is gone.
-    async fn into_machine(mut self, started: Instant, at: Instant, coming: Coming) -> Result<QemuMachine> {
+    async fn into_machine(self, started: Instant, at: Instant, coming: Coming) -> Result<QemuMachine> {
         let control = self.control.clone();
-        let left = || at.saturating_duration_since(Instant::now());
-        let events = self.events.take();
-        let up = async {
-            let (qmp, received) = Qmp::connect(&control.paths.qmp, left()).await?;
-            if let Some(sender) = events {
-                let _ = sender.send(received);
-            }
+        let left = move || at.saturating_duration_since(Instant::now());
+        let up = |events| async move {
+            let qmp = self::control(&control, events, at).await?;
             let process_ms = millis(started);
             let root = match coming {
-                Coming::Boot | Coming::Found(None) => None,
+                Coming::Boot => None,
                 Coming::Restored(restoring) => Some(restoring.load(&qmp).await?),
-                Coming::Found(Some(root)) => {
-                    warm::check_loaded(&qmp).await?;
-                    Some(root)
+                Coming::Found(root) => {
+                    state::see_it_runs(&qmp).await?;
+                    root
                 }
             };
             let path = if root.is_some() { BootPath::Warm } else { BootPath::Cold };
@@ -473,14 +480,24 @@ impl Process {
             }
             Ok((qmp, agent, BootTiming { path, process_ms, agent_ms: millis(started) }))
         };
+        let (process, (qmp, agent, timing)) = self.unless_it_ends(at, up).await?;
+        Ok(QemuMachine { process, qmp, agent, timing, shutting_down: tokio::sync::Mutex::new(()) })
+    }
+
+    /// Does `up` unless the process ends first. If that fails, the process is gone.
+    async fn unless_it_ends<T, F: Future<Output = Result<T>>>(
+        mut self,
+        at: Instant,
+        up: impl FnOnce(Option<EventsFor>) -> F,
+    ) -> Result<(Process, T)> {
+        let control = self.control.clone();
+        let up = up(self.events.take());
         let result = tokio::select! {
             reason = control.exit.wait() => Err(control.start_failed(&reason)),
             up = up => up,
         };
         match result {
-            Ok((qmp, agent, timing)) => {
-                Ok(QemuMachine { process: self, qmp, agent, timing, shutting_down: tokio::sync::Mutex::new(()) })
-            }
+            Ok(up) => Ok((self, up)),
             Err(error) => {
                 let error = control.boot_failed(error, at).await;
                 control.request_kill();
@@ -489,6 +506,18 @@ impl Process {
             }
         }
     }
+}
+
+/// Who QEMU's events go to.
+type EventsFor = tokio::sync::oneshot::Sender<mpsc::UnboundedReceiver<QmpEvent>>;
+
+/// Takes control of a process.
+async fn control(control: &Control, events: Option<EventsFor>, at: Instant) -> Result<Qmp> {
+    let (qmp, received) = Qmp::connect(&control.paths.qmp, at.saturating_duration_since(Instant::now())).await?;
+    if let Some(sender) = events {
+        let _ = sender.send(received);
+    }
+    Ok(qmp)
 }
 
 impl Drop for Process {
@@ -558,6 +587,23 @@ impl Machine for QemuMachine {
     async fn kill(&self) -> Result<ExitReason> {
         self.process.control.request_kill();
         self.ended(KILL_PATIENCE).await.ok_or_else(|| Error::io("kill QEMU", "the process does not go away"))
+    }
+
+    async fn hold(&self) -> Result<()> {
+        self.qmp.execute("stop", json!({})).await.map(drop)
+    }
+
+    async fn devices(&self) -> Result<Bytes> {
+        let run_dir = self.process.control.paths.qmp.parent().unwrap_or(Path::new("."));
+        Ok(state::devices_of(&self.qmp, run_dir).await?.into())
+    }
+
+    async fn memory(&self) -> Result<GuestMemory> {
+        state::memory_of(&self.qmp, self.process.control.id.pid).await
+    }
+
+    async fn go_on(&self) -> Result<()> {
+        self.qmp.execute("cont", json!({})).await.map(drop)
     }
 
     async fn wait(&self) -> ExitReason {

@@ -786,3 +786,124 @@ async fn a_state_that_is_damaged_is_an_error_and_leaves_no_process() {
     machine.kill().await.unwrap();
     assert_eq!(vmm.reap_orphans(&lab.run_root(), &[]).await.unwrap(), []);
 }
+
+/// What a test's programs say of a machine.
+async fn counted(agent: &Agent) -> u64 {
+    stdout(agent, "cat /dev/shm/count").await.parse().unwrap()
+}
+
+/// A machine whose programs have been going on for a while: one counts, one has a file open that is gone.
+async fn busy(lab: &Lab) -> Arc<dyn Machine> {
+    let machine = lab.boot().await;
+    let agent = machine.agent();
+    let count =
+        "n=0; while true; do n=$((n+1)); echo $n > /dev/shm/new; mv /dev/shm/new /dev/shm/count; sleep 0.01; done";
+    agent.start("count".into(), None, sh(count)).await.unwrap();
+    let open = "echo unseen > /workspace/f; exec 3< /workspace/f; rm /workspace/f; \
+                while ! [ -e /workspace/say ]; do sleep 0.1; done; cat <&3 > /workspace/said; sleep 1000";
+    agent.start("open".into(), None, sh(open)).await.unwrap();
+    while !stdout(&agent, "ls /dev/shm; [ -e /workspace/f ] || echo gone").await.contains("count\ngone") {}
+    machine
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_machine_goes_on_from_its_state_and_others_from_the_same() {
+    let lab = Lab::new("busy");
+    let machine = busy(&lab).await;
+    let agent = machine.agent();
+    let vmm = QemuVmm::new();
+    let key = vmm.state_key(&lab.spec).await.unwrap();
+    let Lab { spec, .. } = &lab;
+    let DiskAttachment::RawFile { path: disk } = &spec.disk else { panic!("{:?}", spec.disk) };
+
+    let before = counted(&agent).await;
+    machine.hold().await.unwrap();
+    let live = machine.memory().await.unwrap();
+    let memory = vmm::GuestMemory::new(live.bytes()).unwrap();
+    live.copy_to(&memory, true).unwrap();
+    let devices = machine.devices().await.unwrap();
+    let copies: Vec<PathBuf> = (0..3).map(|n| lab.dir.path().join(format!("disk-{n}.raw"))).collect();
+    for copy in &copies {
+        assert!(Command::new("cp").arg("--sparse=always").arg(disk).arg(copy).status().unwrap().success());
+    }
+    machine.go_on().await.unwrap();
+    assert!(counted(&agent).await > before, "it has not lost anything");
+    stdout(&agent, "echo first > /workspace/who; sync").await;
+
+    // Two at once from the same memory, which neither changes.
+    let state = vmm::MachineState { memory: Arc::new(memory), devices };
+    let mut others = Vec::new();
+    for (n, copy) in copies[..2].iter().enumerate() {
+        let id = format!("other-{n}");
+        let spec = MachineSpec {
+            run_dir: lab.run_root().join(&id),
+            id,
+            disk: DiskAttachment::RawFile { path: copy.clone() },
+            ..spec.clone()
+        };
+        assert_eq!(vmm.state_key(&spec).await.unwrap(), key);
+        let loaded = vmm.load(spec, state.clone(), PATIENCE).await.unwrap();
+        let other = loaded.go_on().await.unwrap();
+        assert_eq!(other.boot_timing().path, BootPath::Memory);
+        let agent = other.agent();
+        assert!(counted(&agent).await >= before);
+        stdout(&agent, &format!("[ ! -e /workspace/who ] && echo {n} > /workspace/who && sync")).await;
+        stdout(&agent, "touch /workspace/say; while ! [ -s /workspace/said ]; do sleep 0.05; done").await;
+        assert_eq!(stdout(&agent, "cat /workspace/said").await, "unseen");
+        assert_eq!(agent.commands().await.unwrap().len(), 2, "the commands are still known");
+        others.push(other);
+    }
+    for (n, other) in others.iter().enumerate() {
+        assert_eq!(stdout(&other.agent(), "cat /workspace/who").await, n.to_string());
+    }
+    assert_eq!(stdout(&agent, "cat /workspace/who; ls /workspace/said 2>&1 | wc -l").await, "first\n1");
+    assert!(others[0].memory().await.is_err(), "it is not its own");
+    for other in others {
+        other.kill().await.unwrap();
+    }
+    // The last one's memory is given to it.
+    let spec = MachineSpec {
+        id: "other-1".into(),
+        run_dir: lab.run_root().join("other-1"),
+        disk: DiskAttachment::RawFile { path: copies[1].clone() },
+        ..spec.clone()
+    };
+    Command::new("cp").arg("--sparse=always").arg(&copies[2]).arg(&copies[1]).status().unwrap();
+    let other = vmm.load(spec.clone(), state, PATIENCE).await.unwrap().go_on().await.unwrap();
+    stdout(&other.agent(), "echo mine > /dev/shm/mine").await;
+    other.hold().await.unwrap();
+    let (devices, memory) = (other.devices().await.unwrap(), other.memory().await.unwrap());
+    other.kill().await.unwrap();
+    let state = vmm::MachineState { memory: Arc::new(memory), devices };
+    let again = vmm.load(spec, state, PATIENCE).await.unwrap().go_on().await.unwrap();
+    assert_eq!(stdout(&again.agent(), "cat /dev/shm/mine").await, "mine");
+    again.shutdown(PATIENCE).await.unwrap();
+    machine.shutdown(PATIENCE).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_state_that_is_of_no_use_is_refused_and_leaves_nothing() {
+    let lab = Lab::new("useless");
+    let vmm = QemuVmm::new();
+    let state = |devices: &'static [u8], mib: u64| vmm::MachineState {
+        memory: Arc::new(vmm::GuestMemory::new(mib << 20).unwrap()),
+        devices: devices.into(),
+    };
+    for (state, kind) in [
+        (state(b"", 64), ErrorKind::Invalid),
+        (state(b"", 512), ErrorKind::Qmp),
+        (state(b"no state", 512), ErrorKind::Qmp),
+    ] {
+        let error = vmm.load(lab.spec.clone(), state, PATIENCE).await.err().unwrap();
+        assert!(error.kind == kind || error.kind == ErrorKind::StartFailed, "{error}");
+        assert_eq!(vmm.survivors(&lab.run_root()).await.unwrap(), Vec::<PathBuf>::new());
+    }
+    // One that is found held goes on.
+    let machine = lab.boot().await;
+    machine.hold().await.unwrap();
+    machine.devices().await.unwrap();
+    machine.leave().await;
+    let machine = QemuVmm::new().adopt(&lab.spec.run_dir, PATIENCE).await.unwrap().unwrap();
+    assert_eq!(stdout(&machine.agent(), "echo here").await, "here");
+    machine.shutdown(PATIENCE).await.unwrap();
+}

@@ -121,6 +121,8 @@ pub(super) enum Course {
     Keep,
     /// It waits for such a state, with disks and network devices that were not there then.
     Restore,
+    /// It waits for a state of a machine that was one of this specification.
+    Load,
 }
 
 /// Words of the kernel's command line that the agent would go by instead of by what it is told later.
@@ -170,7 +172,7 @@ pub(super) fn arguments(spec: &MachineSpec, machine: &str, course: Course, ram: 
     add("chardev", format!("socket,id=agent,path={},server=on,wait=off", escaped(&paths.agent)));
     add("device", format!("virtserialport,chardev=agent,name={PORT_NAME}"));
     add("device", "virtio-rng-pci".into());
-    if course == Course::Restore {
+    if matches!(course, Course::Restore | Course::Load) {
         add("incoming", "defer".into());
     }
     if spec.network == Network::User && course != Course::Keep {

@@ -7,9 +7,8 @@
 //!
 //! A start, of which 2 and 3 go on at the same time:
 //! 1. The state's record is read, and the devices' state compared with its digest.
-//! 2. QEMU starts with `-incoming defer`. Where the disk is served by another process, which reads and writes the guest's
-//!    memory, that is a new memory file; else a private mapping of the kept one, whose pages machines share until they
-//!    write to them.
+//! 2. QEMU starts with `-incoming defer` and a new memory file. A private mapping of the kept one would share its pages with
+//!    other machines, but nobody could take the machine's own state again, nor serve its disk over vhost-user.
 //! 3. The kept memory is copied into the new file: only what is not zero.
 //! 4. QEMU reads the devices' state, and the guest goes on.
 //! 5. The agent is greeted, and told the root disk, the host's clock and random numbers of its own ([`Root`]). What it was
@@ -19,26 +18,23 @@ use std::collections::HashMap;
 use std::fs::{self, File};
 use std::io::{Read, Write};
 use std::os::fd::{AsRawFd, RawFd};
-use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use miosa_agent::wire::Root;
-use nix::fcntl::{FcntlArg, Flock, FlockArg, SealFlag, fcntl};
-use nix::sys::memfd::{MFdFlags, memfd_create};
+use nix::fcntl::{Flock, FlockArg};
 use nix::unistd::{Whence, lseek};
 use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
-use tokio::io::AsyncReadExt;
-use tokio::net::UnixListener;
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
 
 use super::command::{self, Course, Ram};
-use super::{Coming, Launch, QemuMachine, QemuVmm, blocking, probe};
+use super::{Coming, Launch, QemuMachine, QemuVmm, blocking, probe, state};
 use crate::machine::deadline_at;
+use crate::memory::GuestMemory;
 use crate::qmp::Qmp;
 use crate::{Error, ErrorKind, Machine, MachineSpec, Network, Result, WarmKey};
 
@@ -52,15 +48,8 @@ const DEVICES: &str = "devices";
 const RECORD: &str = "state.json";
 /// In a run directory: what a guest that was kept was told it becomes.
 const ROOT: &str = "root.json";
-/// Over which QEMU tells the devices' state.
-const SOCKET: &str = "state.sock";
 /// Most bytes of it that are believed; it has about 400 KB.
 const DEVICES_MAX: u64 = 64 << 20;
-/// Bytes that are copied at a time: what stays in a processor's cache.
-const PIECE: usize = 128 << 10;
-const PAGE: usize = 4096;
-/// How often QEMU is asked whether it has told everything.
-const ASK_EVERY: Duration = Duration::from_millis(2);
 
 #[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
 struct Record {
@@ -105,12 +94,7 @@ pub(super) async fn key(vmm: &QemuVmm, spec: &MachineSpec) -> Result<WarmKey> {
     command::check_warm(spec)?;
     let (vmm, spec) = (vmm.clone(), spec.clone());
     blocking(move || {
-        let program = in_path(&vmm.program);
-        let qemu = vmm.known.get(&program, || {
-            let output = std::process::Command::new(&program).arg("--version").output();
-            Ok(String::from_utf8_lossy(&output.map_err(|e| vmm.missing(&e))?.stdout).into_owned())
-        });
-        let qemu = qemu.map_err(|e| Error::new(ErrorKind::QemuMissing, e.message))?;
+        let qemu = qemu_version(&vmm)?;
         let (host, processor) = probe::this_host().map_err(|e| Error::io("uname", e))?;
         let (kernel, initramfs) = (vmm.known.digest(&spec.kernel)?, vmm.known.digest(&spec.initramfs)?);
         let base = short([VERSION.to_string(), qemu, host, processor, kernel, initramfs]);
@@ -129,8 +113,18 @@ pub(super) async fn key(vmm: &QemuVmm, spec: &MachineSpec) -> Result<WarmKey> {
     .await
 }
 
+/// What QEMU says of itself.
+pub(super) fn qemu_version(vmm: &QemuVmm) -> Result<String> {
+    let program = in_path(&vmm.program);
+    let qemu = vmm.known.get(&program, || {
+        let output = std::process::Command::new(&program).arg("--version").output();
+        Ok(String::from_utf8_lossy(&output.map_err(|e| vmm.missing(&e))?.stdout).into_owned())
+    });
+    qemu.map_err(|e| Error::new(ErrorKind::QemuMissing, e.message))
+}
+
 /// A word that is another when one of the parts is.
-fn short<T: AsRef<str>>(parts: impl IntoIterator<Item = T>) -> String {
+pub(super) fn short<T: AsRef<str>>(parts: impl IntoIterator<Item = T>) -> String {
     let mut hasher = blake3::Hasher::new();
     for part in parts {
         let part = part.as_ref().as_bytes();
@@ -152,56 +146,26 @@ pub(super) async fn keep(vmm: &QemuVmm, spec: &MachineSpec, to: &Path, deadline:
     let (started, at) = (Instant::now(), deadline_at(deadline));
     let key = key(vmm, spec).await?;
     let spec = MachineSpec { volumes: Vec::new(), network: Network::None, warm: None, ..spec.clone() };
-    let ram = new_ram(spec.memory_mib).map_err(|e| Error::io("a guest's memory", e))?;
-    let fd = ram.as_raw_fd();
+    let (ram, fd) = new_ram(spec.memory_mib)?;
     let launch = Launch { course: Course::Keep, ram: Ram::Shared(fd), inherited: vec![fd], yields: true };
     let machine = vmm.spawn(&spec, launch)?.into_machine(started, at, Coming::Boot).await?;
     machine.agent.disconnect();
-    let socket = spec.run_dir.join(SOCKET);
-    let devices = tokio::time::timeout_at(at, devices_of(&machine, &socket)).await;
+    let devices = tokio::time::timeout_at(at, state::devices_of(&machine.qmp, &spec.run_dir)).await;
     machine.kill().await?;
     let devices = devices.map_err(|_| Error::new(ErrorKind::Qmp, "QEMU did not tell a machine's state in time"))??;
     let to = to.to_owned();
     blocking(move || write(&to, &key, &ram, &devices).map_err(|e| Error::io(to.display(), e))).await
 }
 
-/// Has QEMU stop the machine and tell the state of its devices.
-async fn devices_of(machine: &QemuMachine, socket: &Path) -> Result<Vec<u8>> {
-    let io = |e| Error::io(socket.display(), e);
-    let _ = fs::remove_file(socket);
-    let listener = UnixListener::bind(socket).map_err(io)?;
-    ignore_shared(&machine.qmp).await?;
-    machine.qmp.execute("migrate", json!({ "uri": format!("unix:{}", socket.display()) })).await?;
-    let mut devices = Vec::new();
-    let (stream, _) = listener.accept().await.map_err(io)?;
-    stream.take(DEVICES_MAX).read_to_end(&mut devices).await.map_err(io)?;
-    let _ = fs::remove_file(socket);
-    loop {
-        let told = machine.qmp.execute("query-migrate", json!({})).await?;
-        match told.get("status").and_then(|status| status.as_str()) {
-            Some("completed") => return Ok(devices),
-            Some("setup" | "active" | "device" | "wait-unplug") => tokio::time::sleep(ASK_EVERY).await,
-            _ => return Err(Error::new(ErrorKind::Qmp, format!("QEMU did not tell a machine's state: {told}"))),
-        }
-    }
-}
-
-/// The guest's memory is not in the stream, for either side.
-async fn ignore_shared(qmp: &Qmp) -> Result<()> {
-    let capabilities = json!({ "capabilities": [{ "capability": "x-ignore-shared", "state": true }] });
-    qmp.execute("migrate-set-capabilities", capabilities).await.map(drop)
-}
-
-/// Memory for a guest. Nobody who has it can make it shorter under another's mapping.
-fn new_ram(mib: u32) -> std::io::Result<File> {
-    let file = File::from(memfd_create(c"ram", MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING)?);
-    file.set_len(u64::from(mib) << 20)?;
-    fcntl(&file, FcntlArg::F_ADD_SEALS(SealFlag::F_SEAL_GROW | SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_SEAL))?;
-    Ok(file)
+/// Memory for a guest, and the number of its file.
+fn new_ram(mib: u32) -> Result<(GuestMemory, RawFd)> {
+    let ram = GuestMemory::new(u64::from(mib) << 20).map_err(|e| Error::io("a guest's memory", e))?;
+    let fd = ram.file().as_raw_fd();
+    Ok((ram, fd))
 }
 
 /// Writes a state, whole or not at all.
-fn write(to: &Path, key: &WarmKey, ram: &File, devices: &[u8]) -> std::io::Result<()> {
+fn write(to: &Path, key: &WarmKey, ram: &GuestMemory, devices: &[u8]) -> std::io::Result<()> {
     let parent = to.parent().unwrap_or(Path::new("."));
     fs::create_dir_all(parent)?;
     // Nobody else may look at a guest's memory, which these directories are made for.
@@ -209,8 +173,8 @@ fn write(to: &Path, key: &WarmKey, ram: &File, devices: &[u8]) -> std::io::Resul
     let _lock = Flock::lock(File::open(work.path())?, FlockArg::LockExclusiveNonblock).map_err(|(_, errno)| errno)?;
     let create = |name| File::options().write(true).create_new(true).mode(0o600).open(work.path().join(name));
     let file = create(RAM)?;
-    file.set_len(ram.metadata()?.len())?;
-    copy(ram, &file, true)?;
+    file.set_len(ram.bytes())?;
+    ram.copy_to(&GuestMemory::of_file(file.try_clone()?)?, true)?;
     file.sync_all()?;
     let put = |name, bytes: &[u8]| {
         let mut file = create(name)?;
@@ -222,7 +186,7 @@ fn write(to: &Path, key: &WarmKey, ram: &File, devices: &[u8]) -> std::io::Resul
         version: VERSION,
         base: key.base.clone(),
         shape: key.shape.clone(),
-        ram_bytes: ram.metadata()?.len(),
+        ram_bytes: ram.bytes(),
         devices_bytes: devices.len() as u64,
         devices_blake3: blake3::hash(devices).to_hex().to_string(),
     };
@@ -237,46 +201,6 @@ fn write(to: &Path, key: &WarmKey, ram: &File, devices: &[u8]) -> std::io::Resul
         Err(_) if to.join(RECORD).is_file() => Ok(()),
         Err(error) => Err(error),
     }
-}
-
-/// Copies what is there of a file to the same places of another, in which it is a hole; with `thin` without pages of zeroes.
-fn copy(from: &File, to: &File, thin: bool) -> std::io::Result<()> {
-    let mut piece = vec![0; PIECE];
-    let mut at = 0;
-    loop {
-        let seek = |offset, whence| match lseek(from, offset, whence) {
-            Err(nix::errno::Errno::ENXIO) => Ok(None),
-            found => found.map(Some),
-        };
-        let Some(mut data) = seek(at, Whence::SeekData)? else { return Ok(()) };
-        at = seek(data, Whence::SeekHole)?.unwrap_or(data);
-        while data < at {
-            let len = PIECE.min((at - data) as usize);
-            from.read_exact_at(&mut piece[..len], data as u64)?;
-            for (start, run) in runs(&piece[..len], thin) {
-                to.write_all_at(run, data as u64 + start)?;
-            }
-            data += len as i64;
-        }
-    }
-}
-
-/// The runs of pages of a piece that are to be written, with where they begin in it.
-fn runs(piece: &[u8], thin: bool) -> Vec<(u64, &[u8])> {
-    if !thin {
-        return vec![(0, piece)];
-    }
-    let mut runs = Vec::new();
-    let mut begin = 0;
-    let is_zero = |page: &[u8]| page.iter().all(|byte| *byte == 0);
-    for (number, page) in piece.chunks(PAGE).enumerate() {
-        if is_zero(page) {
-            runs.push((begin, number * PAGE));
-            begin = number * PAGE + page.len();
-        }
-    }
-    runs.push((begin, piece.len()));
-    runs.into_iter().filter(|(begin, end)| begin < end).map(|(begin, end)| (begin as u64, &piece[begin..end])).collect()
 }
 
 /// A state that is whole, as far as its record tells.
@@ -328,25 +252,14 @@ pub(super) async fn restore(
     let key = key(vmm, spec).await?;
     let (from, memory_mib) = (dir.to_owned(), spec.memory_mib);
     let kept = blocking(move || Kept::open(&from, &key, memory_mib)).await?;
-    let shared = spec.disk.outlives_its_server() || spec.volumes.iter().any(|v| v.disk.outlives_its_server());
-    let memory = if shared {
-        Some(Arc::new(new_ram(spec.memory_mib).map_err(|e| Error::io("a guest's memory", e))?))
-    } else {
-        None
-    };
     let devices = kept.devices.as_raw_fd();
-    let ram = match &memory {
-        Some(memory) => Ram::Shared(memory.as_raw_fd()),
-        None => Ram::Copied(kept.ram.as_raw_fd()),
-    };
-    let (Ram::Shared(memory_fd) | Ram::Copied(memory_fd)) = ram else {
-        return Err(Error::new(ErrorKind::Invalid, "a state is kept in memory that is given"));
-    };
-    let launch = Launch { course: Course::Restore, ram, inherited: vec![memory_fd, devices], yields: false };
+    let (memory, fd) = new_ram(spec.memory_mib)?;
+    let launch = Launch { course: Course::Restore, ram: Ram::Shared(fd), inherited: vec![fd, devices], yields: false };
     let process = vmm.spawn(spec, launch)?;
-    let filled = tokio::spawn(blocking(move || match memory {
-        Some(memory) => copy(&kept.ram, &memory, false).map_err(|e| Error::io("fill a guest's memory", e)),
-        None => Ok(()),
+    let filled = tokio::spawn(blocking(move || {
+        GuestMemory::of_file(kept.ram)
+            .and_then(|kept| kept.copy_to(&memory, false))
+            .map_err(|e| Error::io("fill a guest's memory", e))
     }));
     let restoring = Restoring { devices, filled, root: root_of(spec) };
     process.into_machine(started, at, Coming::Restored(restoring)).await
@@ -363,7 +276,7 @@ pub(super) struct Restoring {
 impl Restoring {
     /// Has the guest go on. When its state is of no use, QEMU ends, which its watcher sees.
     pub(super) async fn load(self, qmp: &Qmp) -> Result<Root> {
-        ignore_shared(qmp).await?;
+        state::ignore_shared(qmp).await?;
         self.filled.await.map_err(|e| Error::io("fill a guest's memory", e))??;
         qmp.execute("migrate-incoming", json!({ "uri": format!("fd:{}", self.devices) })).await?;
         Ok(self.root)
@@ -395,7 +308,7 @@ pub(super) fn write_root(spec: &MachineSpec, course: Course) -> Result<()> {
         Course::Restore => {
             serde_json::to_vec(&root_of(spec)).map_err(std::io::Error::from).and_then(|bytes| fs::write(&path, bytes))
         }
-        Course::Boot | Course::Keep => match fs::remove_file(&path) {
+        Course::Boot | Course::Keep | Course::Load => match fs::remove_file(&path) {
             Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(error),
             _ => Ok(()),
         },
@@ -416,32 +329,21 @@ pub(super) fn read_root(run_dir: &Path) -> Result<Option<Root>> {
     }
 }
 
-/// Refuses a machine whose daemon died before its state was loaded: nobody can load it any more.
-pub(super) async fn check_loaded(qmp: &Qmp) -> Result<()> {
-    let status = qmp.execute("query-status", json!({})).await?;
-    match status.get("status").and_then(|status| status.as_str()) {
-        Some("inmigrate") => Err(Error::new(ErrorKind::StartFailed, "its daemon ended before it had its state")),
-        _ => Ok(()),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
-    fn a_copy_has_what_is_there_and_no_pages_of_zeroes() {
+    fn a_state_is_written_whole_and_without_pages_of_zeroes() {
         let dir = tempfile::tempdir().unwrap();
-        let ram = new_ram(4).unwrap();
+        let ram = GuestMemory::new(4 << 20).unwrap();
         let mut bytes = vec![0; 4 << 20];
-        for at in [0, PAGE + 1, PIECE - 1, PIECE, 3 << 20, (4 << 20) - 1] {
+        for at in [0, 4097, (128 << 10) - 1, 128 << 10, 3 << 20, (4 << 20) - 1] {
             bytes[at] = 7;
-            ram.write_all_at(&bytes[at..=at], at as u64).unwrap();
+            ram.write(at as u64, &[7]).unwrap();
         }
         // A page that is there and zero.
-        ram.write_all_at(&[0; PAGE], 2 << 20).unwrap();
-        ram.set_len(8 << 20).expect_err("nobody makes it longer");
-        ram.set_len(0).expect_err("or shorter");
+        ram.write(2 << 20, &[0; 4096]).unwrap();
         let key = WarmKey { base: "a".into(), shape: "b".into() };
         let to = dir.path().join("kept/a-b");
         write(&to, &key, &ram, b"devices").unwrap();
@@ -450,10 +352,10 @@ mod tests {
         assert_eq!(fs::read(to.join(RAM)).unwrap(), bytes);
         assert!(fs::metadata(to.join(RAM)).unwrap().blocks() <= 6 * 8, "with holes");
         let kept = Kept::open(&to, &key, 4).unwrap();
-        let again = new_ram(4).unwrap();
-        copy(&kept.ram, &again, false).unwrap();
+        let again = GuestMemory::new(4 << 20).unwrap();
+        GuestMemory::of_file(kept.ram).unwrap().copy_to(&again, false).unwrap();
         let mut read = vec![1; 4 << 20];
-        again.read_exact_at(&mut read, 0).unwrap();
+        again.read(0, &mut read).unwrap();
         assert!(read == bytes);
     }
 
@@ -467,8 +369,8 @@ mod tests {
             assert!(matches!(error.kind, ErrorKind::Invalid | ErrorKind::Io), "{what}: {error}");
         };
         refused("nothing is there");
-        let ram = new_ram(4).unwrap();
-        ram.write_all_at(b"x", 0).unwrap();
+        let ram = GuestMemory::new(4 << 20).unwrap();
+        ram.write(0, b"x").unwrap();
         write(&to, &key, &ram, b"devices").unwrap();
         Kept::open(&to, &key, 4).unwrap();
         assert!(Kept::open(&to, &key, 8).is_err(), "of another size");

@@ -1,0 +1,235 @@
+//! The state of a machine at one moment, taken from one QEMU and given to another.
+//!
+//! A machine is *held*: QEMU stops its processors and brings what its devices were doing to an end, so that disk and memory
+//! stand still together. QEMU's migration then tells what the devices are; the guest's memory is not in that stream
+//! (`x-ignore-shared`), it is read where it is. The machine goes on, or is killed.
+//!
+//! Another process is given both, with `-incoming defer`. Memory that nobody else has becomes the machine's own. What others
+//! have, too, is copied; but where QEMU itself reads and writes the disk, all map the one file privately and share each page
+//! until they write to it. Such a machine has no state for others: QEMU would put all of its memory into the stream.
+//! Having read the devices' state QEMU waits: a held machine is held there, too, and its disk is not touched before it goes
+//! on.
+
+use std::fs::{self, File};
+use std::io::Write;
+use std::os::fd::AsRawFd;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use async_trait::async_trait;
+use miosa_agent::wire;
+use nix::sys::memfd::{MFdFlags, memfd_create};
+use serde_json::json;
+use tokio::io::AsyncReadExt;
+use tokio::net::UnixListener;
+use tokio::time::Instant;
+
+use super::command::{self, Course, Ram};
+use super::{Launch, Process, QemuMachine, QemuVmm, blocking, probe, warm};
+use crate::machine::{Loaded, MachineState, deadline_at};
+use crate::memory::GuestMemory;
+use crate::qmp::Qmp;
+use crate::{Accel, Agent, BootPath, BootTiming, DiskAttachment, Error, ErrorKind, Machine, MachineSpec, Result};
+
+/// Version of what a state's key is made of.
+const VERSION: u32 = 1;
+/// Over which QEMU tells the devices' state.
+const SOCKET: &str = "state.sock";
+/// Most bytes of it that are believed; it has about 400 KB.
+const DEVICES_MAX: u64 = 64 << 20;
+/// How often QEMU is asked whether it is done.
+const ASK_EVERY: Duration = Duration::from_millis(2);
+
+/// See [`crate::Vmm::state_key`].
+pub(super) async fn key(vmm: &QemuVmm, spec: &MachineSpec) -> Result<String> {
+    if !spec.volumes.is_empty() {
+        let message = "a machine with volumes has no state of its own: what is on them is others' too";
+        return Err(Error::new(ErrorKind::Invalid, message));
+    }
+    let (vmm, spec) = (vmm.clone(), spec.clone());
+    blocking(move || {
+        let disk = match spec.disk {
+            DiskAttachment::RawFile { .. } => DiskAttachment::RawFile { path: PathBuf::new() },
+            DiskAttachment::VhostUserBlk { .. } => DiskAttachment::VhostUserBlk { socket: PathBuf::new() },
+        };
+        // Its kernel and agent are in its memory; how one talks with that must be the same.
+        let mut parts = vec![VERSION.to_string(), wire::VERSION.to_string(), warm::qemu_version(&vmm)?];
+        if spec.accel == Accel::Kvm {
+            let (host, processor) = probe::this_host().map_err(|e| Error::io("uname", e))?;
+            parts.extend([host, processor]);
+        }
+        let anywhere = MachineSpec {
+            id: "machine".into(),
+            run_dir: PathBuf::new(),
+            kernel: PathBuf::new(),
+            initramfs: PathBuf::new(),
+            disk,
+            mac: [0; 6],
+            ..spec
+        };
+        let arguments = command::arguments(&anywhere, &vmm.machine, Course::Load, Ram::Shared(0));
+        parts.extend(arguments.iter().map(|a| a.to_string_lossy().into_owned()));
+        Ok(warm::short(&parts))
+    })
+    .await
+}
+
+/// What the devices of a machine are, whose processors this stops if they run. It is not to be used until it is told to go
+/// on.
+pub(super) async fn devices_of(qmp: &Qmp, run_dir: &Path) -> Result<Vec<u8>> {
+    let socket = run_dir.join(SOCKET);
+    crate::process::check_socket_path(&socket)?;
+    let io = |e| Error::io(socket.display(), e);
+    let _ = fs::remove_file(&socket);
+    let listener = UnixListener::bind(&socket).map_err(io)?;
+    ignore_shared(qmp).await?;
+    qmp.execute("migrate", json!({ "uri": format!("unix:{}", socket.display()) })).await?;
+    let mut devices = Vec::new();
+    let told = async {
+        let (stream, _) = listener.accept().await.map_err(io)?;
+        stream.take(DEVICES_MAX).read_to_end(&mut devices).await.map_err(io)
+    };
+    // Should it fail before it connects.
+    let failed = async {
+        match migrated(qmp).await {
+            Ok(()) => std::future::pending().await,
+            Err(error) => error,
+        }
+    };
+    let outcome = tokio::select! {
+        told = told => told.map(drop),
+        error = failed => Err(error),
+    };
+    let _ = fs::remove_file(&socket);
+    outcome?;
+    migrated(qmp).await?;
+    Ok(devices)
+}
+
+/// Waits until QEMU has told, or been told, a machine's state.
+async fn migrated(qmp: &Qmp) -> Result<()> {
+    loop {
+        let told = qmp.execute("query-migrate", json!({})).await?;
+        match told.get("status").and_then(|status| status.as_str()) {
+            Some("completed") => return Ok(()),
+            Some("none" | "setup" | "active" | "device" | "wait-unplug") | None => tokio::time::sleep(ASK_EVERY).await,
+            _ => {
+                let why = told.get("error-desc").and_then(|why| why.as_str()).unwrap_or("no reason given");
+                return Err(Error::new(ErrorKind::Qmp, format!("QEMU did not pass a machine's state on: {why}")));
+            }
+        }
+    }
+}
+
+/// The guest's memory is not in the stream, for either side.
+pub(super) async fn ignore_shared(qmp: &Qmp) -> Result<()> {
+    let capabilities = json!({ "capabilities": [{ "capability": "x-ignore-shared", "state": true }] });
+    qmp.execute("migrate-set-capabilities", capabilities).await.map(drop)
+}
+
+/// The memory of a machine's guest.
+pub(super) async fn memory_of(qmp: &Qmp, pid: i32) -> Result<GuestMemory> {
+    let told = qmp.execute("query-memory-size-summary", json!({})).await?;
+    let bytes = told.get("base-memory").and_then(|bytes| bytes.as_u64()).unwrap_or_default();
+    blocking(move || GuestMemory::of_process(pid, bytes).map_err(|e| Error::io("look at a guest's memory", e))).await
+}
+
+/// Sees that a machine runs that an earlier daemon may have left held. Refuses one whose daemon died before it had its
+/// state: nobody can give it that any more.
+pub(super) async fn see_it_runs(qmp: &Qmp) -> Result<()> {
+    loop {
+        let status = qmp.execute("query-status", json!({})).await?;
+        match status.get("status").and_then(|status| status.as_str()) {
+            Some("inmigrate") => {
+                return Err(Error::new(ErrorKind::StartFailed, "its daemon ended before it had its state"));
+            }
+            Some("finish-migrate") => tokio::time::sleep(ASK_EVERY).await,
+            Some("paused" | "postmigrate") => return qmp.execute("cont", json!({})).await.map(drop),
+            _ => return Ok(()),
+        }
+    }
+}
+
+/// See [`crate::Vmm::load`].
+pub(super) async fn load(
+    vmm: &QemuVmm,
+    spec: &MachineSpec,
+    MachineState { memory, devices }: MachineState,
+    deadline: Duration,
+) -> Result<LoadedMachine> {
+    let (started, at) = (Instant::now(), deadline_at(deadline));
+    let io = |e| Error::io("a guest's memory", e);
+    if memory.bytes() != u64::from(spec.memory_mib) << 20 {
+        return Err(Error::new(ErrorKind::Invalid, "the state is of a machine with another size of memory"));
+    }
+    let told = file_of(&devices).map_err(|e| Error::io("a machine's state", e))?;
+    // What nobody else has is this machine's. What is shared is mapped, or copied where somebody writes to it.
+    let (memory, from) = match Arc::try_unwrap(memory) {
+        Ok(own) => (Arc::new(own), None),
+        Err(shared) if !spec.disk.outlives_its_server() => (shared, None),
+        Err(shared) => (Arc::new(GuestMemory::new(shared.bytes()).map_err(io)?), Some(shared)),
+    };
+    let fd = memory.file().as_raw_fd();
+    let is_own = from.is_some() || Arc::strong_count(&memory) == 1;
+    let ram = if is_own { Ram::Shared(fd) } else { Ram::Copied(fd) };
+    let launch = Launch { course: Course::Load, ram, inherited: vec![fd, told.as_raw_fd()], yields: false };
+    let process = vmm.spawn(spec, launch)?;
+    let filled = tokio::spawn(blocking(move || match from {
+        Some(from) => from.copy_to(&memory, false).map_err(|e| Error::io("fill a guest's memory", e)),
+        None => Ok(()),
+    }));
+    let control = process.control.clone();
+    let (process, (qmp, process_ms)) = process
+        .unless_it_ends(at, |events| async move {
+            let qmp = super::control(&control, events, at).await?;
+            let process_ms = super::millis(started);
+            ignore_shared(&qmp).await?;
+            filled.await.map_err(|e| Error::io("fill a guest's memory", e))??;
+            qmp.execute("migrate-incoming", json!({ "uri": format!("fd:{}", told.as_raw_fd()) })).await?;
+            migrated(&qmp).await?;
+            Ok((qmp, process_ms))
+        })
+        .await?;
+    Ok(LoadedMachine { process, qmp, process_ms, started, at, limited: spec.disk.outlives_its_server() })
+}
+
+/// A file with these bytes, to be read from its beginning.
+fn file_of(bytes: &[u8]) -> std::io::Result<File> {
+    let mut file = File::from(memfd_create(c"devices", MFdFlags::MFD_CLOEXEC)?);
+    file.write_all(bytes)?;
+    std::io::Seek::rewind(&mut file)?;
+    Ok(file)
+}
+
+/// A machine that has its state and is held.
+pub(super) struct LoadedMachine {
+    process: Process,
+    qmp: Qmp,
+    process_ms: u64,
+    started: Instant,
+    at: Instant,
+    limited: bool,
+}
+
+#[async_trait]
+impl Loaded for LoadedMachine {
+    async fn go_on(self: Box<Self>) -> Result<Arc<dyn Machine>> {
+        let LoadedMachine { process, qmp, process_ms, started, at, limited } = *self;
+        let control = process.control.clone();
+        let (process, (qmp, agent)) = process
+            .unless_it_ends(at, |_| async move {
+                qmp.execute("cont", json!({})).await?;
+                let left = at.saturating_duration_since(Instant::now());
+                let agent = Agent::connect(&control.paths.agent, left).await?;
+                Ok((qmp, agent))
+            })
+            .await?;
+        if limited {
+            super::limit_files(process.control.id);
+        }
+        let timing = BootTiming { path: BootPath::Memory, process_ms, agent_ms: super::millis(started) };
+        tracing::info!(pid = process.control.id.pid, ms = timing.agent_ms, "machine goes on");
+        Ok(Arc::new(QemuMachine { process, qmp, agent, timing, shutting_down: tokio::sync::Mutex::new(()) }))
+    }
+}
