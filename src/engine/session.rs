@@ -131,6 +131,8 @@ impl Session {
             hostname: slug(&record.name),
             entropy: rand::random::<[u8; 32]>().to_vec(),
             unix_nanos: SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_nanos() as u64,
+            mac: None,
+            woken: false,
         };
         let found = within(shared.settings.agent_deadline, "giving the guest its identity", async {
             Ok(agent.identify(identity).await?)

@@ -429,6 +429,16 @@ impl FakeMachine {
         self.guest.seen.lock().entropy.clone()
     }
 
+    /// The hardware address it was given last.
+    pub fn mac(&self) -> Option<[u8; 6]> {
+        self.guest.seen.lock().mac
+    }
+
+    /// How often it was told that it was woken, and so ended its connections.
+    pub fn woken(&self) -> u64 {
+        self.guest.seen.lock().woken
+    }
+
     /// What it has mounted besides its root.
     pub fn mounts(&self) -> Vec<Mount> {
         self.guest.seen.lock().mounts.clone()
@@ -559,6 +569,8 @@ struct Seen {
     hostname: String,
     clock: Option<u64>,
     entropy: Vec<u8>,
+    mac: Option<[u8; 6]>,
+    woken: u64,
     mounts: Vec<Mount>,
 }
 
@@ -658,6 +670,15 @@ impl System for FakeGuest {
     fn set_hostname(&self, name: &str) -> Result<(), AgentError> {
         self.seen.lock().hostname = name.to_owned();
         Ok(())
+    }
+
+    fn set_mac(&self, mac: [u8; 6]) -> Result<(), AgentError> {
+        self.seen.lock().mac = Some(mac);
+        Ok(())
+    }
+
+    fn end_connections(&self) {
+        self.seen.lock().woken += 1;
     }
 
     fn add_entropy(&self, bytes: &[u8]) -> Result<(), AgentError> {

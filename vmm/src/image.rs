@@ -105,8 +105,8 @@ fn find_in(dir: &Path, wanted: impl Fn(&str) -> bool) -> Option<PathBuf> {
     fs::read_dir(dir).ok()?.flatten().find(|e| e.file_name().to_str().is_some_and(&wanted)).map(|e| e.path())
 }
 
-/// Makes the initramfs at `out`: the agent (a static program) as `/init`, and the modules it loads before the root
-/// disk is there. Nothing is done when `out` was made from the same agent and kernel.
+/// Makes the initramfs at `out`: the agent (a static program) as `/init`, the modules it loads before the root disk is
+/// there (`modules/order`), and those it keeps for later (`modules/later`). Nothing is done when `out` was made from the same agent and kernel.
 ///
 /// # Errors
 /// `Image` for a missing module or an agent that is no static program; `Io`.
@@ -121,10 +121,11 @@ pub fn build_initramfs(kernel: &Kernel, agent_binary: &Path, out: &Path) -> Resu
             .hint("build it for x86_64-unknown-linux-gnu with RUSTFLAGS=\"-C target-feature=+crt-static\""));
     }
     // An archive is made of nothing but these.
+    let wanted = [modules::WANTED, modules::LATER].concat();
     let inputs = blake3::Hasher::new()
-        .update(b"miosa initramfs 1\n")
+        .update(b"miosa initramfs 2\n")
         .update(kernel.version.as_bytes())
-        .update(modules::WANTED.join(",").as_bytes())
+        .update(wanted.join(",").as_bytes())
         .update(&agent)
         .finalize()
         .to_hex();
@@ -132,18 +133,20 @@ pub fn build_initramfs(kernel: &Kernel, agent_binary: &Path, out: &Path) -> Resu
     if out.is_file() && fs::read_to_string(&mark).is_ok_and(|made_from| made_from == inputs.as_str()) {
         return Ok(());
     }
-    let modules = modules::resolve(&kernel.modules_dir, modules::WANTED)?;
+    let modules = modules::resolve(&kernel.modules_dir, &wanted)?;
     let mut archive = cpio::Archive::default();
     for dir in ["dev", "proc", "sys", "newroot", "modules"] {
         archive.directory(dir);
     }
     archive.file("init", 0o755, &agent);
-    let mut order = String::new();
+    let (mut order, mut later) = (String::new(), String::new());
     for module in &modules {
         archive.file(&format!("modules/{}.ko", module.name), 0o644, &module.code);
-        order.push_str(&format!("{}.ko\n", module.name));
+        let list = if modules::LATER.contains(&module.name.as_str()) { &mut later } else { &mut order };
+        list.push_str(&format!("{}.ko\n", module.name));
     }
     archive.file("modules/order", 0o644, order.as_bytes());
+    archive.file("modules/later", 0o644, later.as_bytes());
     let _ = fs::remove_file(&mark);
     write_whole(out, &archive.finish())?;
     write_whole(&mark, inputs.as_bytes())

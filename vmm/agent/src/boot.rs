@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 
 use nix::kmod::{ModuleInitFlags, finit_module};
 use nix::mount::{MsFlags, mount};
+use parking_lot::Mutex;
 
 use crate::{guest, log, network, read_line, volumes};
 
@@ -87,16 +88,29 @@ fn make_mount(kind: &str, at: &str, flags: MsFlags, options: &str) -> Result<()>
     }
 }
 
+/// Modules that few guests need, not loaded yet. Their files are gone with the initramfs, and stay in memory while open.
+static UNLOADED: Mutex<Vec<File>> = Mutex::new(Vec::new());
+
 /// Loads what the initramfs lists, in its order. A module that fails is told and skipped: the wait for the disk decides.
 fn load_modules() {
+    let open = |name: &str| File::open(format!("/modules/{name}"));
     for name in read_line("/modules/order").lines() {
-        let loaded = File::open(format!("/modules/{name}"))
-            .and_then(|file| Ok(finit_module(&file, c"", ModuleInitFlags::empty())?));
-        match loaded {
-            Ok(()) => {}
-            Err(error) if error.raw_os_error() == Some(libc::EEXIST) => {}
-            Err(error) => log(&format!("module {name}: {error}")),
+        if let Err(error) = open(name).and_then(|module| load(&module)) {
+            log(&format!("module {name}: {error}"));
         }
+    }
+    *UNLOADED.lock() = read_line("/modules/later").lines().flat_map(open).collect();
+}
+
+/// Loads the other modules too, once.
+pub(crate) fn load_later() -> Result<()> {
+    std::mem::take(&mut *UNLOADED.lock()).iter().try_for_each(load)
+}
+
+fn load(module: &File) -> Result<()> {
+    match finit_module(module, c"", ModuleInitFlags::empty()) {
+        Ok(()) | Err(nix::errno::Errno::EEXIST) => Ok(()),
+        Err(errno) => Err(errno.into()),
     }
 }
 
@@ -184,8 +198,8 @@ fn furnish(hostname: Option<&str>, with_network: bool) {
         tell("hostname", nix::unistd::sethostname(&hostname).map_err(Error::from));
     }
     tell("lo", network::bring_up_loopback());
-    if with_network && Path::new("/sys/class/net/eth0").exists() {
-        tell("eth0", network::bring_up_user_network("eth0"));
+    if with_network {
+        tell("eth0", network::bring_up_user_network());
     }
     // What programs leave on the console must not stop them when nobody reads it.
     let _ = std::env::set_current_dir("/");

@@ -17,7 +17,7 @@ use nix::unistd::Pid;
 use parking_lot::Mutex;
 
 use crate::volumes::Volumes;
-use crate::{boot, log, read_line};
+use crate::{boot, connections, log, network, read_line};
 
 nix::ioctl_readwrite!(
     /// Freezes the file system of an open file.
@@ -126,6 +126,18 @@ impl System for Guest {
 
     fn set_hostname(&self, name: &str) -> std::result::Result<(), AgentError> {
         nix::unistd::sethostname(name).map_err(|e| AgentError::io("set the host name", &e.into()))
+    }
+
+    fn set_mac(&self, mac: [u8; 6]) -> std::result::Result<(), AgentError> {
+        network::set_mac(mac).map_err(|e| AgentError::io("set the hardware address", &e))
+    }
+
+    fn end_connections(&self) {
+        if let Err(error) = connections::end_those_to_the_outside() {
+            log(&format!(
+                "dead connections stay until something is sent over them, the kernel does not end them: {error}"
+            ));
+        }
     }
 
     fn add_entropy(&self, bytes: &[u8]) -> std::result::Result<(), AgentError> {

@@ -2,6 +2,7 @@
 //! the host. It must never end: when something fails it says so on the console and goes on.
 
 mod boot;
+mod connections;
 mod guest;
 mod network;
 mod volumes;

@@ -3,9 +3,12 @@
 use std::io::{Error, Result};
 use std::net::Ipv4Addr;
 use std::os::fd::{AsRawFd, OwnedFd};
+use std::path::Path;
 
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
 
+/// The network device, where there is one.
+const DEVICE: &str = "eth0";
 /// QEMU's user network is always the same.
 const ADDRESS: Ipv4Addr = Ipv4Addr::new(10, 0, 2, 15);
 const NETMASK: Ipv4Addr = Ipv4Addr::new(255, 255, 255, 0);
@@ -17,8 +20,12 @@ pub(crate) fn bring_up_loopback() -> Result<()> {
     Interface::named("lo")?.up()
 }
 
-pub(crate) fn bring_up_user_network(name: &str) -> Result<()> {
-    let interface = Interface::named(name)?;
+/// Nothing to do without a network device.
+pub(crate) fn bring_up_user_network() -> Result<()> {
+    if !has_device() {
+        return Ok(());
+    }
+    let interface = Interface::named(DEVICE)?;
     interface.set_address(libc::SIOCSIFADDR, ADDRESS)?;
     interface.set_address(libc::SIOCSIFNETMASK, NETMASK)?;
     interface.up()?;
@@ -29,6 +36,15 @@ pub(crate) fn bring_up_user_network(name: &str) -> Result<()> {
         std::fs::write("/etc/resolv.conf", format!("nameserver {NAME_SERVER}\n"))?;
     }
     Ok(())
+}
+
+/// Gives the network device another hardware address; nothing to do without one. It stays up: virtio's can do that.
+pub(crate) fn set_mac(mac: [u8; 6]) -> Result<()> {
+    if has_device() { Interface::named(DEVICE)?.set_mac(mac) } else { Ok(()) }
+}
+
+fn has_device() -> bool {
+    Path::new("/sys/class/net").join(DEVICE).exists()
 }
 
 struct Interface {
@@ -64,6 +80,22 @@ impl Interface {
         request.ifr_ifru.ifru_addr = as_sockaddr(address);
         // SAFETY: the request is a valid ifreq that outlives the call.
         check(unsafe { libc::ioctl(self.socket.as_raw_fd(), what as _, &request) })
+    }
+
+    fn set_mac(&self, mac: [u8; 6]) -> Result<()> {
+        let mut request = self.request;
+        // SAFETY: the request is a valid ifreq that outlives the call, and may be written to.
+        check(unsafe { libc::ioctl(self.socket.as_raw_fd(), libc::SIOCGIFHWADDR as _, &mut request) })?;
+        // SAFETY: the call above has made the hardware address the union's valid member.
+        let mut address = unsafe { request.ifr_ifru.ifru_hwaddr };
+        let mac = mac.map(|byte| byte as libc::c_char);
+        if address.sa_data[..6] == mac {
+            return Ok(());
+        }
+        address.sa_data[..6].copy_from_slice(&mac);
+        request.ifr_ifru.ifru_hwaddr = address;
+        // SAFETY: the request is a valid ifreq that outlives the call.
+        check(unsafe { libc::ioctl(self.socket.as_raw_fd(), libc::SIOCSIFHWADDR as _, &request) })
     }
 
     fn add_default_route(&self, gateway: Ipv4Addr) -> Result<()> {

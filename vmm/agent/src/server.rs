@@ -75,6 +75,14 @@ pub trait System: Send + Sync + 'static {
     /// # Errors
     /// Of the system.
     fn set_hostname(&self, name: &str) -> Result<(), AgentError>;
+    /// Sets the hardware address of the network device, if there is one.
+    ///
+    /// # Errors
+    /// Of the system.
+    fn set_mac(&self, mac: [u8; 6]) -> Result<(), AgentError>;
+    /// Ends all TCP connections to the outside, so that programs that use them get an error at once. Where the kernel
+    /// cannot do that, they get it when they next send something.
+    fn end_connections(&self);
     /// Mixes bytes into the kernel's random numbers.
     ///
     /// # Errors

@@ -31,7 +31,7 @@ use bytes::{Buf, Bytes, BytesMut};
 use serde::{Deserialize, Serialize};
 
 /// Version of this protocol; both sides must have the same one.
-pub const VERSION: u32 = 7;
+pub const VERSION: u32 = 8;
 /// Name of the virtio-serial port the agent listens on.
 pub const PORT_NAME: &str = "miosa.agent";
 /// Largest payload of one frame, in bytes.
@@ -435,6 +435,11 @@ pub struct Identity {
     pub entropy: Vec<u8>,
     /// Nanoseconds since the Unix epoch.
     pub unix_nanos: u64,
+    /// The hardware address of its network device, if it has one. None: the device keeps its own.
+    pub mac: Option<[u8; 6]>,
+    /// It goes on from a state in which it was running: nobody is at the other end of its TCP connections to the outside
+    /// any more, so they are ended. Those within the guest stay.
+    pub woken: bool,
 }
 
 /// What a guest becomes that waits without a root. Many may have been started as copies of one such guest.

@@ -21,8 +21,10 @@ pub(crate) const WANTED: &[&str] = &[
     "virtio_net",
     "virtio_rng",
 ];
+/// What few guests need, and those not at once: the agent loads them then. All they depend on is named here too.
+pub(crate) const LATER: &[&str] = &["inet_diag", "tcp_diag"];
 /// Those that some kernels do not have at all.
-const OPTIONAL: &[&str] = &["crc32c_intel", "virtio_rng"];
+const OPTIONAL: &[&str] = &["crc32c_intel", "virtio_rng", "inet_diag", "tcp_diag"];
 
 /// A module's name and its code, decompressed.
 #[derive(Debug)]

@@ -28,7 +28,7 @@ pub(super) fn set_hostname(system: &dyn System, name: &str) -> std::result::Resu
     system.set_hostname(name)
 }
 
-/// The machine id is written last: what is cut off before is done again at the next start.
+/// Of the disk, the machine id is written last: what is cut off before is done again at the next start.
 pub(super) fn assume(system: &dyn System, identity: &Identity) -> std::result::Result<Reply, AgentError> {
     let id = &identity.machine_id;
     if id.len() != 32 || !id.bytes().all(|b| b.is_ascii_hexdigit()) {
@@ -37,6 +37,9 @@ pub(super) fn assume(system: &dyn System, identity: &Identity) -> std::result::R
     set_hostname(system, &identity.hostname)?;
     system.set_clock(identity.unix_nanos)?;
     system.add_entropy(&identity.entropy)?;
+    if let Some(mac) = identity.mac {
+        system.set_mac(mac)?;
+    }
     let present = fs::read_to_string(system.path(MACHINE_ID)?).unwrap_or_default();
     let fresh = present.trim() != id;
     if fresh {
@@ -54,6 +57,10 @@ pub(super) fn assume(system: &dyn System, identity: &Identity) -> std::result::R
             put(&dbus, &format!("{id}\n"), 0o444).map_err(failed("write the machine id"))?;
         }
         put(&system.path(MACHINE_ID)?, &format!("{id}\n"), 0o444).map_err(failed("write the machine id"))?;
+    }
+    if identity.woken {
+        // Last: programs connect anew at once, and are to do so as who they are now.
+        system.end_connections();
     }
     let server = system.path("/usr/sbin/sshd")?.exists();
     let host_keys_missing = server && host_keys(&system.path(SSH)?).is_ok_and(|keys| keys.is_empty());

@@ -10,7 +10,7 @@ struct Directory {
     children: Children,
     frozen: AtomicBool,
     rooted: AtomicBool,
-    /// What was done to get a root, in that order.
+    /// What was done to get a root or an identity, in that order.
     steps: Mutex<Vec<String>>,
 }
 
@@ -53,6 +53,14 @@ impl System for Directory {
     }
     fn set_hostname(&self, _: &str) -> Result<(), AgentError> {
         Ok(())
+    }
+    fn set_mac(&self, mac: [u8; 6]) -> Result<(), AgentError> {
+        self.steps.lock().push(format!("mac {mac:?}"));
+        Ok(())
+    }
+    fn end_connections(&self) {
+        let id = std::fs::read_to_string(self.root.path().join("etc/machine-id")).unwrap();
+        self.steps.lock().push(format!("woken as {}", &id[..1]));
     }
     fn add_entropy(&self, bytes: &[u8]) -> Result<(), AgentError> {
         self.steps.lock().push(format!("entropy {bytes:?}"));
@@ -428,8 +436,10 @@ fn a_copy_of_a_disk_becomes_a_sandbox_of_its_own_once() {
     let identity = |id: &str| wire::Identity {
         machine_id: id.repeat(32),
         hostname: "child".into(),
-        entropy: vec![1; 32],
+        entropy: vec![1, 2],
         unix_nanos: 1,
+        mac: None,
+        woken: false,
     };
     let found = |fresh, host_keys_missing| Ok(Reply::Identified { fresh, host_keys_missing });
     host.open(1, &Request::Identify(identity("2")));
@@ -448,10 +458,17 @@ fn a_copy_of_a_disk_becomes_a_sandbox_of_its_own_once() {
     assert_eq!(host.end_of(2).0, found(false, false));
     assert_eq!(read("etc/hostname"), "its own choice\n");
     assert!(root.join("etc/ssh/ssh_host_ed25519_key").exists());
+    assert!(host.system.steps.lock().drain(..).eq(["clock 1", "entropy [1, 2]"].repeat(2)));
     host.open(3, &Request::Identify(wire::Identity { machine_id: "x".into(), ..identity("2") }));
     assert_eq!(host.end_of(3).0.unwrap_err().kind, ErrorKind::Invalid);
     host.open(4, &Request::Identify(wire::Identity { hostname: "a b".into(), ..identity("2") }));
     assert_eq!(host.end_of(4).0.unwrap_err().kind, ErrorKind::Invalid);
+    // One that was woken as another's copy is itself before its programs connect anew.
+    let woken = wire::Identity { mac: Some([2, 0, 0, 0, 0, 9]), woken: true, ..identity("3") };
+    host.open(5, &Request::Identify(woken));
+    assert_eq!(host.end_of(5).0, found(true, true));
+    let steps = ["clock 1", "entropy [1, 2]", "mac [2, 0, 0, 0, 0, 9]", "woken as 3"];
+    assert!(host.system.steps.lock().drain(..).eq(steps));
 }
 
 #[test]
