@@ -4,7 +4,9 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use vmm::fake::Script;
-use vmm::{Accel, DiskAttachment, Error, ErrorKind, ExecRequest, ExitReason, FakeVmm, MachineSpec, Network, Vmm};
+use vmm::{
+    Accel, DiskAttachment, Error, ErrorKind, ExecRequest, ExitReason, FakeVmm, Identity, MachineSpec, Network, Vmm,
+};
 
 const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -48,7 +50,20 @@ async fn it_runs_programs_and_keeps_files() {
     assert!(vmm.machine("m").unwrap().is_frozen());
     assert!(agent.thaw().await.unwrap());
     agent.set_hostname("other").await.unwrap();
-    assert_eq!(vmm.machine("m").unwrap().hostname(), "other");
+    let told = vmm.machine("m").unwrap();
+    assert_eq!((told.hostname().as_str(), told.mac(), told.woken()), ("other", None, 0));
+    let identity = Identity {
+        machine_id: "7".repeat(32),
+        hostname: "woken".into(),
+        entropy: vec![7; 32],
+        unix_nanos: 1,
+        mac: Some([2, 0, 0, 0, 0, 9]),
+        woken: true,
+    };
+    agent.identify(identity.clone()).await.unwrap();
+    agent.identify(Identity { mac: None, woken: false, ..identity }).await.unwrap();
+    assert_eq!((told.hostname().as_str(), told.mac(), told.woken()), ("woken", Some([2, 0, 0, 0, 0, 9]), 1));
+    drop(told);
     assert_eq!(machine.shutdown(PATIENCE).await.unwrap(), ExitReason::Shutdown);
     assert_eq!(machine.wait().await, ExitReason::Shutdown);
     assert_eq!(agent.ping().await.unwrap_err().kind, ErrorKind::AgentLost);

@@ -14,8 +14,8 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use vmm::agent::{ExecEvent, ExecOutput};
 use vmm::{
-    Accel, Agent, BootPath, DiskAttachment, ErrorKind, ExecRequest, ExitReason, GuestErrorKind, Machine, MachineSpec,
-    Mount, Network, QemuVmm, Vmm, VolumeDevice, image,
+    Accel, Agent, BootPath, DiskAttachment, ErrorKind, ExecRequest, ExitReason, GuestErrorKind, Identity, Machine,
+    MachineSpec, Mount, Network, QemuVmm, Vmm, VolumeDevice, image,
 };
 
 /// Far more than anything here takes, even on a loaded machine without KVM.
@@ -417,6 +417,68 @@ impl Handover {
     }
 }
 
+/// For one that was kept while it ran, and goes on with this hardware address.
+fn woken(mac: [u8; 6]) -> Identity {
+    let unix_nanos = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_nanos() as u64;
+    let (machine_id, hostname) = ("7".repeat(32), "woken".into());
+    Identity { machine_id, hostname, entropy: vec![7; 32], unix_nanos, mac: Some(mac), woken: true }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_woken_guest_has_an_address_of_its_own_and_no_connections_that_hang() {
+    let lab = Lab::new("woken");
+    let machine = lab.boot().await;
+    let agent = machine.agent();
+    // It lets all connect and says nothing.
+    let silent = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let script = format!(
+        r#"
+import errno, socket
+host = ("10.0.2.2", {})
+half = socket.create_connection(host)
+half.shutdown(socket.SHUT_WR)
+six = socket.socket(socket.AF_INET6)
+six.connect(("::ffff:10.0.2.2", host[1]))
+outside = [socket.create_connection(host), half, six]
+inside = []
+for at, family in [("127.0.0.1", socket.AF_INET), ("10.0.2.15", socket.AF_INET), ("::1", socket.AF_INET6)]:
+    listener = socket.create_server((at, 0), family=family)
+    a = socket.create_connection(listener.getsockname()[:2])
+    inside.append((a, listener.accept()[0], listener))
+print("connected", flush=True)
+for one in outside:
+    try:
+        print("read", one.recv(1))
+    except OSError as error:
+        print(errno.errorcode[error.errno])
+for a, b, listener in inside:
+    a.sendall(b"still")
+    socket.create_connection(listener.getsockname()[:2]).sendall(b"listens")
+    print(b.recv(9), listener.accept()[0].recv(9))
+"#,
+        silent.local_addr().unwrap().port()
+    );
+    let argv = ["python3", "-c", &script].map(str::to_owned).to_vec();
+    let mut program = agent.exec(ExecRequest { argv, ..Default::default() }).await.unwrap();
+    assert_eq!(program.next_event().await.unwrap(), Some(ExecEvent::Stdout("connected\n".into())));
+    assert_eq!(stdout(&agent, "grep -c diag /proc/modules || true").await, "0", "a boot does not pay for them");
+
+    let mac = [2, 0, 0, 0, 0, 9];
+    assert!(agent.identify(woken(mac)).await.unwrap().fresh);
+    let output = tokio::time::timeout(PATIENCE, program.collect(1 << 16)).await.unwrap().unwrap();
+    assert_eq!(
+        String::from_utf8_lossy(&output.stdout).lines().collect::<Vec<_>>(),
+        [["ECONNABORTED"; 3], ["b'still' b'listens'"; 3]].concat(),
+        "{output:?}"
+    );
+    assert_eq!(stdout(&agent, "cat /sys/class/net/eth0/address").await, "02:00:00:00:00:09");
+    reaches_the_host(&agent).await;
+    // The same again finds nothing to do.
+    assert!(!agent.identify(woken(mac)).await.unwrap().fresh);
+    reaches_the_host(&agent).await;
+    machine.kill().await.unwrap();
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn nothing_is_left_behind() {
     let lab = Lab::new("orphan");
@@ -728,6 +790,9 @@ async fn a_machine_from_a_kept_state_has_volumes_or_no_network_and_is_taken_over
     agent.mount(Mount { serial: "vol-1".into(), path: "/data".into(), read_only: false }).await.unwrap();
     assert_eq!(stdout(&agent, "ls /data/workspace; ls /sys/class/net; ls /workspace").await, "lo");
     assert_eq!(stdout(&agent, "cat /sys/block/vda/serial; echo; cat /sys/block/vdb/serial").await, "disk\nvol-1");
+    // There is no device to have the hardware address. The modules for the rest were in memory all the time.
+    agent.identify(woken([2, 0, 0, 0, 0, 9])).await.unwrap();
+    assert_eq!(stdout(&agent, "grep -c '^tcp_diag ' /proc/modules").await, "1");
     stdout(&agent, "echo still > /run/here; sleep 100000 >/dev/null 2>&1 &").await;
 
     machine.leave().await;
@@ -738,7 +803,7 @@ async fn a_machine_from_a_kept_state_has_volumes_or_no_network_and_is_taken_over
     assert_eq!(machine.boot_timing().path, BootPath::Warm);
     assert_eq!(
         stdout(&machine.agent(), "cat /run/here; hostname; cat /proc/[0-9]*/comm | grep -c sleep").await,
-        "still\nbox\n1"
+        "still\nwoken\n1"
     );
     assert_eq!(machine.shutdown(PATIENCE).await.unwrap(), ExitReason::Shutdown);
 }
