@@ -476,11 +476,17 @@ impl Disks {
     /// What belongs to sandboxes, volumes, their snapshots and templates.
     fn owners(&self) -> Result<BTreeMap<Source, Owner>> {
         let sandboxes = load_all::<SandboxRecord>(&self.store)?.into_iter().filter(|r| r.state != State::Destroyed);
-        let sandboxes =
-            sandboxes.map(|r| (Source::Disk(r.disk), Owner { kind: OwnerKind::Sandbox, id: r.id, name: Some(r.name) }));
-        let snapshots = load_all::<SnapshotRecord>(&self.store)?
-            .into_iter()
-            .map(|r| (Source::Snapshot(r.snapshot), Owner { kind: OwnerKind::Snapshot, id: r.id, name: r.comment }));
+        // What is kept of a machine's memory goes with whose it is.
+        let sandboxes = sandboxes.flat_map(|r| {
+            let owner = Owner { kind: OwnerKind::Sandbox, id: r.id, name: Some(r.name) };
+            let memory = r.memory.map(|m| (Source::Disk(m.disk), owner.clone()));
+            memory.into_iter().chain([(Source::Disk(r.disk), owner)])
+        });
+        let snapshots = load_all::<SnapshotRecord>(&self.store)?.into_iter().flat_map(|r| {
+            let owner = Owner { kind: OwnerKind::Snapshot, id: r.id, name: r.comment };
+            let memory = r.memory.map(|m| (Source::Disk(m.disk), owner.clone()));
+            memory.into_iter().chain([(Source::Snapshot(r.snapshot), owner)])
+        });
         let templates = load_all::<TemplateRecord>(&self.store)?.into_iter().map(|r| {
             let owner = Owner { kind: OwnerKind::Template, id: r.key().to_owned(), name: None };
             (Source::Snapshot(r.snapshot), owner)

@@ -21,6 +21,7 @@ pub mod error;
 mod files;
 mod guest;
 pub mod lifecycle;
+mod memory;
 mod metrics;
 mod named;
 mod ports;
@@ -71,6 +72,7 @@ pub use console::Console;
 pub use files::GuestTreeWriter;
 pub(crate) use guest::check_env;
 pub use guest::{ExecSpec, GuestReader, GuestWriter, RunningExec};
+pub use memory::Keep;
 pub use ports::PortConnection;
 pub(crate) use previews::check_ports;
 pub use previews::{CreatePreview, PREFIX as PREVIEW_TOKEN_PREFIX, Preview, Scope, TOKEN as PREVIEW_TOKEN, token_end};
@@ -170,6 +172,7 @@ pub(crate) struct Shared {
     snapshot_ends: tokio::sync::Mutex<()>,
     pub(crate) boots: Semaphore,
     warm: warm::Warm,
+    memories: memory::Memories,
     pub(crate) metrics: Metrics,
     usage: usage::Ledgers,
     acceleration: OnceCell<vmm::Acceleration>,
@@ -296,6 +299,8 @@ pub struct CreateRequest {
     pub volumes: Vec<Attach>,
     /// Ports that have previews from the start.
     pub publish_ports: Vec<u16>,
+    /// Of a snapshot that has memory, only the files.
+    pub without_memory: bool,
     /// Start a session; without, the sandbox is paused.
     pub start: bool,
     /// Answer when the agent answers, not before.
@@ -332,6 +337,7 @@ impl Engine {
             snapshot_ends: tokio::sync::Mutex::default(),
             boots,
             warm,
+            memories: memory::Memories::default(),
             metrics: Metrics::default(),
             usage: usage::Ledgers::default(),
             acceleration: OnceCell::new(),
@@ -383,6 +389,14 @@ impl Engine {
                 .transact(move |tx| {
                     let mut record = record;
                     put_all(tx, &attached)?;
+                    // What ran on another disk, or on another machine, cannot go on.
+                    let fits = |m: &&records::MemoryRecord| {
+                        (m.cpus, m.memory_mib) == (record.cpus, record.memory_mib)
+                            && record.disk_size_bytes == base.disk_size_bytes
+                            && attached.is_empty()
+                            && !request.without_memory
+                    };
+                    record.memory = base.memory.as_ref().filter(fits).map(|m| memory::fork(tx, m));
                     put_sandbox(tx, &mut record, source, base.disk_size_bytes)?;
                     Ok(record)
                 })
@@ -438,14 +452,25 @@ impl Engine {
 
     /// Ends the session in an orderly way; the file system is kept (of a non-persistent sandbox: destroyed).
     pub async fn stop(&self, key: &str) -> Result<SandboxView> {
-        let sandbox = self.find(key)?;
-        self.detached(async move { sandbox.stop().await }).await
+        self.pause(key, Keep::Files).await
     }
 
-    /// Starts a session unless there is one.
+    /// Ends the session; the file system is kept, and what runs as `keep` says. Of a non-persistent sandbox nothing is.
+    pub async fn pause(&self, key: &str, keep: Keep) -> Result<SandboxView> {
+        let sandbox = self.find(key)?;
+        self.detached(async move { sandbox.stop(keep).await }).await
+    }
+
+    /// Starts a session unless there is one. It goes on from the memory that was kept, if there is any.
     pub async fn resume(&self, key: &str) -> Result<SandboxView> {
         let sandbox = self.find(key)?;
-        self.detached(async move { sandbox.resume().await }).await
+        self.detached(async move { sandbox.resume(false).await }).await
+    }
+
+    /// The same, from the files alone: memory that was kept is given up.
+    pub async fn resume_from_files(&self, key: &str) -> Result<SandboxView> {
+        let sandbox = self.find(key)?;
+        self.detached(async move { sandbox.resume(true).await }).await
     }
 
     /// Gives the session this much time from now (or its own timeout anew), and later ones as much.
@@ -587,6 +612,7 @@ fn record_of(request: &CreateRequest, base: &Base, id: String, name: String, sta
         tags: request.tags.clone(),
         previews: previews::published(&request.publish_ports),
         unclean: base.unclean,
+        memory: None,
         last_error: None,
         machine_id: records::new_machine_id(),
         created_at: Timestamp::now(),
@@ -623,6 +649,7 @@ struct Base {
     snapshot_id: Option<String>,
     image: ImageConfig,
     unclean: bool,
+    memory: Option<records::MemoryRecord>,
 }
 
 fn resolve_origin(shared: &Shared, origin: &Origin) -> Result<(Source, Base)> {
@@ -635,6 +662,7 @@ fn resolve_origin(shared: &Shared, origin: &Origin) -> Result<(Source, Base)> {
                 image: template.image,
                 snapshot_id: None,
                 unclean: false,
+                memory: None,
             };
             (template.snapshot, base)
         }
@@ -646,6 +674,7 @@ fn resolve_origin(shared: &Shared, origin: &Origin) -> Result<(Source, Base)> {
                 image: snapshot.image,
                 snapshot_id: Some(snapshot.id),
                 unclean: snapshot.consistency == records::Consistency::Crash,
+                memory: snapshot.memory,
             };
             (snapshot.snapshot, base)
         }
@@ -656,6 +685,7 @@ fn resolve_origin(shared: &Shared, origin: &Origin) -> Result<(Source, Base)> {
                 image: state.image.clone(),
                 snapshot_id: None,
                 unclean: false,
+                memory: None,
             };
             (state.snapshot, base)
         }

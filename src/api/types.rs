@@ -26,7 +26,7 @@ pub use usage::*;
 pub use volume::*;
 
 use crate::engine::lifecycle::State;
-use crate::engine::records::{Consistency, NetworkPolicy, SnapshotRecord, slug};
+use crate::engine::records::{Consistency, MemoryRecord, NetworkPolicy, SnapshotRecord, slug};
 use crate::engine::{Deleted, FileKind, FileStat, SandboxView};
 
 /// Every successful answer.
@@ -147,6 +147,30 @@ pub struct ErrorBody {
     pub details: Option<Value>,
 }
 
+/// What is kept of a machine.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Kept {
+    /// Its files.
+    Filesystem,
+    /// Its files, and what ran.
+    Memory,
+}
+
+impl Kept {
+    fn of(memory: Option<&MemoryRecord>) -> Self {
+        if memory.is_some() { Kept::Memory } else { Kept::Filesystem }
+    }
+
+    /// Its name.
+    pub fn name(self) -> &'static str {
+        match self {
+            Kept::Filesystem => "filesystem",
+            Kept::Memory => "memory",
+        }
+    }
+}
+
 /// A sandbox.
 #[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
 #[allow(missing_docs)]
@@ -176,6 +200,8 @@ pub struct SandboxBody {
     pub metadata: Map<String, Value>,
     pub tags: Vec<String>,
     pub last_error: Option<String>,
+    /// What its next session goes on from; none while it has one.
+    pub kept: Option<Kept>,
     #[schema(value_type = String, format = DateTime)]
     pub created_at: Timestamp,
     #[schema(value_type = Option<String>, format = DateTime)]
@@ -212,6 +238,7 @@ impl From<SandboxView> for SandboxBody {
             metadata: r.metadata,
             tags: r.tags,
             last_error: r.last_error,
+            kept: matches!(r.state, State::Paused | State::Error).then(|| Kept::of(r.memory.as_ref())),
             created_at: r.created_at,
             started_at: r.started_at,
             ready_at: r.ready_at,
@@ -243,6 +270,7 @@ pub struct SnapshotBody {
     pub status: String,
     pub comment: Option<String>,
     pub consistency: Consistency,
+    pub kept: Kept,
     pub template_id: Option<String>,
     #[schema(value_type = String, format = DateTime)]
     pub created_at: Timestamp,
@@ -266,6 +294,7 @@ impl From<SnapshotRecord> for SnapshotBody {
             status: "ready".to_owned(),
             comment: r.comment,
             consistency: r.consistency,
+            kept: Kept::of(r.memory.as_ref()),
             template_id: r.template,
             created_at: r.created_at,
             updated_at: r.created_at,
@@ -332,6 +361,9 @@ pub struct CreateBody {
     /// Ports that have previews from the start.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub publish_ports: Option<Vec<u16>>,
+    /// False: of a snapshot with memory, only the files.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub memory: Option<bool>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub auto_start: Option<bool>,
     /// Whatever else the request has; see [`unsupported`].
@@ -379,6 +411,9 @@ pub struct ForkBody {
     pub count: Option<u32>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub snapshot_id: Option<String>,
+    /// With what runs, or ran when its memory was kept.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub memory: Option<bool>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub timeout_sec: Option<u64>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -399,6 +434,9 @@ pub struct ForkBody {
 pub struct SnapshotRequestBody {
     #[serde(skip_serializing_if = "Option::is_none", alias = "name")]
     pub comment: Option<String>,
+    /// With what runs.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub memory: Option<bool>,
     /// End the session afterwards.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub stop: Option<bool>,
@@ -408,6 +446,20 @@ pub struct SnapshotRequestBody {
     /// Delete the oldest snapshots of the sandbox, so that so many are left.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub keep_last_snapshots: Option<u32>,
+    /// Whatever else the request has; see [`unsupported`].
+    #[serde(flatten)]
+    #[schema(ignore)]
+    pub other: Map<String, Value>,
+}
+
+/// Asks for a session's end.
+#[derive(Debug, Clone, Default, Serialize, Deserialize, ToSchema)]
+#[serde(default)]
+#[allow(missing_docs)]
+pub struct StopBody {
+    /// Keep what runs, besides the files.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub memory: Option<bool>,
     /// Whatever else the request has; see [`unsupported`].
     #[serde(flatten)]
     #[schema(ignore)]

@@ -10,7 +10,8 @@ use super::output::{Failure, Out, Result};
 use super::{archives, commands, contents, exec, files, logs, ports, previews, terminal, transfer};
 use crate::api::client::{Client, escape};
 use crate::api::types::{
-    CreateBody, ExtendBody, ForkBody, MetricsBody, PortStateBody, SandboxBody, SnapshotBody, SnapshotRequestBody,
+    CreateBody, ExtendBody, ForkBody, Kept, MetricsBody, PortStateBody, SandboxBody, SnapshotBody, SnapshotRequestBody,
+    StopBody,
 };
 use crate::engine::lifecycle::State;
 use crate::engine::records::Consistency;
@@ -37,9 +38,10 @@ pub(super) async fn run(client: &Client, out: Out, command: SandboxCommand) -> R
         SandboxCommand::PortForward(args) => return ports::forward(client, out, args).await,
         SandboxCommand::Preview(args) => previews::run(client, out, args).await?,
         SandboxCommand::Command(command) => commands::run(client, out, command).await?,
-        SandboxCommand::Stop(target) => {
-            out.progress("stopping …");
-            let sandbox: SandboxBody = client.post(&path(&target.sandbox, "/stop"), &json!({})).await?;
+        SandboxCommand::Stop(args) => {
+            out.progress(if args.memory { "stopping, and keeping what runs …" } else { "stopping …" });
+            let body = StopBody { memory: args.memory.then_some(true), ..StopBody::default() };
+            let sandbox: SandboxBody = client.post(&path(&args.target.sandbox, "/stop"), &body).await?;
             out.answer(&sandbox, &sandbox.id, |out| {
                 let next = match sandbox.state {
                     State::Destroyed => "miosa sandbox list".to_owned(),
@@ -48,9 +50,10 @@ pub(super) async fn run(client: &Client, out: Out, command: SandboxCommand) -> R
                 changed(out, &sandbox, &next)
             })?;
         }
-        SandboxCommand::Resume(target) => {
+        SandboxCommand::Resume(args) => {
             out.progress("starting …");
-            let sandbox: SandboxBody = client.post(&path(&target.sandbox, "/resume"), &json!({})).await?;
+            let body = if args.without_memory { json!({ "memory": false }) } else { json!({}) };
+            let sandbox: SandboxBody = client.post(&path(&args.target.sandbox, "/resume"), &body).await?;
             out.answer(&sandbox, &sandbox.id, |out| {
                 changed(out, &sandbox, &format!("miosa sandbox exec {} -- COMMAND", sandbox.id))
             })?;
@@ -125,6 +128,7 @@ async fn create(client: &Client, out: Out, args: CreateArgs) -> Result<()> {
         tags: Some(args.tag).filter(|t| !t.is_empty()),
         volumes: Some(args.volume).filter(|volumes| !volumes.is_empty()),
         publish_ports: Some(args.publish_port).filter(|ports| !ports.is_empty()),
+        memory: args.without_memory.then_some(false),
         auto_start: args.no_start.then_some(false),
         other: serde_json::Map::new(),
     };
@@ -252,6 +256,7 @@ fn show(out: &Out, s: &SandboxBody) -> String {
     optional("started", s.started_at.map(|t| t.to_string()));
     let boot_path = s.boot_path.as_deref().unwrap_or_default();
     optional("boot", s.boot_ms.map(|ms| format!("{boot_path}, {ms} ms")));
+    optional("kept", s.kept.map(|kept| kept.name().to_owned()));
     optional("destroyed", s.destroyed_at.map(|t| t.to_string()));
     optional("last error", s.last_error.clone());
     out.fields(&fields)
@@ -261,8 +266,15 @@ fn show(out: &Out, s: &SandboxBody) -> String {
 fn changed(out: &Out, s: &SandboxBody, next: &str) -> String {
     let mut text = format!("{} {} is {}", s.id, out.strong(&s.name), s.state.name());
     if let (State::Running, Some(ms)) = (s.state, s.boot_ms) {
-        let how = if s.boot_path.as_deref() == Some("warm") { "up" } else { "booted" };
+        let how = match s.boot_path.as_deref() {
+            Some("warm") => "up",
+            Some("memory") => "went on",
+            _ => "booted",
+        };
         text.push_str(&format!(" ({how} in {ms} ms)"));
+    }
+    if s.kept == Some(Kept::Memory) {
+        text.push_str(", and what ran is kept");
     }
     if let Some(error) = &s.last_error {
         text.push_str(&format!("\nnote: {error}"));
@@ -273,6 +285,7 @@ fn changed(out: &Out, s: &SandboxBody, next: &str) -> String {
 async fn snapshot(client: &Client, out: Out, args: SnapshotArgs) -> Result<()> {
     let body = SnapshotRequestBody {
         comment: args.name,
+        memory: args.memory.then_some(true),
         stop: args.stop.then_some(true),
         // Whole seconds, and never none of them: zero would mean for ever.
         expiration_sec: args.expiration.map(|t| t.as_millis().div_ceil(1_000) as u64),
@@ -285,7 +298,11 @@ async fn snapshot(client: &Client, out: Out, args: SnapshotArgs) -> Result<()> {
     let snapshot: SnapshotBody = client.post(&path(&args.target.sandbox, "/snapshots"), &body).await?;
     out.answer(&snapshot, &snapshot.id, |out| {
         let mut text = format!("{} {}", snapshot.id, out.strong(snapshot.comment.as_deref().unwrap_or("(unnamed)")));
-        if snapshot.consistency == Consistency::Crash {
+        if snapshot.kept == Kept::Memory {
+            text.push_str(", with what ran");
+        } else if args.memory {
+            text.push_str("\nnote: nothing ran, so there are the files only");
+        } else if snapshot.consistency == Consistency::Crash {
             text.push_str("\nnote: the guest was not frozen; the state is as after a power cut");
         }
         format!(
@@ -313,8 +330,18 @@ async fn snapshots(client: &Client, out: Out, command: SnapshotsCommand) -> Resu
                     other => other.to_string(),
                 };
                 out.fields(
-                    &["id", "comment", "sandbox_id", "status", "consistency", "created_at", "expires_at", "size_bytes"]
-                        .map(|k| (k, field(k))),
+                    &[
+                        "id",
+                        "comment",
+                        "sandbox_id",
+                        "status",
+                        "kept",
+                        "consistency",
+                        "created_at",
+                        "expires_at",
+                        "size_bytes",
+                    ]
+                    .map(|k| (k, field(k))),
                 )
             })
         }
@@ -368,6 +395,7 @@ async fn fork(client: &Client, out: Out, args: ForkArgs) -> Result<()> {
         name: args.name,
         count: args.count,
         snapshot_id: args.snapshot,
+        memory: args.memory.then_some(true),
         timeout_sec: None,
         timeout_ms: args.timeout.map(millis),
         metadata: None,

@@ -98,6 +98,7 @@ impl Disks {
             let id = new_id("snap");
             let note = note.snapshot;
             let made = SnapshotRecord {
+                memory: None,
                 snapshot: tx.snapshot(disk, &id),
                 id,
                 sandbox_id: note.as_ref().map(|n| n.sandbox_id.clone()).unwrap_or_default(),

@@ -280,7 +280,7 @@ async fn start_all(shared: Arc<Shared>, batch: Arc<Batch>) {
         let (shared, batch, id) = (shared.clone(), batch.clone(), item.sandbox_id.clone());
         tokio::spawn(async move {
             let started = match shared.registry.sandbox(&id) {
-                Ok(sandbox) => sandbox.resume().await,
+                Ok(sandbox) => sandbox.resume(false).await,
                 Err(error) => Err(error),
             };
             let outcome = match started {

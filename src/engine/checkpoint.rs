@@ -9,14 +9,16 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use jiff::Timestamp;
-use storage::{Source, Store};
+use storage::{DiskId, SnapshotId, Source, Store, Transaction};
 use tracing::Instrument;
 
 use super::error::{Error, Result};
 use super::lifecycle::{Request, State};
+use super::memory::{self, Captured};
 use super::metrics::Freeze;
 use super::records::{
-    Consistency, NamedSnapshotRecord, Record, SandboxRecord, SnapshotRecord, new_id, new_machine_id, put_all,
+    Consistency, MemoryRecord, NamedSnapshotRecord, Record, SandboxRecord, SnapshotRecord, new_id, new_machine_id,
+    put_all,
 };
 use super::sandbox::{OwnerGuard, Sandbox};
 use super::session::{Ending, Session, within};
@@ -31,6 +33,8 @@ const MAX_FORKS: u32 = 1_000;
 pub struct SnapshotRequest {
     /// What the user calls it; need not be unique.
     pub comment: Option<String>,
+    /// With what runs, if anything does.
+    pub memory: bool,
     /// End the session afterwards, as a stop does.
     pub stop: bool,
     /// Delete it by itself so long after it was last used.
@@ -48,6 +52,8 @@ pub struct ForkRequest {
     pub count: u32,
     /// From this snapshot of the sandbox and not from its present state.
     pub snapshot: Option<String>,
+    /// With what runs, or ran when its memory was kept. Without, the children have the files.
+    pub memory: bool,
     /// Timeout of the children's sessions, if not the parent's.
     pub timeout: Option<std::time::Duration>,
     /// Notes of the children, if not the parent's.
@@ -128,15 +134,17 @@ impl Sandbox {
     ) -> Result<SnapshotRecord> {
         let mut owner = self.own().await;
         let of = self.record();
-        let SnapshotRequest { comment, stop, expires_in, keep_last: _ } = request;
+        let SnapshotRequest { comment, memory, stop, expires_in, keep_last: _ } = request;
         let created_at = Timestamp::now();
         let ttl_ms = expires_in.map(|after| after.as_millis() as u64);
         let expires_at = expires_in.and_then(|after| created_at.checked_add(after).ok());
-        let take = move |store: &Store, consistency| {
-            let mut tx = store.begin();
-            let id = new_id("snap");
+        let id = new_id("snap");
+        let name = id.clone();
+        // What is there of it at rest. Of one that runs, what is there is of before.
+        let kept = of.memory.clone().filter(|_| memory && owner.session.is_none());
+        let put = move |tx: &mut Transaction<'_>, snapshot, consistency, memory| {
             let record = SnapshotRecord {
-                snapshot: tx.snapshot(of.disk, &id),
+                snapshot,
                 id,
                 sandbox_id: of.id,
                 comment,
@@ -144,6 +152,7 @@ impl Sandbox {
                 consistency,
                 template: of.template,
                 image: of.image,
+                memory,
                 created_at,
                 expires_at,
                 ttl_ms,
@@ -151,19 +160,40 @@ impl Sandbox {
             tx.put_record(SnapshotRecord::KIND, &record.id, record.encode()?);
             if let Some(name) = named {
                 let snapshot_id = record.id.clone();
-                put_all(&mut tx, &[NamedSnapshotRecord { name, snapshot_id, taken: true, created_at }])?;
+                put_all(tx, &[NamedSnapshotRecord { name, snapshot_id, taken: true, created_at }])?;
             }
-            tx.commit_durable()?;
-            Ok(record)
+            Ok::<_, Error>(record)
         };
-        let upgrade = |store: &Store, record: &SnapshotRecord| {
-            let record = SnapshotRecord { consistency: Consistency::Filesystem, ..record.clone() };
-            let mut tx = store.begin();
-            tx.put_record(SnapshotRecord::KIND, &record.id, record.encode()?);
-            Ok(tx.commit_durable()?)
+        let disk = of.disk;
+        let record = if memory && owner.session.is_some() {
+            let state = move |store: &Store| take_state(store, disk, &name);
+            let Captured { made, state, key } = self.capture(&owner, Request::Snapshot, state).await?;
+            let put = move |tx: &mut Transaction<'_>, kept| put(tx, made, Consistency::Crash, Some(kept));
+            match self.store_captured(state, key, put).await {
+                Ok(record) => record,
+                Err(error) => {
+                    self.forget_state(made).await;
+                    return Err(error);
+                }
+            }
+        } else {
+            let take = move |store: &Store, consistency| {
+                let mut tx = store.begin();
+                let (snapshot, memory) = (tx.snapshot(disk, &name), kept.as_ref().map(|m| memory::fork(&mut tx, m)));
+                let record = put(&mut tx, snapshot, consistency, memory)?;
+                tx.commit_durable()?;
+                Ok(record)
+            };
+            let upgrade = |store: &Store, record: &SnapshotRecord| {
+                let record = SnapshotRecord { consistency: Consistency::Filesystem, ..record.clone() };
+                let mut tx = store.begin();
+                tx.put_record(SnapshotRecord::KIND, &record.id, record.encode()?);
+                Ok(tx.commit_durable()?)
+            };
+            let (mut record, consistency) = self.at_one_point(&mut owner, Request::Snapshot, take, upgrade).await?;
+            record.consistency = consistency;
+            record
         };
-        let (mut record, consistency) = self.at_one_point(&mut owner, Request::Snapshot, take, upgrade).await?;
-        record.consistency = consistency;
         self.shared.registry.insert_snapshot(record.clone());
         if stop && let Some(next) = self.decide(Request::Stop)? {
             self.rest(&mut owner, next, Ending::Orderly, None).await?;
@@ -191,6 +221,8 @@ impl Sandbox {
         let from = snapshot.id.clone();
         let restored = self.shared.transact(move |tx| {
             tx.delete_disk(record.disk);
+            memory::delete(tx, record.memory.as_ref());
+            record.memory = snapshot.memory.as_ref().map(|m| memory::fork(tx, m));
             record.disk = tx.fork(Source::Snapshot(snapshot.snapshot), &record.id);
             tx.put_record(SandboxRecord::KIND, &record.id, record.encode()?);
             Ok(record)
@@ -246,6 +278,7 @@ impl Sandbox {
                 metadata: request.metadata.clone().unwrap_or_else(|| parent.metadata.clone()),
                 last_error: None,
                 machine_id: new_machine_id(),
+                memory: None,
                 previews: super::previews::inherited(&parent.previews),
                 created_at: Timestamp::now(),
                 started_at: None,
@@ -260,18 +293,9 @@ impl Sandbox {
                 ..parent.clone()
             });
         }
-        // The commit point: before it there is no child, after it there are all of them, paused.
         let source = from.as_ref().map_or(Source::Disk(parent.disk), |s| Source::Snapshot(s.snapshot));
-        let commit = move |store: &Store, consistency| {
-            let mut tx = store.begin();
-            for child in &mut children {
-                child.disk = tx.fork(source, &child.id);
-                child.unclean = consistency == Consistency::Crash;
-                tx.put_record(SandboxRecord::KIND, &child.id, child.encode()?);
-            }
-            tx.commit_durable()?;
-            Ok(children)
-        };
+        let kept =
+            from.as_ref().map_or(parent.memory.as_ref(), |s| s.memory.as_ref()).filter(|_| request.memory).cloned();
         let upgrade = |store: &Store, children: &Vec<SandboxRecord>| {
             let mut tx = store.begin();
             for child in children {
@@ -280,14 +304,39 @@ impl Sandbox {
             }
             Ok(tx.commit_durable()?)
         };
+        // Held until the children have started: they need not read it from the store.
+        let mut at_hand = None;
         let children = match from {
             Some(snapshot) => {
                 self.decide(Request::Fork)?;
-                let children = shared.with_store(move |store| commit(store, snapshot.consistency)).await?;
+                let children = shared
+                    .transact(move |tx| put_children(tx, children, source, kept.as_ref(), snapshot.consistency))
+                    .await?;
                 used(&shared, &snapshot.id).await;
                 children
             }
+            None if request.memory && owner.session.is_some() => {
+                let (disk, name) = (parent.disk, new_id("snap"));
+                let state = move |store: &Store| take_state(store, disk, &name);
+                let Captured { made, state, key } = self.capture(&owner, Request::Fork, state).await?;
+                at_hand = Some(state.clone());
+                let put = move |tx: &mut Transaction<'_>, kept| {
+                    let source = Source::Snapshot(made);
+                    let children = put_children(tx, children, source, Some(&kept), Consistency::Crash)?;
+                    memory::delete(tx, Some(&kept));
+                    Ok(children)
+                };
+                let children = self.store_captured(state, key, put).await;
+                self.forget_state(made).await;
+                children?
+            }
             None => {
+                let commit = move |store: &Store, consistency| {
+                    let mut tx = store.begin();
+                    let children = put_children(&mut tx, children, source, kept.as_ref(), consistency)?;
+                    tx.commit_durable()?;
+                    Ok(children)
+                };
                 let (mut children, consistency) = self.at_one_point(&mut owner, Request::Fork, commit, upgrade).await?;
                 children.iter_mut().for_each(|c| c.unclean = consistency == Consistency::Crash);
                 children
@@ -302,7 +351,7 @@ impl Sandbox {
             let starts: Vec<_> = children
                 .iter()
                 .cloned()
-                .map(|child| tokio::spawn(async move { child.resume().await }.in_current_span()))
+                .map(|child| tokio::spawn(async move { child.resume(false).await }.in_current_span()))
                 .collect();
             if request.wait {
                 // A child that does not start is there all the same: it says why, and the others are not lost with it.
@@ -318,8 +367,47 @@ impl Sandbox {
                 }
             }
         }
+        drop(at_hand);
         Ok(children.iter().map(|child| child.view()).collect())
     }
+
+    /// Deletes a state that nobody has been told of.
+    async fn forget_state(&self, state: SnapshotId) {
+        let deleted = self.shared.with_store(move |store| {
+            let mut tx = store.begin();
+            tx.delete_snapshot(state);
+            tx.commit().map(drop)?;
+            Ok(())
+        });
+        if let Err(error) = deleted.await {
+            tracing::warn!(%state, %error, "a state that no record names stays until the store is opened again");
+        }
+    }
+}
+
+/// The disks and records of new children. Before the commit there is no child, after it there are all of them, paused.
+fn put_children(
+    tx: &mut Transaction<'_>,
+    mut children: Vec<SandboxRecord>,
+    source: Source,
+    kept: Option<&MemoryRecord>,
+    consistency: Consistency,
+) -> Result<Vec<SandboxRecord>> {
+    for child in &mut children {
+        child.disk = tx.fork(source, &child.id);
+        child.memory = kept.map(|m| memory::fork(tx, m));
+        child.unclean = consistency == Consistency::Crash;
+    }
+    put_all(tx, &children)?;
+    Ok(children)
+}
+
+/// A state of a disk that nobody is told of yet. It need not survive anything.
+fn take_state(store: &Store, disk: DiskId, name: &str) -> Result<SnapshotId> {
+    let mut tx = store.begin();
+    let state = tx.snapshot(disk, name);
+    tx.commit().map(drop)?;
+    Ok(state)
 }
 
 /// Whether the file system is frozen now.

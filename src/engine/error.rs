@@ -56,6 +56,8 @@ pub enum Kind {
     NotRunning,
     /// The request is for a sandbox without a session.
     Running,
+    /// The machine's memory cannot be kept, or what was kept cannot be used.
+    MemoryUnavailable,
     /// Another call is changing this sandbox.
     Busy,
     /// The session ended while the call was using it.
@@ -125,6 +127,7 @@ impl Kind {
             Kind::UnsupportedOption => "unsupported_option",
             Kind::NotRunning => "sandbox_not_running",
             Kind::Running => "sandbox_running",
+            Kind::MemoryUnavailable => "memory_unavailable",
             Kind::Busy => "sandbox_busy",
             Kind::SessionEnded => "session_ended",
             Kind::FileNotFound => "file_not_found",
@@ -172,6 +175,7 @@ impl Kind {
             | Kind::Running
             | Kind::NameTaken
             | Kind::NotRunning
+            | Kind::MemoryUnavailable
             | Kind::Busy
             | Kind::SessionEnded => 409,
             Kind::InvalidInput

@@ -16,6 +16,7 @@ pub struct Metrics {
     execs: Counter,
     freezes: Family<Phase, Histogram>,
     freezes_failed: Counter,
+    holds: Histogram,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -40,7 +41,8 @@ impl Default for Metrics {
         let freezes =
             Family::<Phase, Histogram>::new_with_constructor(|| Histogram::new(exponential_buckets(0.001, 2.0, 14)));
         let (failed_boots, execs, freezes_failed) = (Counter::default(), Counter::default(), Counter::default());
-        Self { boots, failed_boots, execs, freezes, freezes_failed }
+        let holds = Histogram::new(exponential_buckets(0.001, 2.0, 14));
+        Self { boots, failed_boots, execs, freezes, freezes_failed, holds }
     }
 }
 
@@ -55,6 +57,8 @@ impl Metrics {
         registry.register_with_unit("freeze_duration", help, Unit::Seconds, self.freezes.clone());
         let help = "Snapshots and forks of a running sandbox without a freeze: as after a power cut";
         registry.register("freezes_failed", help, self.freezes_failed.clone());
+        let help = "Time that a running machine stood still for its memory to be taken";
+        registry.register_with_unit("hold_duration", help, Unit::Seconds, self.holds.clone());
     }
 
     pub(crate) fn booted(&self, took: Duration) {
@@ -73,6 +77,10 @@ impl Metrics {
 
     pub(crate) fn freeze_failed(&self) {
         self.freezes_failed.inc();
+    }
+
+    pub(crate) fn held(&self, took: Duration) {
+        self.holds.observe(took.as_secs_f64());
     }
 
     pub(crate) fn exec_started(&self) {

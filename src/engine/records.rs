@@ -98,6 +98,9 @@ pub struct SandboxRecord {
     /// The last session did not end in an orderly shutdown: the file system is as after a power cut.
     #[serde(default)]
     pub unclean: bool,
+    /// What its next session goes on from, besides its disk.
+    #[serde(default)]
+    pub memory: Option<MemoryRecord>,
     /// Why it is where it is, if that was not asked for.
     #[serde(default)]
     pub last_error: Option<String>,
@@ -132,6 +135,31 @@ pub struct SandboxRecord {
     /// The same, each session times its memory in MiB.
     #[serde(default)]
     pub memory_mib_ms: u64,
+}
+
+/// What is kept of a machine: its guest's memory and its devices, of the same moment as the disk of who has this.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MemoryRecord {
+    /// Where it is.
+    pub disk: DiskId,
+    /// `mem-…`, the same for all that have the same.
+    pub content: String,
+    /// What a machine must be to go on from it.
+    pub key: String,
+    /// Virtual processors of the machine.
+    pub cpus: u32,
+    /// Memory of the machine.
+    pub memory_mib: u64,
+    /// The same, in bytes.
+    pub memory_bytes: u64,
+    /// How much of it is not zero.
+    pub data_bytes: u64,
+    /// Length of what the VMM says of the devices.
+    pub devices_bytes: u64,
+    /// How many runs of memory are not zero.
+    pub runs: u64,
+    /// Of which moment it is.
+    pub kept_at: Timestamp,
 }
 
 /// A port of a sandbox that has an address of its own.
@@ -206,6 +234,9 @@ pub struct SnapshotRecord {
     /// How the image it came from wants programs to be run.
     #[serde(default)]
     pub image: ImageConfig,
+    /// What was running, at the same moment.
+    #[serde(default)]
+    pub memory: Option<MemoryRecord>,
     /// When it was taken.
     pub created_at: Timestamp,
     /// When it is deleted by itself.
@@ -469,7 +500,7 @@ pub(crate) fn new_id(prefix: &str) -> String {
 }
 
 /// What the names of the engine's own disks and states in the store begin with; an id of [`new_id`] each.
-const OWN_PREFIXES: [&str; 6] = ["sb-", "snap-", "import-", "template-", "vol-", "vsnap-"];
+const OWN_PREFIXES: [&str; 7] = ["sb-", "snap-", "import-", "template-", "vol-", "vsnap-", "mem-"];
 
 /// Whether a disk or state of this name was made by the engine, and not by a user of the store.
 pub(crate) fn is_own_name(name: &str) -> bool {
@@ -535,7 +566,7 @@ mod tests {
 
     #[test]
     fn our_own_names_are_known() {
-        for prefix in ["sb", "snap", "import", "template", "vol", "vsnap"] {
+        for prefix in ["sb", "snap", "import", "template", "vol", "vsnap", "mem"] {
             assert!(is_own_name(&new_id(prefix)));
         }
         for name in ["golden", "sb-golden", "snap-1", "import-cut-off", "template-0123456789AB", "x-0123456789ab"] {

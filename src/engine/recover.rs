@@ -17,7 +17,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use jiff::Timestamp;
-use storage::{SnapshotId, Store};
+use storage::{DiskId, SnapshotId, Store};
 
 use super::Shared;
 use super::error::{Error, Result};
@@ -53,7 +53,8 @@ pub(super) async fn run(shared: &Arc<Shared>) -> Result<()> {
         let states = states.chain(steps.iter().map(|r| r.snapshot));
         let states = states.chain(volume_snapshots.iter().map(|r| r.snapshot)).collect();
         let (ledgers, lost) = Ledgers::load(store, |id| going_on.contains(id))?;
-        put_right(store, &mut sandboxes, &mut volumes, &going_on, &states, &lost)?;
+        let memories = snapshots.iter().filter_map(|r| r.memory.as_ref()).map(|m| m.disk).collect();
+        put_right(store, &mut sandboxes, &mut volumes, &going_on, (&states, &memories), &lost)?;
         Ok((sandboxes, snapshots, templates, volumes, volume_snapshots, ledgers))
     });
     let (sandboxes, snapshots, templates, volumes, volume_snapshots, ledgers) = put_right.await?;
@@ -100,14 +101,14 @@ async fn find_survivors(shared: &Arc<Shared>, sandboxes: &[SandboxRecord]) -> Re
     tokio::task::spawn_blocking(find).await.map_err(|e| Error::internal(format!("looking for survivors: {e}")))
 }
 
-/// Brings records and the store to what is there now, in one transaction. `states` are those that have a record, and
-/// `lost` is what sessions had, as far as it is known, that nobody ended.
+/// Brings records and the store to what is there now, in one transaction. `states` and `memories` are those of which a
+/// snapshot's or template's record tells, and `lost` is what sessions had, as far as it is known, that nobody ended.
 fn put_right(
     store: &Store,
     sandboxes: &mut [SandboxRecord],
     volumes: &mut [VolumeRecord],
     going_on: &BTreeSet<String>,
-    states: &BTreeSet<SnapshotId>,
+    (states, memories): (&BTreeSet<SnapshotId>, &BTreeSet<DiskId>),
     lost: &BTreeMap<String, Compute>,
 ) -> Result<()> {
     let mut tx = store.begin();
@@ -123,6 +124,7 @@ fn put_right(
             record.vcpu_ms += had.vcpu_ms;
             record.memory_mib_ms += had.memory_mib_ms;
             if next == State::Destroyed {
+                record.memory = None;
                 record.destroyed_at = Some(Timestamp::now());
                 record.last_error = None;
             }
@@ -141,8 +143,10 @@ fn put_right(
         }
     }
     let disks: BTreeSet<_> = live().map(|r| r.disk).chain(volumes.iter().map(|v| v.disk)).collect();
-    for disk in store.disks().into_iter().filter(|d| is_own_name(&d.name) && !disks.contains(&d.id)) {
-        tracing::info!(disk = %disk.name, "deleting a disk that no sandbox or volume has");
+    let kept: BTreeSet<_> = live().filter_map(|r| r.memory.as_ref()).map(|m| m.disk).collect();
+    let is_known = |id: &DiskId| disks.contains(id) || kept.contains(id) || memories.contains(id);
+    for disk in store.disks().into_iter().filter(|d| is_own_name(&d.name) && !is_known(&d.id)) {
+        tracing::info!(disk = %disk.name, "deleting a disk that no record names");
         tx.delete_disk(disk.id);
         changed = true;
     }

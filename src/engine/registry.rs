@@ -174,6 +174,14 @@ impl Registry {
         self.inner.lock().sandboxes.values().cloned().collect()
     }
 
+    /// How many sandboxes and snapshots have this memory.
+    pub(crate) fn have_memory(&self, content: &str) -> usize {
+        let inner = self.inner.lock();
+        let is_it = |memory: Option<&super::records::MemoryRecord>| memory.is_some_and(|m| m.content == content);
+        inner.sandboxes.values().filter(|s| s.has_memory(is_it)).count()
+            + inner.snapshots.values().filter(|s| is_it(s.memory.as_ref())).count()
+    }
+
     /// The sandbox of this id or name.
     pub(crate) fn sandbox(&self, key: &str) -> Result<Arc<Sandbox>> {
         let found = self.inner.lock().sandboxes.get(key).cloned();

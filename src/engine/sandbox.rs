@@ -21,8 +21,9 @@ use tokio::time::Instant;
 use super::activity::{Activity, InUse};
 use super::error::{Error, Kind, Result};
 use super::lifecycle::{Decision, Refusal, Request, State, decide};
+use super::memory::{self, Keep};
 use super::ports::CONNECTIONS;
-use super::records::{Record, SandboxRecord, put_all};
+use super::records::{MemoryRecord, Record, SandboxRecord, put_all};
 use super::session::{Ending, Session};
 use super::{Compute, SandboxView, Shared};
 
@@ -103,6 +104,11 @@ impl Sandbox {
 
     pub(super) fn name(&self) -> String {
         self.face.read().record.name.clone()
+    }
+
+    /// Whether what is kept of its memory, if anything is, is such.
+    pub(super) fn has_memory(&self, is_it: impl Fn(Option<&MemoryRecord>) -> bool) -> bool {
+        is_it(self.face.read().record.memory.as_ref())
     }
 
     pub(super) fn record(&self) -> SandboxRecord {
@@ -231,8 +237,11 @@ impl Sandbox {
         self.begin_session(&mut owner).await
     }
 
-    pub(super) async fn resume(self: &Arc<Self>) -> Result<SandboxView> {
+    pub(super) async fn resume(self: &Arc<Self>, without_memory: bool) -> Result<SandboxView> {
         let mut owner = self.own().await;
+        if without_memory && owner.session.is_none() && self.decide(Request::Resume)?.is_some() {
+            self.forget_memory().await?;
+        }
         self.ensure_session(&mut owner, Request::Resume).await?;
         self.touch();
         Ok(self.view())
@@ -258,13 +267,14 @@ impl Sandbox {
         });
         self.shared.usage.session_began(&self.record());
         let begun = match self.save().await {
-            Ok(()) => Session::begin(&self.shared, &self.record(), number).await,
+            Ok(()) => Session::begin(self, number).await,
             Err(error) => Err(error),
         };
         match begun {
-            Ok(session) => {
+            Ok((session, note)) => {
                 self.shared.metrics.booted(session.boot);
                 self.decide(Request::Started)?;
+                self.publish(|r| r.last_error = note);
                 self.begun(owner, session).await;
                 Ok(())
             }
@@ -314,10 +324,22 @@ impl Sandbox {
         owner.session = Some(session);
     }
 
-    pub(super) async fn stop(self: &Arc<Self>) -> Result<SandboxView> {
+    pub(super) async fn stop(self: &Arc<Self>, keep: Keep) -> Result<SandboxView> {
         let mut owner = self.own().await;
         if let Some(next) = self.decide(Request::Stop)? {
-            self.rest(&mut owner, next, Ending::Orderly, None).await?;
+            let how = match keep {
+                Keep::Memory | Keep::MemoryIfPossible if owner.session.is_some() && next == State::Paused => {
+                    match self.keep_memory(&owner).await {
+                        Ok(()) => Ending::Kept,
+                        Err(error) if keep == Keep::MemoryIfPossible && error.kind() == Kind::MemoryUnavailable => {
+                            Ending::Orderly
+                        }
+                        Err(error) => return Err(error),
+                    }
+                }
+                _ => Ending::Orderly,
+            };
+            self.rest(&mut owner, next, how, None).await?;
         }
         Ok(self.view())
     }
@@ -382,7 +404,7 @@ impl Sandbox {
             .record_fact(|r| {
                 r.state = next;
                 r.last_error = problem.clone();
-                if matches!(ended, Ok(None)) && note.is_none() {
+                if matches!(ended, Ok(None)) && note.is_none() && how != Ending::Kept {
                     r.unclean = false;
                 }
             })
@@ -440,6 +462,7 @@ impl Sandbox {
         record.state = State::Destroyed;
         record.destroyed_at = Some(Timestamp::now());
         record.last_error = None;
+        let kept = record.memory.take();
         let (to_save, usage) = (record.clone(), self.shared.clone());
         let volumes = match self.shared.volumes.of(&self.id).is_empty() {
             true => None,
@@ -451,6 +474,7 @@ impl Sandbox {
             .transact(move |tx| {
                 put_all(tx, &changed)?;
                 tx.delete_disk(to_save.disk);
+                memory::delete(tx, kept.as_ref());
                 tx.put_record(SandboxRecord::KIND, &to_save.id, to_save.encode()?);
                 usage.usage.put(tx, &to_save.id)?;
                 Ok(())

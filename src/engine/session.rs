@@ -6,14 +6,15 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use tokio::sync::watch;
 use tokio::time::Instant;
-use vmm::{Accel, Agent, ExecRequest, ExitReason, Identity, Machine, MachineSpec};
+use vmm::{Accel, Agent, ExecRequest, ExitReason, GuestMemory, Identity, Machine, MachineSpec};
 
 use super::Shared;
 use super::devices::Devices;
 use super::error::{Error, Kind, Result};
+use super::memory;
 use super::records::{NetworkPolicy, SandboxRecord, slug};
 use super::sandbox::Sandbox;
-use super::survivor::{SessionRecord, write_deadline};
+use super::survivor::{SessionRecord, read_state_key, write_deadline, write_state_key};
 use super::warm;
 
 /// Between two attempts to end a session whose time is up.
@@ -26,6 +27,8 @@ pub(super) enum Ending {
     Orderly,
     /// At once.
     Kill,
+    /// At once, its memory being kept.
+    Kept,
     /// The machine is gone already.
     AlreadyGone,
 }
@@ -43,11 +46,27 @@ pub(super) struct Session {
     pub(super) boot: Duration,
     /// What runs the guest's instructions.
     pub(super) accel: Accel,
+    /// What a machine must be to go on from this one's state; none if it has none for others.
+    state_key: Option<String>,
+    /// Memory that it shares with others that went on from the same.
+    _shares: Option<Arc<GuestMemory>>,
+}
+
+/// How a session's machine came to run.
+struct Started {
+    machine: Arc<dyn Machine>,
+    shares: Option<Arc<GuestMemory>>,
+    /// It goes on from memory of an earlier moment.
+    woken: bool,
+    /// What it could not go on from, and why.
+    note: Option<String>,
 }
 
 impl Session {
-    /// Starts a machine on the sandbox's disk. On failure nothing is left of it.
-    pub(super) async fn begin(shared: &Arc<Shared>, record: &SandboxRecord, number: u64) -> Result<Session> {
+    /// Starts a machine on the sandbox's disk: from its memory if that was kept. On failure nothing is left of it. What is
+    /// told beside it is what it could not go on from.
+    pub(super) async fn begin(sandbox: &Arc<Sandbox>, number: u64) -> Result<(Session, Option<String>)> {
+        let (shared, record) = (&sandbox.shared, &sandbox.record());
         let boot_files = shared.templates.boot_files().await?;
         let accel = shared.acceleration(&boot_files).await.accel;
         let _slot = shared.boots.acquire().await.map_err(|_| Error::internal("no machine can be started any more"))?;
@@ -91,23 +110,68 @@ impl Session {
             kernel_args: shared.settings.kernel_args.clone(),
             warm: None,
         };
-        let machine = match warm::start(shared, spec).await {
-            Ok(machine) => machine,
+        let state_key = match shared.vmm.state_key(&spec).await {
+            Ok(key) => Some(memory::key(&key, record.disk_size_bytes)),
+            Err(error) => {
+                tracing::debug!(sandbox = %record.id, %error, "the machine's memory cannot be kept");
+                None
+            }
+        };
+        let started = async {
+            write_state_key(&run_dir, state_key.as_deref())?;
+            Session::start(sandbox, spec, state_key.as_deref()).await
+        };
+        let started = match started.await {
+            Ok(started) => started,
             Err(error) => {
                 detach(devices).await;
-                return Err(error.into());
+                return Err(error);
             }
         };
         let boot = began.elapsed();
-        let session = Session::of(number, machine, devices, run_dir, (began, timeout), boot, accel);
-        if let Err(error) = session.settle(shared, record).await {
+        let mut session = Session::of(number, started.machine, devices, run_dir, (began, timeout), boot, accel);
+        (session.state_key, session._shares) = (state_key, started.shares);
+        if let Err(error) = session.settle(shared, record, started.woken).await {
             // The machine is up but not usable.
             if let Err(also) = session.end(shared, Ending::Kill).await {
                 tracing::error!(sandbox = %record.id, error = %also, "ending a session that could not be set up");
             }
             return Err(error);
         }
-        Ok(session)
+        Ok((session, started.note))
+    }
+
+    /// Starts the machine: from the sandbox's memory, or, if there is none or it is of another machine, from its files.
+    async fn start(sandbox: &Arc<Sandbox>, spec: MachineSpec, key: Option<&str>) -> Result<Started> {
+        let shared = &sandbox.shared;
+        let (machine, note) = match sandbox.record().memory {
+            Some(memory) if Some(memory.key.as_str()) == key => {
+                let id = sandbox.id();
+                let without = |error: Error| {
+                    error.hint(format!(
+                        "without its memory it starts from its files: miosa sandbox resume {id} --without-memory"
+                    ))
+                };
+                let shares = !spec.disk.outlives_its_server() && shared.registry.have_memory(&memory.content) > 1;
+                let state = shared.memories.get(shared, &memory).await.map_err(without)?;
+                let shares = shares.then(|| state.memory.clone());
+                let loaded = shared.vmm.load(spec, state, shared.settings.boot_deadline).await;
+                let loaded = loaded.map_err(|e| without(e.into()))?;
+                sandbox.forget_memory().await?;
+                let lost =
+                    |e: vmm::Error| Error::from(e).context("its memory is lost; its files are as it had flushed them");
+                return Ok(Started { machine: loaded.go_on().await.map_err(lost)?, shares, woken: true, note: None });
+            }
+            Some(memory) => {
+                tracing::warn!(sandbox = %sandbox.id(), kept = memory.key, ?key, "the kept memory is of another machine");
+                sandbox.forget_memory().await?;
+                let note = "its memory was kept by another machine (its size, its network, its volumes, QEMU or miosa are \
+                            others now), so what ran has ended; it started from its files";
+                (warm::start(shared, spec).await?, Some(note.to_owned()))
+            }
+            None => (warm::start(shared, spec).await?, None),
+        };
+        Ok(Started { machine, shares: None, woken: false, note })
     }
 
     pub(super) fn of(
@@ -120,19 +184,25 @@ impl Session {
         accel: Accel,
     ) -> Session {
         let deadline = watch::Sender::new(deadline);
-        Session { number, machine, devices, run_dir, deadline, began, boot, accel }
+        let state_key = read_state_key(&run_dir);
+        Session { number, machine, devices, run_dir, deadline, began, boot, accel, state_key, _shares: None }
     }
 
-    /// Gives the guest what makes it this sandbox and no other.
-    pub(super) async fn settle(&self, shared: &Shared, record: &SandboxRecord) -> Result<()> {
+    /// What a machine must be to go on from this one's state; none if it has none for others.
+    pub(super) fn state_key(&self) -> Option<String> {
+        self.state_key.clone()
+    }
+
+    /// Gives the guest what makes it this sandbox and no other. One that was `woken` takes itself for what it was.
+    pub(super) async fn settle(&self, shared: &Shared, record: &SandboxRecord, woken: bool) -> Result<()> {
         let agent = self.machine.agent();
         let identity = Identity {
             machine_id: record.machine_id.clone(),
             hostname: slug(&record.name),
             entropy: rand::random::<[u8; 32]>().to_vec(),
             unix_nanos: SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_nanos() as u64,
-            mac: None,
-            woken: false,
+            mac: Some(mac_of(&record.machine_id)),
+            woken,
         };
         let found = within(shared.settings.agent_deadline, "giving the guest its identity", async {
             Ok(agent.identify(identity).await?)
@@ -226,12 +296,12 @@ impl Session {
     pub(super) async fn end(self, shared: &Shared, how: Ending) -> Result<Option<String>> {
         let reason = match how {
             Ending::Orderly => self.machine.shutdown(shared.settings.stop_deadline).await,
-            Ending::Kill => self.machine.kill().await,
+            Ending::Kill | Ending::Kept => self.machine.kill().await,
             Ending::AlreadyGone => Ok(self.machine.wait().await),
         };
         let trouble = match (how, reason) {
             (_, Err(error)) => Some(format!("the machine did not end: {error}")),
-            (Ending::Kill, Ok(_)) | (_, Ok(ExitReason::Shutdown)) => None,
+            (Ending::Kill | Ending::Kept, Ok(_)) | (_, Ok(ExitReason::Shutdown)) => None,
             (Ending::Orderly, Ok(ExitReason::Killed)) => Some(format!(
                 "the guest did not shut down within {} s and was killed; what it had not flushed is lost",
                 shared.settings.stop_deadline.as_secs()

@@ -161,10 +161,11 @@ fn sorted(shared: &Shared, sandbox_id: Option<&str>) -> Vec<SnapshotRecord> {
 async fn delete(shared: &Arc<Shared>, id: &str) -> Result<SnapshotRecord> {
     let _turn = shared.snapshot_ends.lock().await;
     let record = shared.registry.take_snapshot(id)?;
-    let (state, key) = (record.snapshot, record.id.clone());
+    let (state, memory, key) = (record.snapshot, record.memory.clone(), record.id.clone());
     let deleted = shared
         .transact(move |tx| {
             tx.delete_snapshot(state);
+            super::memory::delete(tx, memory.as_ref());
             tx.delete_record(SnapshotRecord::KIND, &key);
             Ok(())
         })

@@ -30,6 +30,7 @@ use super::session::{Ending, Session, detach};
 
 const RECORD: &str = "session.json";
 const DEADLINE: &str = "deadline";
+const STATE_KEY: &str = "state-key";
 /// How long a VMM that lives may take to come back to its disk.
 const RECONNECTION: Duration = Duration::from_secs(30);
 
@@ -85,6 +86,16 @@ pub(super) fn write_deadline(run_dir: &Path, deadline: Option<Instant>) -> Resul
         .open(run_dir.join(DEADLINE))
         .and_then(|file| file.write_all_at(format!("{nanos:020}\n").as_bytes(), 0))
         .map_err(|e| unwritable(run_dir, &e))
+}
+
+/// Notes what a machine must be to go on from the state of this one. What is there was written at its start, by the VMM that
+/// it still has.
+pub(super) fn write_state_key(run_dir: &Path, key: Option<&str>) -> Result<()> {
+    std::fs::write(run_dir.join(STATE_KEY), key.unwrap_or_default()).map_err(|e| unwritable(run_dir, &e))
+}
+
+pub(super) fn read_state_key(run_dir: &Path) -> Option<String> {
+    std::fs::read_to_string(run_dir.join(STATE_KEY)).ok().filter(|key| !key.is_empty())
 }
 
 fn unwritable(run_dir: &Path, error: &std::io::Error) -> Error {
@@ -146,9 +157,16 @@ impl Survivor {
 
 impl Session {
     /// Takes over a machine that outlived its daemon. On failure nothing is left of it.
-    async fn adopt(shared: &Arc<Shared>, record: &SandboxRecord, number: u64, survivor: Survivor) -> Result<Session> {
+    async fn adopt(sandbox: &Arc<Sandbox>, number: u64, survivor: Survivor) -> Result<Session> {
+        let (shared, record) = (&sandbox.shared, &sandbox.record());
         let Survivor { record: left, deadline, devices } = survivor;
         let run_dir = shared.settings.run_root.join(&record.id);
+        // It has its memory, and what was kept of that is of before.
+        let woken = record.memory.is_some();
+        if let Err(error) = sandbox.forget_memory().await {
+            detach(devices).await;
+            return Err(error);
+        }
         let machine = match shared.vmm.adopt(&run_dir, shared.settings.boot_deadline).await {
             Ok(Some(machine)) => machine,
             Ok(None) => {
@@ -169,7 +187,7 @@ impl Session {
         let usable = async {
             session.until_connected().await?;
             // It was being started: what follows the agent's first answer is still to be done, or done again.
-            if record.state == State::Creating { session.settle(shared, record).await } else { Ok(()) }
+            if record.state == State::Creating { session.settle(shared, record, woken).await } else { Ok(()) }
         };
         let usable = usable.await;
         if let Err(error) = usable {
@@ -197,7 +215,7 @@ impl Sandbox {
     /// Takes over the machine of an earlier daemon's session, or brings the sandbox to rest without it.
     pub(super) async fn adopt(self: &Arc<Self>, mut owner: OwnerGuard, survivor: Survivor) {
         let number = self.next_session(&mut owner);
-        let adopted = Session::adopt(&self.shared, &self.record(), number, survivor).await;
+        let adopted = Session::adopt(self, number, survivor).await;
         match adopted.and_then(|session| self.decide(Request::Adopted).map(|_| session)) {
             Ok(session) => {
                 self.begun(&mut owner, session).await;

@@ -182,10 +182,13 @@ async fn look(shared: &Arc<Shared>) -> Result<()> {
     for sandbox in shared.registry.sandboxes() {
         let r = sandbox.record();
         let disk = (r.state != State::Destroyed).then_some(Source::Disk(r.disk));
-        kept.insert(r.id, (Some(r.name), disk.into_iter().collect()));
+        let memory = r.memory.map(|m| Source::Disk(m.disk));
+        kept.insert(r.id, (Some(r.name), disk.into_iter().chain(memory).collect()));
     }
     for snapshot in shared.registry.snapshots() {
-        kept.entry(snapshot.sandbox_id).or_default().1.push(Source::Snapshot(snapshot.snapshot));
+        let sources = &mut kept.entry(snapshot.sandbox_id).or_default().1;
+        sources.push(Source::Snapshot(snapshot.snapshot));
+        sources.extend(snapshot.memory.map(|m| Source::Disk(m.disk)));
     }
     // Those of which nothing is left.
     for id in shared.usage.all.lock().keys() {

@@ -46,7 +46,6 @@ use vhost::vhost_user::message::{
 use vhost::vhost_user::{
     BackendReqHandler, Error as ProtocolError, GpuBackend, Result as ProtocolResult, VhostUserBackendReqHandlerMut,
 };
-use virtio_bindings::vhost::VHOST_F_LOG_ALL;
 use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_MQ, VIRTIO_BLK_F_RO,
     VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_SIZE_MAX, VIRTIO_BLK_F_TOPOLOGY, VIRTIO_BLK_F_WRITE_ZEROES,
@@ -63,6 +62,8 @@ const SEGMENT_BYTES_MAX: u32 = 1 << 20;
 /// The block that the store works in: 2^3 sectors.
 const PHYSICAL_BLOCK_EXPONENT: u8 = 3;
 const PHYSICAL_BLOCK_SECTORS: u32 = 1 << PHYSICAL_BLOCK_EXPONENT;
+/// Bit of the feature that says that a back end logs what it writes to guest memory (vhost-user's `VHOST_F_LOG_ALL`).
+const VHOST_F_LOG_ALL: u32 = 26;
 /// Virtio leaves 256 bytes for a device's configuration; what a device does not have reads as zero.
 const CONFIG_SPACE_BYTES: u32 = 256;
 
@@ -499,7 +500,13 @@ impl VhostUserBackendReqHandlerMut for Session {
     }
 
     fn get_protocol_features(&mut self) -> ProtocolResult<VhostUserProtocolFeatures> {
-        Ok(VhostUserProtocolFeatures::CONFIG
+        // Goes with what is claimed of logging.
+        let log = match self.claimed {
+            0 => VhostUserProtocolFeatures::empty(),
+            _ => VhostUserProtocolFeatures::LOG_SHMFD,
+        };
+        Ok(log
+            | VhostUserProtocolFeatures::CONFIG
             | VhostUserProtocolFeatures::MQ
             | VhostUserProtocolFeatures::REPLY_ACK
             | VhostUserProtocolFeatures::INFLIGHT_SHMFD

@@ -219,6 +219,7 @@ pub fn wanted(name: &str) -> CreateRequest {
         tags: Vec::new(),
         volumes: Vec::new(),
         publish_ports: Vec::new(),
+        without_memory: false,
         start: true,
         wait: false,
     }
@@ -230,7 +231,15 @@ pub fn named(name: &str) -> SnapshotRequest {
 }
 
 pub fn forks(name: &str, count: u32) -> ForkRequest {
-    ForkRequest { name: Some(name.to_owned()), count, snapshot: None, timeout: None, metadata: None, wait: false }
+    ForkRequest {
+        name: Some(name.to_owned()),
+        count,
+        snapshot: None,
+        memory: false,
+        timeout: None,
+        metadata: None,
+        wait: false,
+    }
 }
 
 /// Files below a directory, with their sizes and times.

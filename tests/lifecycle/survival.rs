@@ -104,17 +104,21 @@ async fn machines_of_nobody_are_ended_and_no_others() {
 
 /// Stops at one step: whoever gets there stays until the end of the test.
 #[derive(Default)]
-struct Gate {
+pub struct Gate {
     at: usize,
     steps: AtomicUsize,
-    reached: AtomicBool,
+    pub reached: AtomicBool,
     open: Mutex<bool>,
     opened: Condvar,
-    name: Mutex<Option<&'static str>>,
+    pub name: Mutex<Option<&'static str>>,
 }
 
 impl Gate {
-    fn hook(self: &Arc<Self>) -> StepHook {
+    pub fn at(step: usize) -> Arc<Gate> {
+        Arc::new(Gate { at: step, ..Gate::default() })
+    }
+
+    pub fn hook(self: &Arc<Self>) -> StepHook {
         let gate = self.clone();
         Arc::new(move |name| {
             let step = gate.steps.fetch_add(1, Ordering::SeqCst);
@@ -145,7 +149,7 @@ impl Drop for OpenAtEnd {
 }
 
 /// However the test ends, nobody is left waiting.
-struct OpenAtEnd(Arc<Gate>);
+pub struct OpenAtEnd(pub Arc<Gate>);
 
 /// What is done while the daemon dies. What had been answered is in `done`.
 async fn work(engine: Arc<Engine>, done: Arc<Mutex<Vec<&'static str>>>) {
@@ -184,7 +188,7 @@ async fn dies_at(at: usize, machines_too: bool) -> bool {
     let volume = w.engine.create_volume(volume).await.unwrap();
     w.disk(volume.disk).write((16 << 20) - 8, b"flushed!").unwrap();
     w.disk(volume.disk).flush().unwrap();
-    let gate = Arc::new(Gate { at, ..Gate::default() });
+    let gate = Gate::at(at);
     let _open = OpenAtEnd(gate.clone());
     w.vmm.on_step(gate.hook());
     *w.front.hook.lock().unwrap() = Some(gate.hook());

@@ -87,6 +87,8 @@ impl UpdateBody {
 pub(super) struct ResumeBody {
     /// Variables to be added.
     pub(super) env: BTreeMap<String, String>,
+    /// False: memory that was kept is given up, and the session starts from the files.
+    pub(super) memory: Option<bool>,
     #[serde(flatten)]
     #[schema(ignore)]
     pub(super) other: Map<String, Value>,

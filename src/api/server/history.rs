@@ -144,6 +144,8 @@ async fn delete(AppState(api): AppState<Api>, JsonBody(body): JsonBody<DeleteBod
 #[allow(missing_docs)]
 pub(super) struct ForkSnapshotBody {
     name: Option<String>,
+    /// False: of a snapshot with memory, only the files.
+    memory: Option<bool>,
     #[serde(flatten)]
     #[schema(ignore)]
     other: Map<String, Value>,
@@ -170,11 +172,14 @@ pub(super) async fn fork_snapshot(
     refuse_unsupported("a fork of a snapshot", &body.other)?;
     let parent = api.engine.show(&snapshot.sandbox_id).ok().map(|view| view.record);
     let limit = |ms: Option<u64>| ms.map(std::time::Duration::from_millis);
+    // What ran goes on on a machine as that was.
+    let kept = snapshot.memory.as_ref().map(|m| (m.cpus, m.memory_mib));
+    let size = kept.or(parent.as_ref().map(|r| (r.cpus, r.memory_mib)));
     let request = CreateRequest {
         origin: Origin::Snapshot(snapshot.id),
         name: body.name,
-        cpus: parent.as_ref().map_or(api.defaults.cpus, |r| r.cpus),
-        memory_mib: parent.as_ref().map_or(api.defaults.memory_mib, |r| r.memory_mib),
+        cpus: size.map_or(api.defaults.cpus, |(cpus, _)| cpus),
+        memory_mib: size.map_or(api.defaults.memory_mib, |(_, mib)| mib),
         disk_mib: None,
         timeout: parent.as_ref().map_or(api.defaults.timeout, |r| limit(r.timeout_ms)),
         idle_timeout: parent.as_ref().and_then(|r| limit(r.idle_timeout_ms)),
@@ -185,6 +190,7 @@ pub(super) async fn fork_snapshot(
         tags: Vec::new(),
         volumes: Vec::new(),
         publish_ports: parent.map(|r| r.previews.iter().map(|p| p.port).collect()).unwrap_or_default(),
+        without_memory: body.memory == Some(false),
         start: true,
         wait,
     };

@@ -12,12 +12,12 @@ use super::answer::{Answer, ApiError, ListAnswer, data, list_all, list_of};
 use super::changes::{ResumeBody, UpdateBody, check_shape};
 use super::request::{JsonBody, Paging, Params, Path, Wait, flag, refuse_unsupported, timeout};
 use crate::api::types::{
-    CreateBody, Envelope, ExtendBody, ForkBody, ListEnvelope, OneOrMany, ReadinessBody, SandboxBody,
+    CreateBody, Envelope, ExtendBody, ForkBody, ListEnvelope, OneOrMany, ReadinessBody, SandboxBody, StopBody,
 };
 use crate::engine::error::{Error, Kind};
 use crate::engine::lifecycle::State;
 use crate::engine::records::NetworkPolicy;
-use crate::engine::{Changes, CreateRequest, ForkRequest, Origin};
+use crate::engine::{Changes, CreateRequest, ForkRequest, Keep, Origin};
 
 /// Processors, memory and disk (both in MiB) of a named size.
 const SIZES: [(&str, u32, u64, u64); 5] = [
@@ -100,6 +100,13 @@ pub(super) fn create_request(body: CreateBody, api: &Api) -> Result<CreateReques
         cpus = template.cpus.unwrap_or(cpus);
         memory_mib = template.memory_mib.unwrap_or(memory_mib);
     }
+    // What ran goes on on a machine as that was.
+    if let Origin::Snapshot(key) = &origin
+        && body.memory != Some(false)
+        && let Some(kept) = api.engine.find_snapshot(key, None).ok().and_then(|snapshot| snapshot.memory)
+    {
+        (cpus, memory_mib) = (kept.cpus, kept.memory_mib);
+    }
     if let Some(size) = &body.size {
         let Some((_, c, m, d)) = SIZES.iter().find(|(name, ..)| name == size) else {
             return Err(invalid(format!("there is no size {size:?}"), "xs, small, medium, large, xl"));
@@ -145,6 +152,7 @@ pub(super) fn create_request(body: CreateBody, api: &Api) -> Result<CreateReques
         tags: body.tags.unwrap_or_default(),
         volumes: body.volumes.unwrap_or_default().into_iter().map(Into::into).collect(),
         publish_ports,
+        without_memory: body.memory == Some(false),
         start: body.auto_start.unwrap_or(true),
         wait: false,
     })
@@ -186,16 +194,33 @@ async fn destroy(AppState(api): AppState<Api>, Path(id): Path<String>) -> Answer
     data(api.engine.destroy(&id).await?)
 }
 
-/// Ends the session; the file system is kept.
-#[utoipa::path(post, path = "/sandboxes/{id}/stop", tag = "sandboxes", responses((status = 200, body = Envelope<SandboxBody>)))]
-async fn stop(AppState(api): AppState<Api>, Path(id): Path<String>) -> Answer<SandboxBody> {
-    data(api.engine.stop(&id).await?)
+/// Ends the session; the file system is kept, and with `memory` what runs.
+#[utoipa::path(post, path = "/sandboxes/{id}/stop", tag = "sandboxes", request_body = StopBody, responses((status = 200, body = Envelope<SandboxBody>)))]
+async fn stop(
+    AppState(api): AppState<Api>,
+    Path(id): Path<String>,
+    JsonBody(body): JsonBody<StopBody>,
+) -> Answer<SandboxBody> {
+    refuse_unsupported("stop", &body.other)?;
+    let keep = if body.memory == Some(true) { Keep::Memory } else { Keep::Files };
+    data(api.engine.pause(&id, keep).await?)
 }
 
-/// The same as stop.
-#[utoipa::path(post, path = "/sandboxes/{id}/pause", tag = "sandboxes", responses((status = 200, body = Envelope<SandboxBody>)))]
-async fn pause(api: AppState<Api>, id: Path<String>) -> Answer<SandboxBody> {
-    stop(api, id).await
+/// Ends the session; the file system is kept, and what runs, too, where that can be had, unless `memory` says otherwise. The
+/// answer's `kept` says which.
+#[utoipa::path(post, path = "/sandboxes/{id}/pause", tag = "sandboxes", request_body = StopBody, responses((status = 200, body = Envelope<SandboxBody>)))]
+async fn pause(
+    AppState(api): AppState<Api>,
+    Path(id): Path<String>,
+    JsonBody(body): JsonBody<StopBody>,
+) -> Answer<SandboxBody> {
+    refuse_unsupported("pause", &body.other)?;
+    let keep = match body.memory {
+        None => Keep::MemoryIfPossible,
+        Some(true) => Keep::Memory,
+        Some(false) => Keep::Files,
+    };
+    data(api.engine.pause(&id, keep).await?)
 }
 
 /// Starts a session; variables that come with the request are kept.
@@ -210,7 +235,10 @@ async fn resume(
         let env = body.env.into_iter().map(|(name, value)| (name, Some(value))).collect();
         api.engine.update(&id, Changes { env, ..Changes::default() }).await?;
     }
-    data(api.engine.resume(&id).await?)
+    data(match body.memory {
+        Some(false) => api.engine.resume_from_files(&id).await?,
+        _ => api.engine.resume(&id).await?,
+    })
 }
 
 /// Gives a running session more time, from now.
@@ -236,6 +264,7 @@ async fn fork(
         name: body.name,
         count: body.count.unwrap_or(1),
         snapshot: body.snapshot_id,
+        memory: body.memory.unwrap_or(false),
         timeout: timeout(body.timeout_sec, body.timeout_ms)?,
         metadata: body.metadata,
         wait: flag(&params, "wait"),

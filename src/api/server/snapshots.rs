@@ -54,6 +54,7 @@ async fn take_snapshot(
     let own = Retention::of(&api.engine.show(&id)?.record.metadata)?;
     let request = SnapshotRequest {
         comment: body.comment,
+        memory: body.memory.unwrap_or(false),
         stop: body.stop.unwrap_or(false),
         expires_in: timeout(body.expiration_sec.or(own.expiration_sec), None)?,
         keep_last: body.keep_last_snapshots.or(own.keep_last),

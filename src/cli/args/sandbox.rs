@@ -56,10 +56,10 @@ pub enum SandboxCommand {
     /// Look at detached commands and end them
     #[command(subcommand)]
     Command(DetachedCommand),
-    /// End the session, keep the file system
-    Stop(Target),
-    /// Start a session
-    Resume(Target),
+    /// End the session, keep the file system, and what runs if that is asked for
+    Stop(StopArgs),
+    /// Start a session; it goes on with what ran if that was kept
+    Resume(ResumeArgs),
     /// Save the present state under a name
     Snapshot(SnapshotArgs),
     /// List, show and delete snapshots
@@ -110,15 +110,40 @@ pub struct Target {
     pub sandbox: String,
 }
 
+/// `miosa sandbox stop`
+#[derive(Debug, Args)]
+pub struct StopArgs {
+    /// The sandbox
+    #[command(flatten)]
+    pub target: Target,
+    /// Keep what runs, too: the next session goes on with the same processes
+    #[arg(long)]
+    pub memory: bool,
+}
+
+/// `miosa sandbox resume`
+#[derive(Debug, Args)]
+pub struct ResumeArgs {
+    /// The sandbox
+    #[command(flatten)]
+    pub target: Target,
+    /// Start from the files, and give up the memory that was kept
+    #[arg(long)]
+    pub without_memory: bool,
+}
+
 /// `miosa sandbox create`
 #[derive(Debug, Args)]
 pub struct CreateArgs {
     /// Start from this template [default: base]
     #[arg(long, value_name = "NAME", conflicts_with = "snapshot")]
     pub template: Option<String>,
-    /// Start from this snapshot, by id or by unique name
+    /// Start from this snapshot, by id or by unique name; what ran goes on if its memory was kept
     #[arg(long, value_name = "SNAPSHOT")]
     pub snapshot: Option<String>,
+    /// Of a snapshot with memory, take only the files
+    #[arg(long, requires = "snapshot")]
+    pub without_memory: bool,
     /// Name of the sandbox [default: its id]
     #[arg(long)]
     pub name: Option<String>,
@@ -424,6 +449,9 @@ pub struct SnapshotArgs {
     /// Name of the snapshot
     #[arg(long, visible_alias = "comment")]
     pub name: Option<String>,
+    /// With what runs: sandboxes made from it go on with the same processes
+    #[arg(long)]
+    pub memory: bool,
     /// End the session afterwards
     #[arg(long)]
     pub stop: bool,
@@ -510,6 +538,9 @@ pub struct ForkArgs {
     /// From this snapshot of the sandbox and not from its present state
     #[arg(long, value_name = "SNAPSHOT")]
     pub snapshot: Option<String>,
+    /// With what runs: the children go on with the same processes, each for itself
+    #[arg(long)]
+    pub memory: bool,
     /// How long a session of the child may last [default: as the parent's]
     #[arg(long, value_parser = parse_duration, value_name = "DURATION")]
     pub timeout: Option<Duration>,

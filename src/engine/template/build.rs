@@ -316,6 +316,7 @@ impl Bench {
             tags: vec![super::BENCH_TAG.to_owned()],
             volumes: Vec::new(),
             publish_ports: Vec::new(),
+            without_memory: false,
             start: true,
             wait: false,
         };
