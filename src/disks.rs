@@ -26,8 +26,8 @@ use storage::{DiskId, SnapshotId, Source, Store, Usage};
 use crate::engine::error::{Error, Kind, Result};
 use crate::engine::lifecycle::State;
 use crate::engine::records::{
-    Record, SandboxRecord, SnapshotRecord, StepRecord, TemplateRecord, VolumeRecord, VolumeSnapshotRecord, check_name,
-    is_own_name, load_all,
+    BootedRecord, Record, SandboxRecord, SnapshotRecord, StepRecord, TemplateRecord, VolumeRecord,
+    VolumeSnapshotRecord, check_name, is_own_name, load_all,
 };
 use crate::frontend::Traffic;
 pub use archive::ArchiveExport;
@@ -487,7 +487,9 @@ impl Disks {
             let memory = r.memory.map(|m| (Source::Disk(m.disk), owner.clone()));
             memory.into_iter().chain([(Source::Snapshot(r.snapshot), owner)])
         });
-        let templates = load_all::<TemplateRecord>(&self.store)?.into_iter().map(|r| {
+        let templates = load_all::<TemplateRecord>(&self.store)?;
+        let by_state: BTreeMap<_, _> = templates.iter().map(|r| (r.snapshot, r.name.clone())).collect();
+        let templates = templates.into_iter().map(|r| {
             let owner = Owner { kind: OwnerKind::Template, id: r.key().to_owned(), name: None };
             (Source::Snapshot(r.snapshot), owner)
         });
@@ -503,7 +505,12 @@ impl Disks {
             let owner = Owner { kind: OwnerKind::VolumeSnapshot, id: r.id, name: r.name };
             (Source::Snapshot(r.snapshot), owner)
         });
-        let templates = templates.chain(steps);
+        let booted = load_all::<BootedRecord>(&self.store)?.into_iter().filter_map(|r| {
+            let of = by_state.get(&r.template)?;
+            let owner = Owner { kind: OwnerKind::Template, id: of.clone(), name: None };
+            Some([(Source::Snapshot(r.disk), owner.clone()), (Source::Disk(r.memory.disk), owner)])
+        });
+        let templates = templates.chain(steps).chain(booted.flatten());
         Ok(sandboxes.chain(snapshots).chain(templates).chain(volumes).chain(volume_snapshots).collect())
     }
 }

@@ -173,6 +173,7 @@ pub(crate) struct Shared {
     pub(crate) boots: Semaphore,
     warm: warm::Warm,
     memories: memory::Memories,
+    booted: template::booted::Booted,
     pub(crate) metrics: Metrics,
     usage: usage::Ledgers,
     acceleration: OnceCell<vmm::Acceleration>,
@@ -338,6 +339,7 @@ impl Engine {
             boots,
             warm,
             memories: memory::Memories::default(),
+            booted: template::booted::Booted::default(),
             metrics: Metrics::default(),
             usage: usage::Ledgers::default(),
             acceleration: OnceCell::new(),
@@ -396,6 +398,7 @@ impl Engine {
                             && attached.is_empty()
                             && !request.without_memory
                     };
+                    record.pristine = base.pristine.filter(|_| record.disk_size_bytes == base.disk_size_bytes);
                     record.memory = base.memory.as_ref().filter(fits).map(|m| memory::fork(tx, m));
                     put_sandbox(tx, &mut record, source, base.disk_size_bytes)?;
                     Ok(record)
@@ -549,6 +552,7 @@ impl Engine {
         self.shared.closing.store(true, Ordering::Release);
         self.shared.batches.end();
         self.shared.warm.end();
+        self.shared.booted.end();
         let mut ends = tokio::task::JoinSet::new();
         for sandbox in self.shared.registry.sandboxes() {
             ends.spawn(end(sandbox));
@@ -571,6 +575,7 @@ impl Drop for Engine {
     fn drop(&mut self) {
         self.background.iter().for_each(|task| task.abort());
         self.shared.warm.end();
+        self.shared.booted.end();
         // Sandboxes and what they share hold each other.
         self.shared.registry.clear();
     }
@@ -613,6 +618,7 @@ fn record_of(request: &CreateRequest, base: &Base, id: String, name: String, sta
         previews: previews::published(&request.publish_ports),
         unclean: base.unclean,
         memory: None,
+        pristine: None,
         last_error: None,
         machine_id: records::new_machine_id(),
         created_at: Timestamp::now(),
@@ -650,6 +656,8 @@ struct Base {
     image: ImageConfig,
     unclean: bool,
     memory: Option<records::MemoryRecord>,
+    /// It is a template's state.
+    pristine: Option<SnapshotId>,
 }
 
 fn resolve_origin(shared: &Shared, origin: &Origin) -> Result<(Source, Base)> {
@@ -663,6 +671,7 @@ fn resolve_origin(shared: &Shared, origin: &Origin) -> Result<(Source, Base)> {
                 snapshot_id: None,
                 unclean: false,
                 memory: None,
+                pristine: Some(template.snapshot),
             };
             (template.snapshot, base)
         }
@@ -675,6 +684,7 @@ fn resolve_origin(shared: &Shared, origin: &Origin) -> Result<(Source, Base)> {
                 snapshot_id: Some(snapshot.id),
                 unclean: snapshot.consistency == records::Consistency::Crash,
                 memory: snapshot.memory,
+                pristine: None,
             };
             (snapshot.snapshot, base)
         }
@@ -686,6 +696,7 @@ fn resolve_origin(shared: &Shared, origin: &Origin) -> Result<(Source, Base)> {
                 snapshot_id: None,
                 unclean: false,
                 memory: None,
+                pristine: None,
             };
             (state.snapshot, base)
         }

@@ -216,6 +216,7 @@ impl Sandbox {
             disk_size_bytes: snapshot.disk_size_bytes,
             unclean: snapshot.consistency == Consistency::Crash,
             last_error: None,
+            pristine: None,
             ..self.record()
         };
         let from = snapshot.id.clone();
@@ -279,6 +280,7 @@ impl Sandbox {
                 last_error: None,
                 machine_id: new_machine_id(),
                 memory: None,
+                pristine: None,
                 previews: super::previews::inherited(&parent.previews),
                 created_at: Timestamp::now(),
                 started_at: None,

@@ -81,8 +81,8 @@ fn remember(known: &mut HashMap<String, (Weak<GuestMemory>, Bytes)>, of: &Memory
 }
 
 /// Writes a machine's state to a new disk, which is deleted again if that fails; a process that dies leaves it without a
-/// record, and it is deleted at the next start. Blocks.
-fn write(store: &Store, state: &MachineState, key: String, of: &SandboxRecord) -> Result<MemoryRecord> {
+/// record, and it is deleted at the next start. The shape is processors and memory in MiB. Blocks.
+pub(super) fn write(store: &Store, state: &MachineState, key: String, shape: (u32, u64)) -> Result<MemoryRecord> {
     let bytes = state.memory.bytes();
     let devices_bytes = state.devices.len() as u64;
     // At worst every other page is a run.
@@ -118,12 +118,13 @@ fn write(store: &Store, state: &MachineState, key: String, of: &SandboxRecord) -
         disk,
         content,
         key,
-        cpus: of.cpus,
-        memory_mib: of.memory_mib,
+        cpus: shape.0,
+        memory_mib: shape.1,
         memory_bytes: bytes,
         data_bytes,
         devices_bytes,
         runs,
+        of_template: false,
         kept_at: Timestamp::now(),
     })
 }
@@ -226,7 +227,7 @@ impl Sandbox {
             let of = self.record();
             let record = SandboxRecord { state: State::Paused, unclean: true, last_error: None, ..of };
             let write_and_commit = move |store: &Store| {
-                let memory = write(store, &state, key, &record)?;
+                let memory = write(store, &state, key, (record.cpus, record.memory_mib))?;
                 let record = SandboxRecord { memory: Some(memory.clone()), ..record };
                 named(store, &memory, |tx| put_all(tx, std::slice::from_ref(&record)))?;
                 Ok(record)
@@ -312,8 +313,9 @@ impl Sandbox {
         put: impl FnOnce(&mut Transaction<'_>, MemoryRecord) -> Result<T> + Send + 'static,
     ) -> Result<T> {
         let (of, writing) = (self.record(), state.clone());
+        let shape = (of.cpus, of.memory_mib);
         let stored = self.shared.with_store(move |store| {
-            let record = write(store, &writing, key, &of)?;
+            let record = write(store, &writing, key, shape)?;
             Ok((named(store, &record, |tx| put(tx, record.clone()))?, record))
         });
         let (made, record) = stored.await?;
@@ -323,7 +325,11 @@ impl Sandbox {
 }
 
 /// Has `put` name what was written, durably; if that fails it is deleted. Blocks.
-fn named<T>(store: &Store, written: &MemoryRecord, put: impl FnOnce(&mut Transaction<'_>) -> Result<T>) -> Result<T> {
+pub(super) fn named<T>(
+    store: &Store,
+    written: &MemoryRecord,
+    put: impl FnOnce(&mut Transaction<'_>) -> Result<T>,
+) -> Result<T> {
     let mut tx = store.begin();
     let done = put(&mut tx).and_then(|made| {
         tx.commit_durable()?;
@@ -333,7 +339,7 @@ fn named<T>(store: &Store, written: &MemoryRecord, put: impl FnOnce(&mut Transac
 }
 
 /// Deletes what no record names. Blocks.
-fn discard(store: &Store, disk: DiskId) {
+pub(super) fn discard(store: &Store, disk: DiskId) {
     let mut tx = store.begin();
     tx.delete_disk(disk);
     if let Err(error) = tx.commit() {
@@ -342,7 +348,7 @@ fn discard(store: &Store, disk: DiskId) {
 }
 
 /// A machine's memory, if it is its own.
-async fn own_memory(machine: &dyn Machine) -> Result<GuestMemory> {
+pub(super) async fn own_memory(machine: &dyn Machine) -> Result<GuestMemory> {
     machine.memory().await.map_err(|error| {
         Error::new(Kind::MemoryUnavailable, format!("the machine's memory cannot be kept: {}", error.message)).hint(
             "on the FUSE front end forks share memory and keep files only; leave out --memory, or stop and resume it first",

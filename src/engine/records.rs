@@ -101,6 +101,9 @@ pub struct SandboxRecord {
     /// What its next session goes on from, besides its disk.
     #[serde(default)]
     pub memory: Option<MemoryRecord>,
+    /// The template's state that its disk is, for as long as no machine has had it.
+    #[serde(default)]
+    pub pristine: Option<SnapshotId>,
     /// Why it is where it is, if that was not asked for.
     #[serde(default)]
     pub last_error: Option<String>,
@@ -158,6 +161,9 @@ pub struct MemoryRecord {
     pub devices_bytes: u64,
     /// How many runs of memory are not zero.
     pub runs: u64,
+    /// It is a template's: nobody's work is in it.
+    #[serde(default)]
+    pub of_template: bool,
     /// Of which moment it is.
     pub kept_at: Timestamp,
 }
@@ -277,6 +283,21 @@ pub struct TemplateRecord {
     /// The state of its last step that it is a copy of, if it was built by a recipe.
     #[serde(default)]
     pub built_on: Option<SnapshotId>,
+}
+
+/// Disk and memory of a template that has booted.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct BootedRecord {
+    /// The template's state, and the memory's key.
+    pub id: String,
+    /// The template's own state.
+    pub template: SnapshotId,
+    /// That of its disk when it had booted.
+    pub disk: SnapshotId,
+    /// Of the same moment.
+    pub memory: MemoryRecord,
+    /// When a sandbox last began from it.
+    pub used_at: Timestamp,
 }
 
 /// The state after a step of a template's build, from which the next build of the same steps goes on.
@@ -427,6 +448,13 @@ impl Record for TemplateRecord {
     const KIND: &'static str = "template";
     fn key(&self) -> &str {
         &self.name
+    }
+}
+
+impl Record for BootedRecord {
+    const KIND: &'static str = "booted-template";
+    fn key(&self) -> &str {
+        &self.id
     }
 }
 

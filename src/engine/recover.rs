@@ -23,7 +23,7 @@ use super::Shared;
 use super::error::{Error, Result};
 use super::lifecycle::{Decision, Request, State, decide};
 use super::records::{
-    NamedSnapshotRecord, Record, SandboxRecord, SnapshotRecord, StepRecord, TemplateRecord, VolumeRecord,
+    BootedRecord, NamedSnapshotRecord, Record, SandboxRecord, SnapshotRecord, StepRecord, TemplateRecord, VolumeRecord,
     VolumeSnapshotRecord, is_own_name, load_all, put_all,
 };
 use super::sandbox::Sandbox;
@@ -51,13 +51,17 @@ pub(super) async fn run(shared: &Arc<Shared>) -> Result<()> {
         let steps: Vec<StepRecord> = load_all(store)?;
         let states = snapshots.iter().map(|r| r.snapshot).chain(templates.iter().map(|r| r.snapshot));
         let states = states.chain(steps.iter().map(|r| r.snapshot));
+        let booted = booted_of(store, &templates)?;
+        let states = states.chain(booted.iter().map(|r| r.disk));
         let states = states.chain(volume_snapshots.iter().map(|r| r.snapshot)).collect();
         let (ledgers, lost) = Ledgers::load(store, |id| going_on.contains(id))?;
-        let memories = snapshots.iter().filter_map(|r| r.memory.as_ref()).map(|m| m.disk).collect();
+        let memories = snapshots.iter().filter_map(|r| r.memory.as_ref()).chain(booted.iter().map(|r| &r.memory));
+        let memories = memories.map(|m| m.disk).collect();
         put_right(store, &mut sandboxes, &mut volumes, &going_on, (&states, &memories), &lost)?;
-        Ok((sandboxes, snapshots, templates, volumes, volume_snapshots, ledgers))
+        Ok(((sandboxes, snapshots, templates), (volumes, volume_snapshots), (booted, ledgers)))
     });
-    let (sandboxes, snapshots, templates, volumes, volume_snapshots, ledgers) = put_right.await?;
+    let ((sandboxes, snapshots, templates), (volumes, volume_snapshots), (booted, ledgers)) = put_right.await?;
+    shared.booted.restore(booted);
     shared.volumes.restore(volumes, volume_snapshots);
     shared.usage.restore(ledgers);
     for record in sandboxes {
@@ -80,6 +84,19 @@ pub(super) async fn run(shared: &Arc<Shared>) -> Result<()> {
         shared.registry.insert_template(record);
     }
     Ok(())
+}
+
+/// Templates that have booted; the records of those whose template is gone go.
+fn booted_of(store: &Store, templates: &[TemplateRecord]) -> Result<Vec<BootedRecord>> {
+    let all: Vec<BootedRecord> = load_all(store)?;
+    let (booted, gone): (Vec<_>, Vec<_>) =
+        all.into_iter().partition(|r| templates.iter().any(|t| t.snapshot == r.template));
+    if !gone.is_empty() {
+        let mut tx = store.begin();
+        gone.iter().for_each(|r| tx.delete_record(BootedRecord::KIND, &r.id));
+        tx.commit_durable()?;
+    }
+    Ok(booted)
 }
 
 /// By the ids of their sandboxes.

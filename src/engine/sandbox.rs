@@ -260,14 +260,17 @@ impl Sandbox {
     async fn begin_session(self: &Arc<Self>, owner: &mut OwnerGuard) -> Result<()> {
         self.shared.check_open().inspect_err(|_| self.publish(|r| r.state = State::Paused))?;
         let number = self.next_session(owner);
+        // From here on a machine may write to its disk.
+        let pristine = self.record().pristine;
         self.publish(|r| {
+            r.pristine = None;
             r.last_error = None;
             r.started_at = Some(Timestamp::now());
             r.ready_at = None;
         });
         self.shared.usage.session_began(&self.record());
         let begun = match self.save().await {
-            Ok(()) => Session::begin(self, number).await,
+            Ok(()) => Session::begin(self, number, pristine).await,
             Err(error) => Err(error),
         };
         match begun {
@@ -308,7 +311,7 @@ impl Sandbox {
             r.unclean = true;
             r.ready_at.get_or_insert(now);
             r.boot_ms = Some(session.boot.as_millis() as u64);
-            r.boot_path = Some(session.machine.boot_timing().path);
+            r.boot_path = Some(session.way);
             r.accel = Some(session.accel);
         });
         // It runs, whatever is known of that after a crash.

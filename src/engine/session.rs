@@ -4,17 +4,19 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use storage::{SnapshotId, Store};
 use tokio::sync::watch;
 use tokio::time::Instant;
-use vmm::{Accel, Agent, ExecRequest, ExitReason, GuestMemory, Identity, Machine, MachineSpec};
+use vmm::{Accel, Agent, BootPath, ExecRequest, ExitReason, GuestMemory, Identity, Machine, MachineSpec};
 
 use super::Shared;
 use super::devices::Devices;
 use super::error::{Error, Kind, Result};
 use super::memory;
-use super::records::{NetworkPolicy, SandboxRecord, slug};
+use super::records::{MemoryRecord, NetworkPolicy, SandboxRecord, slug};
 use super::sandbox::Sandbox;
 use super::survivor::{SessionRecord, read_state_key, write_deadline, write_state_key};
+use super::template::booted;
 use super::warm;
 
 /// Between two attempts to end a session whose time is up.
@@ -44,6 +46,8 @@ pub(super) struct Session {
     pub(super) began: Instant,
     /// From the call to the agent's answer.
     pub(super) boot: Duration,
+    /// Which way it came up.
+    pub(super) way: BootPath,
     /// What runs the guest's instructions.
     pub(super) accel: Accel,
     /// What a machine must be to go on from this one's state; none if it has none for others.
@@ -58,6 +62,7 @@ struct Started {
     shares: Option<Arc<GuestMemory>>,
     /// It goes on from memory of an earlier moment.
     woken: bool,
+    way: BootPath,
     /// What it could not go on from, and why.
     note: Option<String>,
 }
@@ -65,7 +70,11 @@ struct Started {
 impl Session {
     /// Starts a machine on the sandbox's disk: from its memory if that was kept. On failure nothing is left of it. What is
     /// told beside it is what it could not go on from.
-    pub(super) async fn begin(sandbox: &Arc<Sandbox>, number: u64) -> Result<(Session, Option<String>)> {
+    pub(super) async fn begin(
+        sandbox: &Arc<Sandbox>,
+        number: u64,
+        pristine: Option<SnapshotId>,
+    ) -> Result<(Session, Option<String>)> {
         let (shared, record) = (&sandbox.shared, &sandbox.record());
         let boot_files = shared.templates.boot_files().await?;
         let accel = shared.acceleration(&boot_files).await.accel;
@@ -74,11 +83,11 @@ impl Session {
         let began = Instant::now();
 
         let run_dir = shared.settings.run_root.join(&record.id);
-        let (id, dir, front) = (record.id.clone(), run_dir.clone(), shared.disks.clone());
-        let (root, volumes) = (record.disk, shared.volumes.of(&record.id));
         let timeout = record.timeout_ms.map(|ms| began + Duration::from_millis(ms));
-        let devices = shared
-            .with_store(move |store| {
+        let show = async || {
+            let (id, dir, front) = (record.id.clone(), run_dir.clone(), shared.disks.clone());
+            let (root, volumes) = (sandbox.record().disk, shared.volumes.of(&record.id));
+            let show = move |store: &Store| {
                 private_dir(&dir)
                     .map_err(|e| Error::internal(format!("could not make the directory {}: {e}", dir.display())))?;
                 let devices = Devices::show(store, &*front, (&id, &dir), root, volumes)?;
@@ -89,8 +98,10 @@ impl Session {
                         Err(error)
                     }
                 }
-            })
-            .await?;
+            };
+            shared.with_store(show).await
+        };
+        let mut devices = show().await?;
         let spec = MachineSpec {
             id: record.id.clone(),
             run_dir: run_dir.clone(),
@@ -117,6 +128,14 @@ impl Session {
                 None
             }
         };
+        if let (Some(template), Some(key)) = (pristine, &state_key)
+            && booted::become_one(sandbox, template, key).await
+        {
+            // On another disk.
+            detach(devices).await;
+            devices = show().await?;
+        }
+        let wanted = pristine.map(|template| (template, spec.clone()));
         let started = async {
             write_state_key(&run_dir, state_key.as_deref())?;
             Session::start(sandbox, spec, state_key.as_deref()).await
@@ -130,7 +149,11 @@ impl Session {
         };
         let boot = began.elapsed();
         let mut session = Session::of(number, started.machine, devices, run_dir, (began, timeout), boot, accel);
+        if let (Some((template, spec)), Some(key)) = (wanted, &state_key) {
+            booted::want(shared, template, spec, key);
+        }
         (session.state_key, session._shares) = (state_key, started.shares);
+        session.way = started.way;
         if let Err(error) = session.settle(shared, record, started.woken).await {
             // The machine is up but not usable.
             if let Err(also) = session.end(shared, Ending::Kill).await {
@@ -144,34 +167,49 @@ impl Session {
     /// Starts the machine: from the sandbox's memory, or, if there is none or it is of another machine, from its files.
     async fn start(sandbox: &Arc<Sandbox>, spec: MachineSpec, key: Option<&str>) -> Result<Started> {
         let shared = &sandbox.shared;
-        let (machine, note) = match sandbox.record().memory {
-            Some(memory) if Some(memory.key.as_str()) == key => {
-                let id = sandbox.id();
-                let without = |error: Error| {
-                    error.hint(format!(
-                        "without its memory it starts from its files: miosa sandbox resume {id} --without-memory"
-                    ))
-                };
-                let shares = !spec.disk.outlives_its_server() && shared.registry.have_memory(&memory.content) > 1;
-                let state = shared.memories.get(shared, &memory).await.map_err(without)?;
-                let shares = shares.then(|| state.memory.clone());
-                let loaded = shared.vmm.load(spec, state, shared.settings.boot_deadline).await;
-                let loaded = loaded.map_err(|e| without(e.into()))?;
-                sandbox.forget_memory().await?;
-                let lost =
-                    |e: vmm::Error| Error::from(e).context("its memory is lost; its files are as it had flushed them");
-                return Ok(Started { machine: loaded.go_on().await.map_err(lost)?, shares, woken: true, note: None });
-            }
-            Some(memory) => {
+        let mut note = None;
+        if let Some(memory) = sandbox.record().memory {
+            if Some(memory.key.as_str()) == key {
+                match Session::go_on(sandbox, spec.clone(), &memory).await {
+                    // Nobody's work is in it.
+                    Err(error) if memory.of_template && sandbox.record().memory.is_some() => {
+                        tracing::warn!(sandbox = %sandbox.id(), %error, "it starts from its template's files");
+                        booted::is_of_no_use(shared, &memory.content).await;
+                        sandbox.forget_memory().await?;
+                    }
+                    done => return done,
+                }
+            } else {
                 tracing::warn!(sandbox = %sandbox.id(), kept = memory.key, ?key, "the kept memory is of another machine");
                 sandbox.forget_memory().await?;
-                let note = "its memory was kept by another machine (its size, its network, its volumes, QEMU or miosa are \
-                            others now), so what ran has ended; it started from its files";
-                (warm::start(shared, spec).await?, Some(note.to_owned()))
+                let told = "its memory was kept by another machine (its size, its network, its volumes, QEMU or miosa \
+                            are others now), so what ran has ended; it started from its files";
+                note = Some(told.to_owned());
             }
-            None => (warm::start(shared, spec).await?, None),
+        }
+        let machine = warm::start(shared, spec).await?;
+        Ok(Started { way: machine.boot_timing().path, machine, shares: None, woken: false, note })
+    }
+
+    /// Starts the machine from the sandbox's memory, which is given up in between.
+    async fn go_on(sandbox: &Arc<Sandbox>, spec: MachineSpec, memory: &MemoryRecord) -> Result<Started> {
+        let (shared, id) = (&sandbox.shared, sandbox.id());
+        let without = |error: Error| {
+            let hint =
+                format!("without its memory it starts from its files: miosa sandbox resume {id} --without-memory");
+            error.hint(hint)
         };
-        Ok(Started { machine, shares: None, woken: false, note })
+        let shares = !spec.disk.outlives_its_server()
+            && (memory.of_template || shared.registry.have_memory(&memory.content) > 1);
+        let state = shared.memories.get(shared, memory).await.map_err(without)?;
+        let shares = shares.then(|| state.memory.clone());
+        let loaded = shared.vmm.load(spec, state, shared.settings.boot_deadline).await;
+        let loaded = loaded.map_err(|e| without(e.into()))?;
+        sandbox.forget_memory().await?;
+        let lost = |e: vmm::Error| Error::from(e).context("its memory is lost; its files are as it had flushed them");
+        let machine = loaded.go_on().await.map_err(lost)?;
+        let way = if memory.of_template { BootPath::Warm } else { BootPath::Memory };
+        Ok(Started { machine, shares, way, woken: true, note: None })
     }
 
     pub(super) fn of(
@@ -184,8 +222,8 @@ impl Session {
         accel: Accel,
     ) -> Session {
         let deadline = watch::Sender::new(deadline);
-        let state_key = read_state_key(&run_dir);
-        Session { number, machine, devices, run_dir, deadline, began, boot, accel, state_key, _shares: None }
+        let (state_key, way) = (read_state_key(&run_dir), machine.boot_timing().path);
+        Session { number, machine, devices, run_dir, deadline, began, boot, way, accel, state_key, _shares: None }
     }
 
     /// What a machine must be to go on from this one's state; none if it has none for others.
@@ -373,7 +411,7 @@ async fn make_host_keys(agent: Agent, id: String) {
 }
 
 /// Makes a directory that nobody else can look into.
-fn private_dir(dir: &std::path::Path) -> std::io::Result<()> {
+pub(super) fn private_dir(dir: &std::path::Path) -> std::io::Result<()> {
     use std::os::unix::fs::DirBuilderExt;
     std::fs::DirBuilder::new().recursive(true).mode(0o700).create(dir)
 }

@@ -5,6 +5,7 @@
 //! transaction that registers the state; if the daemon dies before, recovery deletes it. A recipe goes on from such a
 //! state, step by step, in a sandbox: see [`build`].
 
+pub(super) mod booted;
 mod build;
 mod builds;
 
@@ -22,7 +23,7 @@ use vmm::image::{ImageFormat, ReadyImage};
 
 use super::error::{Error, Kind, Result};
 use super::recipe::Recipe;
-use super::records::{Record, SandboxRecord, StepRecord, TemplateRecord, check_name, load_all, new_id};
+use super::records::{BootedRecord, Record, SandboxRecord, StepRecord, TemplateRecord, check_name, load_all, new_id};
 use super::{Engine, Shared};
 use crate::sparse::{data_runs, next_data};
 
@@ -130,9 +131,13 @@ impl Engine {
         self.shared
             .with_store(move |store| {
                 let steps: Vec<StepRecord> = load_all(store)?;
+                let booted: Vec<BootedRecord> = load_all(store)?;
                 let group = |(name, state): &(String, SnapshotId)| {
                     let kept = steps.iter().filter(|step| step.template == *name).map(|step| step.snapshot);
-                    std::iter::once(*state).chain(kept).map(Source::Snapshot).collect()
+                    let booted = || booted.iter().filter(|b| b.template == *state);
+                    let states = std::iter::once(*state).chain(kept).chain(booted().map(|b| b.disk));
+                    let memories = booted().map(|b| Source::Disk(b.memory.disk));
+                    states.map(Source::Snapshot).chain(memories).collect()
                 };
                 let groups: Vec<Vec<Source>> = wanted.iter().map(group).collect();
                 let costs = store.usage_of_groups(&groups)?;
@@ -251,6 +256,7 @@ async fn import_template(
     progress: &Progress,
 ) -> Result<TemplateRecord> {
     let old = shared.registry.template(&name).ok();
+    let replaced = old.as_ref().map(|old| old.snapshot);
     let told = progress.clone();
     let record = shared
         .with_store(move |store| {
@@ -274,8 +280,16 @@ async fn import_template(
             })
         })
         .await?;
-    shared.registry.insert_template(record.clone());
+    registered(shared, &record, replaced).await;
     Ok(record)
+}
+
+/// A template is there from now on, in the place of one whose state is gone.
+async fn registered(shared: &Arc<Shared>, record: &TemplateRecord, replaced: Option<SnapshotId>) {
+    shared.registry.insert_template(record.clone());
+    if let Some(old) = replaced {
+        booted::forget_of(shared, old).await;
+    }
 }
 
 /// Registers a template, and gives up the state of the one it replaces.
@@ -304,6 +318,7 @@ async fn delete(shared: &Arc<Shared>, name: &str) -> Result<TemplateRecord> {
         })
         .await?;
     shared.registry.remove_template(name);
+    booted::forget_of(shared, state).await;
     Ok(record)
 }
 

@@ -59,6 +59,11 @@ impl Warm {
         Self { dir, state: Mutex::default() }
     }
 
+    /// Whether machines are to start without a boot.
+    pub(super) fn is_on(&self) -> bool {
+        self.dir.is_some()
+    }
+
     fn state_of(&self, key: &WarmKey) -> Option<PathBuf> {
         self.dir.as_ref().map(|dir| dir.join(format!("{}-{}", key.base, key.shape)))
     }

@@ -9,7 +9,7 @@ use vmm::BootPath::{Cold, Warm};
 use vmm::fake::Script;
 use vmm::{Error, ErrorKind};
 
-use crate::support::{World, wanted};
+use crate::support::{MARK, World, forks, wanted};
 
 /// An engine that keeps states in this directory.
 async fn world(states: &Path) -> World {
@@ -150,4 +150,86 @@ async fn a_session_that_did_not_boot_goes_on_without_its_daemon() {
     assert_eq!((way(&w, "one"), w.vmm.starts()), (Warm, starts));
     // Without the setting everything boots.
     assert_eq!(again(&w, "one").await, Cold);
+}
+
+/// Whether the sandbox's guest was told that it goes on from an earlier moment.
+fn woken(w: &World, name: &str) -> bool {
+    w.vmm.machine(&w.engine.show(name).unwrap().record.id).unwrap().woken() > 0
+}
+
+/// Templates that have booted.
+fn booted(w: &World) -> usize {
+    w.store.records("booted-template").len()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn sandboxes_begin_where_their_template_has_booted() {
+    let dir = tempfile::tempdir().unwrap();
+    let w = world(dir.path()).await;
+    w.create("one").await;
+    assert!(!woken(&w, "one"));
+    w.until_true(|| booted(&w) == 1).await;
+    w.create("two").await;
+    assert_eq!((way(&w, "two"), woken(&w, "two")), (Warm, true));
+    let machine = w.vmm.machine(&w.engine.show("two").unwrap().record.id).unwrap();
+    assert!(machine.hostname() == "two" && machine.mac().is_some() && machine.clock().is_some());
+    assert!(w.engine.show("two").unwrap().record.memory.is_none());
+    let mut mark = [0; 8];
+    w.disk(w.engine.show("two").unwrap().record.disk).read(0, &mut mark).unwrap();
+    assert_eq!(&mark, MARK, "its disk is its template's");
+    // Its own, one for each sandbox, and the memory of what has booted.
+    w.until_true(|| w.store.disks().len() == 3).await;
+
+    // Only what no machine has had: not its later sessions, nor forks, and not one with a volume or another disk.
+    again(&w, "two").await;
+    assert!(!woken(&w, "two"));
+    w.engine.create(CreateRequest { start: false, ..wanted("rest") }).await.unwrap();
+    w.engine.fork("rest", forks("fork", 1)).await.unwrap();
+    for (name, expected) in [("fork", false), ("rest", true)] {
+        w.engine.resume(name).await.unwrap();
+        assert_eq!(woken(&w, name), expected, "{name}");
+    }
+    let larger = CreateRequest { disk_mib: Some(64), wait: true, ..wanted("larger") };
+    w.engine.create(larger).await.unwrap();
+    assert_eq!((woken(&w, "larger"), booted(&w)), (false, 1));
+    // Another kind of machine is another.
+    w.engine.create(CreateRequest { memory_mib: 512, wait: true, ..wanted("more") }).await.unwrap();
+    w.until_true(|| booted(&w) == 2).await;
+
+    // They outlive the daemon, and go with their template.
+    w.engine.create(CreateRequest { start: false, ..wanted("later") }).await.unwrap();
+    w.import("base").await;
+    assert_eq!(booted(&w), 0);
+    w.engine.resume("later").await.unwrap();
+    assert!(!woken(&w, "later"));
+    w.create("new").await;
+    w.until_true(|| booted(&w) == 1).await;
+    w.engine.delete_template("base").await.unwrap();
+    assert_eq!(booted(&w), 0);
+    let sandboxes = w.engine.list(None).len();
+    w.until_true(|| w.store.disks().len() == sandboxes && w.store.snapshots().is_empty()).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_template_that_has_booted_and_is_of_no_use_costs_nobody_anything() {
+    let dir = tempfile::tempdir().unwrap();
+    let w = world(dir.path()).await;
+    w.create("one").await;
+    w.until_true(|| booted(&w) == 1).await;
+    w.vmm.script(Script { fail_start: Some(Error::new(ErrorKind::StartFailed, "scripted")), ..Script::default() });
+    w.create("two").await;
+    assert_eq!((way(&w, "two"), woken(&w, "two"), booted(&w)), (Warm, false, 0));
+    let record = w.engine.show("two").unwrap().record;
+    assert!(record.last_error.is_none() && record.memory.is_none() && record.state == State::Running);
+    w.create("three").await;
+    assert_eq!((woken(&w, "three"), booted(&w)), (false, 0), "it is not tried again");
+
+    // One of an earlier daemon is of use.
+    let w = world(dir.path()).await;
+    w.create("one").await;
+    w.until_true(|| booted(&w) == 1).await;
+    w.until_true(|| w.store.disks().len() == 2).await;
+    let disks = w.store.disks().len();
+    let w = w.crash().await;
+    assert_eq!((booted(&w), w.store.disks().len()), (1, disks), "nothing of it is lost or left over");
 }

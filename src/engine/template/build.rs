@@ -13,7 +13,7 @@ use jiff::Timestamp;
 use storage::{SnapshotId, Source, Store};
 use vmm::image::ImageConfig;
 
-use super::{BuildRequest, ImageSource, Progress, import, put_template};
+use super::{BuildRequest, ImageSource, Progress, import, put_template, registered};
 use crate::engine::error::{Error, Kind, Result};
 use crate::engine::lifecycle::Request;
 use crate::engine::recipe::{self, DEBIAN, Recipe, RunStep, Step, StepFile};
@@ -210,6 +210,7 @@ async fn register(
         }
     }
     progress("registering the template".to_owned());
+    let replaced = old.as_ref().map(|old| old.snapshot);
     let record = shared
         .with_store(move |store| {
             record.data_bytes = store.logical_bytes(Source::Snapshot(state.snapshot))?;
@@ -227,7 +228,7 @@ async fn register(
             Ok(record)
         })
         .await?;
-    shared.registry.insert_template(record.clone());
+    registered(shared, &record, replaced).await;
     Ok(record)
 }
 
