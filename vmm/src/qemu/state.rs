@@ -38,6 +38,8 @@ const VERSION: u32 = 1;
 const SOCKET: &str = "state.sock";
 /// Most bytes of it that are believed; it has about 400 KB.
 const DEVICES_MAX: u64 = 64 << 20;
+/// How long QEMU may take to tell a machine's state; it takes some 20 ms.
+const PATIENCE: Duration = Duration::from_secs(30);
 /// How often QEMU is asked whether it is done.
 const ASK_EVERY: Duration = Duration::from_millis(2);
 
@@ -85,10 +87,12 @@ pub(super) async fn devices_of(qmp: &Qmp, run_dir: &Path) -> Result<Vec<u8>> {
     let listener = UnixListener::bind(&socket).map_err(io)?;
     ignore_shared(qmp).await?;
     qmp.execute("migrate", json!({ "uri": format!("unix:{}", socket.display()) })).await?;
-    let mut devices = Vec::new();
     let told = async {
+        let mut devices = Vec::new();
         let (stream, _) = listener.accept().await.map_err(io)?;
-        stream.take(DEVICES_MAX).read_to_end(&mut devices).await.map_err(io)
+        stream.take(DEVICES_MAX).read_to_end(&mut devices).await.map_err(io)?;
+        migrated(qmp).await?;
+        Ok(devices)
     };
     // Should it fail before it connects.
     let failed = async {
@@ -98,13 +102,16 @@ pub(super) async fn devices_of(qmp: &Qmp, run_dir: &Path) -> Result<Vec<u8>> {
         }
     };
     let outcome = tokio::select! {
-        told = told => told.map(drop),
+        told = told => told,
         error = failed => Err(error),
+        () = tokio::time::sleep(PATIENCE) => Err(Error::new(ErrorKind::Qmp, "QEMU did not tell a machine's state in time")),
     };
     let _ = fs::remove_file(&socket);
-    outcome?;
-    migrated(qmp).await?;
-    Ok(devices)
+    if outcome.is_err() {
+        // Else it could not go on.
+        let _ = qmp.execute("migrate_cancel", json!({})).await;
+    }
+    outcome
 }
 
 /// Waits until QEMU has told, or been told, a machine's state.
@@ -187,7 +194,8 @@ pub(super) async fn load(
             ignore_shared(&qmp).await?;
             filled.await.map_err(|e| Error::io("fill a guest's memory", e))??;
             qmp.execute("migrate-incoming", json!({ "uri": format!("fd:{}", told.as_raw_fd()) })).await?;
-            migrated(&qmp).await?;
+            let late = |_| Error::new(ErrorKind::BootTimeout, "QEMU did not take the machine's state in time");
+            tokio::time::timeout_at(at, migrated(&qmp)).await.map_err(late)??;
             Ok((qmp, process_ms))
         })
         .await?;
