@@ -200,7 +200,11 @@ async fn make(shared: &Arc<Shared>, template: SnapshotId, spec: MachineSpec, key
         Ok(state) => shared.with_store(move |store| keep(store, (template, disk), shape, &state, key)).await,
         Err(error) => Err(error),
     };
-    let _ = shared.with_store(move |store| Ok(memory::discard(store, disk))).await;
+    let discarded = shared.with_store(move |store| {
+        memory::discard(store, disk);
+        Ok(())
+    });
+    discarded.await?;
     let record = kept?;
     shared.booted.all.lock().insert(record.id.clone(), record.clone());
     Ok(record)
