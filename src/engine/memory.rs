@@ -11,8 +11,8 @@
 //! written to a new disk; (4) one durable transaction: the record says `paused` and names it; (5) the machine is killed.
 //! Until (4) a failure lets the machine go on, and the next daemon finds a machine that is held and lets it go on. From (4)
 //! on the machine is an orphan. Order of a resume: (1) the state is read and given to a new process, whose guest does not run
-//! yet; (2) one durable transaction gives the memory up; (3) the guest goes on. Until (2) a failure leaves the memory; a
-//! daemon that dies after it leaves a machine that is held, which the next one lets go on.
+//! yet; (2) one durable transaction gives the memory up; (3) the guest goes on. Until (2) a failure leaves the memory, and
+//! the next daemon kills such a machine; one that dies after it leaves a machine that is held, which the next one lets go on.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Weak};
@@ -22,7 +22,7 @@ use bytes::Bytes;
 use jiff::Timestamp;
 use storage::{DiskId, Source, Store, Transaction};
 use tokio::time::Instant;
-use vmm::{GuestMemory, Machine, MachineState};
+use vmm::{BootPath, GuestMemory, Machine, MachineState};
 
 use super::Shared;
 use super::error::{Error, Kind, Result};
@@ -249,20 +249,22 @@ impl Sandbox {
         }
     }
 
-    /// Gives the kept memory up, durably. To be done before a guest runs on the disk that it belongs to.
-    pub(super) async fn forget_memory(&self) -> Result<()> {
+    /// Gives the kept memory up, durably. To be done before a guest runs on the disk that it belongs to: one that is to
+    /// `go_on` from it, as the record says then, or another.
+    pub(super) async fn forget_memory(&self, go_on: bool) -> Result<()> {
         let record = self.record();
         if record.memory.is_none() {
             return Ok(());
         }
+        let boot_path = if go_on { Some(BootPath::Memory) } else { record.boot_path };
         let forgotten = move |tx: &mut Transaction<'_>| {
             delete(tx, record.memory.as_ref());
-            let record = SandboxRecord { memory: None, ..record };
+            let record = SandboxRecord { memory: None, boot_path, ..record };
             tx.put_record(SandboxRecord::KIND, &record.id, record.encode()?);
             Ok(())
         };
         self.shared.transact(forgotten).await?;
-        self.publish(|r| r.memory = None);
+        self.publish(|r| (r.memory, r.boot_path) = (None, boot_path));
         Ok(())
     }
 

@@ -1,7 +1,8 @@
 //! What the engine does before it serves: finish what a previous daemon left.
 //!
 //! 1. Records are read. Sandboxes with a session whose machine lives, and whose disk can be shown to it again, are
-//!    survivors: see [`super::survivor`]. Those in which a template was built are not: their builds are over.
+//!    survivors: see [`super::survivor`]. Those in which a template was built are not: their builds are over. Nor are those
+//!    that were to go on from memory that is still kept: they have not begun to.
 //! 2. All other machines are killed: nobody serves their disks. What they flushed is in the store.
 //! 3. Each other sandbox asks the table about [`Request::DaemonRestarted`]: a session that was going becomes `paused`, a
 //!    non-persistent sandbox is destroyed.
@@ -27,7 +28,7 @@ use super::records::{
     VolumeSnapshotRecord, is_own_name, load_all, put_all,
 };
 use super::sandbox::Sandbox;
-use super::survivor::{LOST, Survivor};
+use super::survivor::{LOST, NOT_STARTED, Survivor};
 use super::template::is_bench;
 use super::usage::{Compute, Ledgers};
 
@@ -105,7 +106,8 @@ async fn find_survivors(shared: &Arc<Shared>, sandboxes: &[SandboxRecord]) -> Re
     let live: BTreeSet<PathBuf> = shared.vmm.survivors(run_root).await?.into_iter().collect();
     let goes_on = |r: &&SandboxRecord| {
         let in_session = matches!(r.state, State::Creating | State::Running | State::Snapshotting);
-        in_session && !is_bench(r) && live.contains(&run_root.join(&r.id))
+        // With its memory still kept, its guest has not run on its disk since: it is started from that again.
+        in_session && r.memory.is_none() && !is_bench(r) && live.contains(&run_root.join(&r.id))
     };
     let wanted: Vec<SandboxRecord> = sandboxes.iter().filter(goes_on).cloned().collect();
     let finding = shared.clone();
@@ -133,7 +135,7 @@ fn put_right(
     for record in sandboxes.iter_mut().filter(|record| !going_on.contains(&record.id)) {
         if let Decision::Next(next) = decide(record.state, Request::DaemonRestarted, record.persistent) {
             tracing::info!(sandbox = %record.id, from = record.state.name(), to = next.name(), "left by an earlier daemon");
-            record.last_error = Some(LOST.into());
+            record.last_error = Some(if record.memory.is_some() { NOT_STARTED } else { LOST }.into());
             record.unclean |= record.state != State::Paused;
             record.state = next;
             let had = lost.get(&record.id).copied().unwrap_or_default();

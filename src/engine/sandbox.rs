@@ -240,7 +240,7 @@ impl Sandbox {
     pub(super) async fn resume(self: &Arc<Self>, without_memory: bool) -> Result<SandboxView> {
         let mut owner = self.own().await;
         if without_memory && owner.session.is_none() && self.decide(Request::Resume)?.is_some() {
-            self.forget_memory().await?;
+            self.forget_memory(false).await?;
         }
         self.ensure_session(&mut owner, Request::Resume).await?;
         self.touch();
@@ -267,6 +267,7 @@ impl Sandbox {
             r.last_error = None;
             r.started_at = Some(Timestamp::now());
             r.ready_at = None;
+            (r.boot_ms, r.boot_path) = (None, None);
         });
         self.shared.usage.session_began(&self.record());
         let begun = match self.save().await {

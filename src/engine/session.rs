@@ -175,13 +175,13 @@ impl Session {
                     Err(error) if memory.of_template && sandbox.record().memory.is_some() => {
                         tracing::warn!(sandbox = %sandbox.id(), %error, "it starts from its template's files");
                         booted::is_of_no_use(shared, &memory.content).await;
-                        sandbox.forget_memory().await?;
+                        sandbox.forget_memory(false).await?;
                     }
                     done => return done,
                 }
             } else {
                 tracing::warn!(sandbox = %sandbox.id(), kept = memory.key, ?key, "the kept memory is of another machine");
-                sandbox.forget_memory().await?;
+                sandbox.forget_memory(false).await?;
                 let told = "its memory was kept by another machine (its size, its network, its volumes, QEMU or miosa \
                             are others now), so what ran has ended; it started from its files";
                 note = Some(told.to_owned());
@@ -205,7 +205,7 @@ impl Session {
         let shares = shares.then(|| state.memory.clone());
         let loaded = shared.vmm.load(spec, state, shared.settings.boot_deadline).await;
         let loaded = loaded.map_err(|e| without(e.into()))?;
-        sandbox.forget_memory().await?;
+        sandbox.forget_memory(true).await?;
         let lost = |e: vmm::Error| Error::from(e).context("its memory is lost; its files are as it had flushed them");
         let machine = loaded.go_on().await.map_err(lost)?;
         let way = if memory.of_template { BootPath::Warm } else { BootPath::Memory };

@@ -18,7 +18,7 @@ use std::time::Duration;
 use nix::time::{ClockId, clock_gettime};
 use serde::{Deserialize, Serialize};
 use tokio::time::Instant;
-use vmm::{Accel, DiskAttachment};
+use vmm::{Accel, BootPath, DiskAttachment};
 
 use super::Shared;
 use super::devices::{Devices, VolumeOf};
@@ -161,12 +161,6 @@ impl Session {
         let (shared, record) = (&sandbox.shared, &sandbox.record());
         let Survivor { record: left, deadline, devices } = survivor;
         let run_dir = shared.settings.run_root.join(&record.id);
-        // It has its memory, and what was kept of that is of before.
-        let woken = record.memory.is_some();
-        if let Err(error) = sandbox.forget_memory().await {
-            detach(devices).await;
-            return Err(error);
-        }
         let machine = match shared.vmm.adopt(&run_dir, shared.settings.boot_deadline).await {
             Ok(Some(machine)) => machine,
             Ok(None) => {
@@ -183,10 +177,13 @@ impl Session {
             Some(ms) if record.ready_at.is_some() => Duration::from_millis(ms),
             _ => began.elapsed(),
         };
-        let session = Session::of(number, machine, devices, run_dir, (began, deadline), boot, left.accel);
+        let mut session = Session::of(number, machine, devices, run_dir, (began, deadline), boot, left.accel);
+        // What is known of a machine that is found does not tell whether it had gone on from memory.
+        session.way = record.boot_path.unwrap_or(session.way);
         let usable = async {
             session.until_connected().await?;
             // It was being started: what follows the agent's first answer is still to be done, or done again.
+            let woken = record.boot_path == Some(BootPath::Memory);
             if record.state == State::Creating { session.settle(shared, record, woken).await } else { Ok(()) }
         };
         let usable = usable.await;
@@ -257,6 +254,9 @@ impl Sandbox {
 
 /// What a record says of a session that ended with the daemon.
 pub(super) const LOST: &str = "the daemon ended while the sandbox had a session; what it had flushed is kept";
+
+/// The same of one that was to go on from its memory and had not begun to.
+pub(super) const NOT_STARTED: &str = "the daemon ended while the sandbox was being started; its memory is kept";
 
 #[cfg(test)]
 mod tests {
