@@ -1,6 +1,6 @@
 //! From a call to the first program that has run, with a real daemon, real QEMU and a real Debian guest, by machines that
-//! boot and by machines that go on from a kept state; the store's part of it, measured alone; and how long a snapshot stalls
-//! a running guest's writes.
+//! boot and by machines that go on from a kept state; the store's part of it, measured alone; how long a snapshot stalls a
+//! running guest's writes; and the same of pauses, forks and snapshots with memory, and what kept memory costs.
 //!
 //! `cargo bench --bench lifecycle [-- --json FILE] [--rounds N]`. Needs what `tests/e2e.rs` needs, and the guest's agent
 //! as `MIOSA_AGENT` or beside `miosa`. Times are of the command line, its own start included.
@@ -23,6 +23,16 @@ f = os.open('/workspace/writes', os.O_CREAT | os.O_WRONLY)
 longest, last, end = 0, time.monotonic(), time.monotonic() + 10
 while last < end:
     os.pwrite(f, b'x' * 4096, 0)
+    now = time.monotonic()
+    longest, last = max(longest, now - last), now
+print(int(longest * 1e6))
+";
+
+/// Counts for eight seconds; prints the longest time between two counts, in microseconds.
+const COUNTER: &str = "
+import time
+longest, last, end = 0, time.monotonic(), time.monotonic() + 8
+while last < end:
     now = time.monotonic()
     longest, last = max(longest, now - last), now
 print(int(longest * 1e6))
@@ -122,16 +132,42 @@ impl Daemon {
         }
     }
 
+    /// Pauses, resumes and forks once each, with memory or without, up to the first program that has run.
+    fn memory_round(&self, with: bool, times: &mut [Samples; 3]) {
+        let option: &[&str] = if with { &["--memory"] } else { &[] };
+        let [pause, resume, fork] = times;
+        self.run(&["sandbox", "exec", "parent", "--", "true"]);
+        pause.time(|| self.run(&[&["sandbox", "stop", "parent"], option].concat()));
+        resume.time(|| self.run(&["sandbox", "exec", "parent", "--", "true"]));
+        assert_eq!(self.boot_path("parent") == "memory", with);
+        fork.time(|| {
+            self.run(&[&["sandbox", "fork", "parent", "--name", "child", "--wait"], option].concat());
+            self.run(&["sandbox", "exec", "child", "--", "true"])
+        });
+        assert_eq!(self.boot_path("child") == "memory", with);
+        self.run(&["sandbox", "destroy", "child"]);
+    }
+
+    /// Bytes that the store takes, all of it sealed and nothing in it that nobody refers to.
+    fn stored(&self) -> f64 {
+        self.run(&["store", "seal"]);
+        self.run(&["store", "gc"]);
+        let told: serde_json::Value = serde_json::from_str(&self.run(&["--json", "store", "stats"])).expect("figures");
+        told["pack_bytes"].as_f64().expect("bytes") + told["map_bytes"].as_f64().expect("bytes")
+    }
+
     /// Seconds that guests' file systems have been freezing, kept frozen and thawing so far.
     fn frozen(&self) -> [f64; 3] {
+        PHASES.map(|phase| self.counted(&format!("miosa_freeze_duration_seconds_sum{{phase=\"{phase}\"}} ")))
+    }
+
+    /// A figure of the daemon's.
+    fn counted(&self, name: &str) -> f64 {
         let mut stream = UnixStream::connect(self.dir.path().join("miosa.sock")).expect("the daemon's socket");
         stream.write_all(b"GET /metrics HTTP/1.0\r\nhost: x\r\n\r\n").expect("a request");
         let mut text = String::new();
         stream.read_to_string(&mut text).expect("figures");
-        PHASES.map(|phase| {
-            let name = format!("miosa_freeze_duration_seconds_sum{{phase=\"{phase}\"}} ");
-            text.lines().find_map(|line| line.strip_prefix(&name)).map_or(0.0, |sum| sum.parse().expect("a number"))
-        })
+        text.lines().find_map(|line| line.strip_prefix(name)).map_or(0.0, |sum| sum.parse().expect("a number"))
     }
 }
 
@@ -197,6 +233,61 @@ fn main() {
     report.row("miosa", "writes of a running guest", "longest gap, alone", harness::median(without), "ms");
     report.row("miosa", "writes of a running guest", "longest gap, snapshot", harness::median(with), "ms");
     report.row("miosa", "snapshot of a running guest", "median", harness::median(calls), "ms");
+    with_memory(&mut report, &daemon, rounds);
+}
+
+/// What is kept is what runs, too.
+fn with_memory(report: &mut Report, daemon: &Daemon, rounds: usize) {
+    let (mut files, mut memory): ([Samples; 3], [Samples; 3]) = Default::default();
+    for _ in 0..rounds {
+        daemon.memory_round(false, &mut files);
+        daemon.memory_round(true, &mut memory);
+    }
+    let cases = ["pause", "resume to first exec", "fork to first exec"];
+    for (case, (files, memory)) in cases.iter().zip(files.iter_mut().zip(&mut memory)) {
+        report.row("miosa", &format!("{case}, files"), "median", files.quantile_us(0.5) / 1e3, "ms");
+        report.row("miosa", &format!("{case}, with memory"), "median", memory.quantile_us(0.5) / 1e3, "ms");
+    }
+
+    let large = ["sandbox", "create", "--name", "large", "--memory", "512mb", "--wait"];
+    daemon.run(&large);
+    let exec = |script: &str| daemon.run(&["sandbox", "exec", "large", "--", "python3", "-c", script]);
+    let (mut held, mut gaps, mut calls, mut alone) = (Vec::new(), Vec::new(), Samples::default(), Vec::new());
+    let number = |text: String| text.trim().parse::<f64>().expect("a number") / 1e3;
+    for _ in 0..rounds {
+        alone.push(number(exec(COUNTER)));
+        let before = daemon.counted("miosa_hold_duration_seconds_sum ");
+        let gap = std::thread::scope(|scope| {
+            let counter = scope.spawn(|| exec(COUNTER));
+            std::thread::sleep(Duration::from_secs(3));
+            calls.time(|| daemon.run(&["sandbox", "snapshot", "large", "--memory", "--name", "bench-memory"]));
+            counter.join().expect("the counter")
+        });
+        gaps.push(number(gap));
+        held.push((daemon.counted("miosa_hold_duration_seconds_sum ") - before) * 1e3);
+    }
+    let case = "snapshot with memory of 512 MiB";
+    report.row("miosa", case, "machine held, median", harness::median(held), "ms");
+    report.row("miosa", case, "longest gap, alone", harness::median(alone), "ms");
+    report.row("miosa", case, "longest gap, snapshot", harness::median(gaps), "ms");
+    report.row("miosa", case, "call, median", calls.quantile_us(0.5) / 1e3, "ms");
+    daemon.run(&["sandbox", "destroy", "large"]);
+
+    // A sandbox that has just started and does nothing.
+    let (mut shares, mut bytes) = (Vec::new(), Vec::new());
+    for _ in 0..rounds {
+        daemon.run(&["sandbox", "create", "--name", "idle", "--wait"]);
+        let used = "awk '/MemTotal/ { t = $2 } /MemAvailable/ { a = $2 } END { print t - a }' /proc/meminfo";
+        let used: f64 = daemon.run(&["sandbox", "exec", "idle", "--", "sh", "-c", used]).trim().parse().expect("KiB");
+        let before = daemon.stored();
+        daemon.run(&["sandbox", "stop", "idle", "--memory"]);
+        let cost = daemon.stored() - before;
+        bytes.push(cost / 1e6);
+        shares.push(cost / (used * 1024.0) * 100.0);
+        daemon.run(&["sandbox", "destroy", "idle"]);
+    }
+    report.row("miosa", "an idle sandbox paused with memory", "stored, median", harness::median(bytes), "MB");
+    report.row("miosa", "an idle sandbox paused with memory", "of memory in use", harness::median(shares), "%");
 }
 
 /// The transactions that create, resume and fork wait for.

@@ -18,6 +18,8 @@ use serde_json::Value;
 
 #[path = "cli/desk.rs"]
 mod desk;
+#[path = "e2e/memory.rs"]
+mod memory;
 
 use desk::Desk;
 
