@@ -178,13 +178,16 @@ impl Session {
             _ => began.elapsed(),
         };
         let mut session = Session::of(number, machine, devices, run_dir, (began, deadline), boot, left.accel);
+        // It was held, and has gone on from its own state.
+        let went_on = session.way == BootPath::Memory;
         // What is known of a machine that is found does not tell whether it had gone on from memory.
         session.way = record.boot_path.unwrap_or(session.way);
         let usable = async {
             session.until_connected().await?;
             // It was being started: what follows the agent's first answer is still to be done, or done again.
-            let woken = record.boot_path == Some(BootPath::Memory);
-            if record.state == State::Creating { session.settle(shared, record, woken).await } else { Ok(()) }
+            let woken = went_on || record.boot_path == Some(BootPath::Memory);
+            let is_settled = record.state != State::Creating && !went_on;
+            if is_settled { Ok(()) } else { session.settle(shared, record, woken).await }
         };
         let usable = usable.await;
         if let Err(error) = usable {

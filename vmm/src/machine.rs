@@ -16,7 +16,7 @@ use crate::{Agent, Result};
 pub(crate) use exit::Exit;
 
 /// Everything needed to start a machine.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct MachineSpec {
     /// Name of the machine; for logs and process names. Letters, digits, `-`, `_`, `.`; at most 64.
     pub id: String,
@@ -51,7 +51,7 @@ pub struct MachineSpec {
 }
 
 /// A disk besides the root. The guest is told to mount it: [`Agent::mount`].
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct VolumeDevice {
     /// The device's serial number: 1-20 letters, digits and `-`, unique in the machine. Of a vhost-user back end it is the
     /// back end that says it.
@@ -117,7 +117,7 @@ pub struct Acceleration {
 }
 
 /// What a guest's network reaches.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Network {
     /// Outgoing connections with the host's own address; `eth0` is 10.0.2.15/24. The guest also reaches what listens
     /// on the host's loopback, as 10.0.2.2: QEMU cannot forbid it, so services there must not trust their callers.
@@ -269,8 +269,9 @@ pub trait Vmm: Send + Sync {
 
     /// Takes over the machine that an earlier daemon started in `run_dir` and that outlived it; `None` when there is
     /// none. The guest goes on as it was: what it served to the earlier daemon's agent connection is ended, a frozen
-    /// file system is thawed, a boot that was going on is waited for until `deadline`. The machine's disk must be
-    /// served again by then. Unless a machine is returned, its process is gone.
+    /// file system is thawed, a boot that was going on is waited for until `deadline`, one that was held goes on. The
+    /// machine's disk must be served again by then. A held machine may go on in a new process, from its own state: it came
+    /// up by [`BootPath::Memory`] then, and its guest has to be told. Unless a machine is returned, its process is gone.
     ///
     /// # Errors
     /// As [`Vmm::start`], when there is a machine and it cannot be taken over; `Io` when it cannot be killed either.

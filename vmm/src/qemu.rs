@@ -113,6 +113,7 @@ impl QemuVmm {
             let _ = std::fs::remove_file(stale);
         }
         warm::write_root(spec, launch.course)?;
+        state::write_spec(spec)?;
         let file = |path: &Path| console::create(path).map_err(|e| Error::io(path.display(), e));
         file(&paths.console)?;
         let output = file(&paths.output)?;
@@ -234,16 +235,14 @@ impl Vmm for QemuVmm {
     async fn adopt(&self, run_dir: &Path, deadline: Duration) -> Result<Option<Arc<dyn Machine>>> {
         let (started, at) = (Instant::now(), deadline_at(deadline));
         let adopted = match Process::recorded(run_dir, self.records.clone()) {
-            Ok(Some(process)) => match warm::read_root(run_dir) {
-                Ok(root) => process.into_machine(started, at, Coming::Found(root)).await.map(Some),
-                Err(error) => Err(error),
-            },
+            Ok(Some(process)) => state::take_over(self, process, run_dir, (started, at)).await.map(Some),
             Ok(None) => Ok(None),
             Err(error) => Err(error),
         };
         if let Ok(Some(machine)) = adopted {
-            tracing::info!(run_dir = %run_dir.display(), pid = machine.pid(), ms = machine.timing.agent_ms, "machine taken over");
-            return Ok(Some(Arc::new(machine)));
+            let ms = machine.boot_timing().agent_ms;
+            tracing::info!(run_dir = %run_dir.display(), pid = machine.pid(), ms, "machine taken over");
+            return Ok(Some(machine));
         }
         // Whatever there is of it.
         let left = run_dir.to_owned();
@@ -415,8 +414,6 @@ enum Coming {
     Boot,
     /// It is given a state, and then a root.
     Restored(warm::Restoring),
-    /// An earlier daemon started it: to boot, or, with this root, from a state.
-    Found(Option<Root>),
 }
 
 /// A process that runs; dropping it kills it, unless it was left.
@@ -461,26 +458,39 @@ impl Process {
     /// Takes control of the process and waits for its guest. If that fails, the process is gone.
     async fn into_machine(self, started: Instant, at: Instant, coming: Coming) -> Result<QemuMachine> {
         let control = self.control.clone();
-        let left = move || at.saturating_duration_since(Instant::now());
         let up = |events| async move {
             let qmp = self::control(&control, events, at).await?;
             let process_ms = millis(started);
             let root = match coming {
                 Coming::Boot => None,
                 Coming::Restored(restoring) => Some(restoring.load(&qmp).await?),
-                Coming::Found(root) => {
-                    state::see_it_runs(&qmp).await?;
-                    root
-                }
             };
-            let path = if root.is_some() { BootPath::Warm } else { BootPath::Cold };
+            Ok((qmp, root, process_ms))
+        };
+        let (process, (qmp, root, process_ms)) = self.unless_it_ends(at, up).await?;
+        process.greet(qmp, root, (started, at), process_ms).await
+    }
+
+    /// Waits for the guest's agent, which is told the root that it waits for, if it does. If that fails, the process is gone.
+    async fn greet(
+        self,
+        qmp: Qmp,
+        root: Option<Root>,
+        (started, at): (Instant, Instant),
+        process_ms: u64,
+    ) -> Result<QemuMachine> {
+        let control = self.control.clone();
+        let left = move || at.saturating_duration_since(Instant::now());
+        let path = if root.is_some() { BootPath::Warm } else { BootPath::Cold };
+        let up = |_| async move {
             let agent = Agent::connect(&control.paths.agent, left()).await?;
             if let Some(root) = root {
                 agent.clone().with_timeout(left()).mount_root(warm::told_now(root)).await?;
             }
-            Ok((qmp, agent, BootTiming { path, process_ms, agent_ms: millis(started) }))
+            Ok((agent, millis(started)))
         };
-        let (process, (qmp, agent, timing)) = self.unless_it_ends(at, up).await?;
+        let (process, (agent, agent_ms)) = self.unless_it_ends(at, up).await?;
+        let timing = BootTiming { path, process_ms, agent_ms };
         Ok(QemuMachine { process, qmp, agent, timing, shutting_down: tokio::sync::Mutex::new(()) })
     }
 

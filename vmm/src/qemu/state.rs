@@ -36,6 +36,10 @@ use crate::{Accel, Agent, BootPath, BootTiming, DiskAttachment, Error, ErrorKind
 const VERSION: u32 = 1;
 /// Over which QEMU tells the devices' state.
 const SOCKET: &str = "state.sock";
+/// In a run directory: what QEMU told last, for a daemon that finds the machine held.
+const DEVICES: &str = "devices";
+/// In a run directory: the machine's specification.
+const SPEC: &str = "spec.json";
 /// Most bytes of it that are believed; it has about 400 KB.
 const DEVICES_MAX: u64 = 64 << 20;
 /// How long QEMU may take to tell a machine's state; it takes some 20 ms.
@@ -84,6 +88,8 @@ pub(super) async fn devices_of(qmp: &Qmp, run_dir: &Path) -> Result<Vec<u8>> {
     crate::process::check_socket_path(&socket)?;
     let io = |e| Error::io(socket.display(), e);
     let _ = fs::remove_file(&socket);
+    let kept = run_dir.join(DEVICES);
+    let _ = fs::remove_file(&kept);
     let listener = UnixListener::bind(&socket).map_err(io)?;
     ignore_shared(qmp).await?;
     qmp.execute("migrate", json!({ "uri": format!("unix:{}", socket.display()) })).await?;
@@ -91,6 +97,7 @@ pub(super) async fn devices_of(qmp: &Qmp, run_dir: &Path) -> Result<Vec<u8>> {
         let mut devices = Vec::new();
         let (stream, _) = listener.accept().await.map_err(io)?;
         stream.take(DEVICES_MAX).read_to_end(&mut devices).await.map_err(io)?;
+        fs::write(&kept, &devices).map_err(|e| Error::io(kept.display(), e))?;
         migrated(qmp).await?;
         Ok(devices)
     };
@@ -142,9 +149,59 @@ pub(super) async fn memory_of(qmp: &Qmp, pid: i32) -> Result<GuestMemory> {
     blocking(move || GuestMemory::of_process(pid, bytes).map_err(|e| Error::io("look at a guest's memory", e))).await
 }
 
-/// Sees that a machine runs that an earlier daemon may have left held. Refuses one whose daemon died before it had its
-/// state: nobody can give it that any more.
-pub(super) async fn see_it_runs(qmp: &Qmp) -> Result<()> {
+/// Notes in a machine's run directory what it is.
+pub(super) fn write_spec(spec: &MachineSpec) -> Result<()> {
+    let path = spec.run_dir.join(SPEC);
+    let bytes = serde_json::to_vec(spec).map_err(|e| Error::io(path.display(), e))?;
+    fs::write(&path, bytes).map_err(|e| Error::io(path.display(), e))
+}
+
+/// See [`crate::Vmm::adopt`]. A machine that an earlier daemon has left held goes on. Where its disk is served by another
+/// process, QEMU does not come back to that while it is held (7.2 takes no notice of the connection's end then, and talks to
+/// the new server as to the old one): so it is given its own state in a process of its own. If this fails, its process is
+/// gone.
+pub(super) async fn take_over(
+    vmm: &QemuVmm,
+    process: Process,
+    run_dir: &Path,
+    (started, at): (Instant, Instant),
+) -> Result<Arc<dyn Machine>> {
+    let root = warm::read_root(run_dir)?;
+    let spec: Option<MachineSpec> = fs::read(run_dir.join(SPEC)).ok().and_then(|b| serde_json::from_slice(&b).ok());
+    let spec = spec.filter(|spec| spec.disk.outlives_its_server());
+    let (control, dir, moves) = (process.control.clone(), run_dir.to_owned(), spec.is_some());
+    let (process, (qmp, process_ms, state)) = process
+        .unless_it_ends(at, |events| async move {
+            let qmp = super::control(&control, events, at).await?;
+            let state = match held(&qmp).await? {
+                None => None,
+                Some(held) if moves => Some(state_of(&qmp, &dir, held, control.id.pid).await?),
+                Some(_) => qmp.execute("cont", json!({})).await.map(|_| None)?,
+            };
+            Ok((qmp, super::millis(started), state))
+        })
+        .await?;
+    let (Some(state), Some(spec)) = (state, spec) else {
+        return Ok(Arc::new(process.greet(qmp, root, (started, at), process_ms).await?));
+    };
+    tracing::info!(machine = spec.id, "a machine that was held goes on in a new process");
+    process.control.request_kill();
+    process.control.exit.wait().await;
+    let left = at.saturating_duration_since(Instant::now());
+    Box::new(load(vmm, &spec, state, left).await?).go_on().await
+}
+
+/// How a machine is held.
+enum Held {
+    /// Its devices have not been told.
+    Untold,
+    /// They have been, and are not told again before it has run.
+    Told,
+}
+
+/// Whether a machine is held, and how. Refuses one whose daemon died before it had its state: nobody can give it that any
+/// more.
+async fn held(qmp: &Qmp) -> Result<Option<Held>> {
     loop {
         let status = qmp.execute("query-status", json!({})).await?;
         match status.get("status").and_then(|status| status.as_str()) {
@@ -152,10 +209,22 @@ pub(super) async fn see_it_runs(qmp: &Qmp) -> Result<()> {
                 return Err(Error::new(ErrorKind::StartFailed, "its daemon ended before it had its state"));
             }
             Some("finish-migrate") => tokio::time::sleep(ASK_EVERY).await,
-            Some("paused" | "postmigrate") => return qmp.execute("cont", json!({})).await.map(drop),
-            _ => return Ok(()),
+            Some("paused") => return Ok(Some(Held::Untold)),
+            Some("postmigrate") => return Ok(Some(Held::Told)),
+            _ => return Ok(None),
         }
     }
+}
+
+/// The state of a machine that is held.
+async fn state_of(qmp: &Qmp, run_dir: &Path, held: Held, pid: i32) -> Result<MachineState> {
+    let memory = Arc::new(memory_of(qmp, pid).await?);
+    let path = run_dir.join(DEVICES);
+    let devices = match held {
+        Held::Untold => devices_of(qmp, run_dir).await?,
+        Held::Told => fs::read(&path).map_err(|e| Error::io(path.display(), e))?,
+    };
+    Ok(MachineState { memory, devices: devices.into() })
 }
 
 /// See [`crate::Vmm::load`].
