@@ -64,10 +64,14 @@ impl Memories {
         {
             return Ok(MachineState { memory, devices: devices.clone() });
         }
-        let wanted = of.clone();
-        let state = shared.with_store(move |store| read(store, &wanted)).await?;
+        let state = read_alone(shared, of).await?;
         remember(&mut known, of, &state);
         Ok(state)
+    }
+
+    /// Whether somebody has what a record names.
+    pub(super) async fn are_known(&self, of: &MemoryRecord) -> bool {
+        self.0.lock().await.get(&of.content).is_some_and(|(memory, _)| memory.strong_count() > 0)
     }
 
     async fn put(&self, of: &MemoryRecord, state: &MachineState) {
@@ -127,6 +131,12 @@ pub(super) fn write(store: &Store, state: &MachineState, key: String, shape: (u3
         of_template: false,
         kept_at: Timestamp::now(),
     })
+}
+
+/// What a record names, for nobody else.
+pub(super) async fn read_alone(shared: &Shared, of: &MemoryRecord) -> Result<MachineState> {
+    let of = of.clone();
+    shared.with_store(move |store| read(store, &of)).await
 }
 
 /// Reads a machine's state. Blocks.

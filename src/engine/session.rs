@@ -199,9 +199,15 @@ impl Session {
                 format!("without its memory it starts from its files: miosa sandbox resume {id} --without-memory");
             error.hint(hint)
         };
-        let shares = !spec.disk.outlives_its_server()
-            && (memory.of_template || shared.registry.have_memory(&memory.content) > 1);
-        let state = shared.memories.get(shared, memory).await.map_err(without)?;
+        // Who shares it cannot be kept with memory; of a template that would be every new sandbox.
+        let maps = !spec.disk.outlives_its_server();
+        let others = shared.registry.have_memory(&memory.content) > 1 || shared.memories.are_known(memory).await;
+        let shares = maps && !memory.of_template && others;
+        let state = match maps && !shares {
+            true => memory::read_alone(shared, memory).await,
+            false => shared.memories.get(shared, memory).await,
+        };
+        let state = state.map_err(without)?;
         let shares = shares.then(|| state.memory.clone());
         let loaded = shared.vmm.load(spec, state, shared.settings.boot_deadline).await;
         let loaded = loaded.map_err(|e| without(e.into()))?;

@@ -34,6 +34,8 @@ use crate::engine::{ExecEvent, ExecSpec, RunningExec, TerminalSize};
 use known::Attended;
 pub(super) use known::Terminals;
 
+/// How long a client may take to go once it has been told the end.
+const GOODBYE: Duration = Duration::from_secs(5);
 /// How often a terminal shows that it is alive, and asks the same of its client.
 const KEEP_ALIVE: Duration = Duration::from_secs(15);
 /// How long a client may be silent; it answers what shows it that the terminal is alive.
@@ -195,13 +197,17 @@ fn number(query: &Params, name: &str) -> Result<Option<u16>, ApiError> {
 
 async fn serve(socket: WebSocket, mut attended: Attended, touch: impl Fn()) {
     let (stdin, controls) = (attended.exec.take_stdin(), attended.exec.controls());
-    let (mut sender, receiver) = socket.split();
+    let (mut sender, mut receiver) = socket.split();
     tokio::select! {
         () = show(&mut sender, &mut attended.exec, &touch) => {}
-        () = typed(receiver, stdin, &controls, &touch) => {}
+        () = typed(&mut receiver, stdin, &controls, &touch) => {}
         () = attended.ended.wait() => {}
     }
     let _ = sender.close().await;
+    // Until the client is gone: one that still has something to say, if only an answer to a ping, must not find the
+    // connection closed before it has read the end.
+    let gone = async { while let Some(Ok(_)) = receiver.next().await {} };
+    let _ = tokio::time::timeout(GOODBYE, gone).await;
 }
 
 /// Sends what is shown, and the end.
@@ -237,7 +243,7 @@ async fn show(to: &mut SplitSink<WebSocket, Message>, exec: &mut RunningExec, to
 }
 
 /// Takes what is typed, until the client goes away.
-async fn typed(mut from: SplitStream<WebSocket>, mut stdin: Option<Stdin>, controls: &Controls, touch: &impl Fn()) {
+async fn typed(from: &mut SplitStream<WebSocket>, mut stdin: Option<Stdin>, controls: &Controls, touch: &impl Fn()) {
     // A program that has ended reads no more; its exit is told by the other direction. So errors are of no interest.
     while let Ok(Some(Ok(message))) = tokio::time::timeout(PATIENCE, from.next()).await {
         let bytes = match message {
