@@ -231,9 +231,7 @@ impl Sandbox {
         self.write_back(session).await;
         let began = Instant::now();
         let kept = async {
-            session.machine.hold().await.map_err(not_told)?;
-            let state =
-                MachineState { devices: session.machine.devices().await.map_err(not_told)?, memory: Arc::new(memory) };
+            let state = hold(&*session.machine, memory).await?;
             let of = self.record();
             let record = SandboxRecord { state: State::Paused, unclean: true, last_error: None, ..of };
             let write_and_commit = move |store: &Store| {
@@ -366,6 +364,12 @@ pub(super) async fn own_memory(machine: &dyn Machine) -> Result<GuestMemory> {
             "on the FUSE front end forks share memory and keep files only; leave out --memory, or stop and resume it first",
         )
     })
+}
+
+/// Holds a machine: its memory and its devices from then on, until it goes on.
+pub(super) async fn hold(machine: &dyn Machine, memory: GuestMemory) -> Result<MachineState> {
+    machine.hold().await.map_err(not_told)?;
+    Ok(MachineState { devices: machine.devices().await.map_err(not_told)?, memory: Arc::new(memory) })
 }
 
 /// The VMM does not part with a machine's state.

@@ -177,9 +177,8 @@ impl Registry {
     /// How many sandboxes and snapshots have this memory.
     pub(crate) fn have_memory(&self, content: &str) -> usize {
         let inner = self.inner.lock();
-        let is_it = |memory: Option<&super::records::MemoryRecord>| memory.is_some_and(|m| m.content == content);
-        inner.sandboxes.values().filter(|s| s.has_memory(is_it)).count()
-            + inner.snapshots.values().filter(|s| is_it(s.memory.as_ref())).count()
+        let of_snapshots = inner.snapshots.values().filter(|s| s.memory.as_ref().is_some_and(|m| m.content == content));
+        inner.sandboxes.values().filter(|s| s.has_memory(content)).count() + of_snapshots.count()
     }
 
     /// The sandbox of this id or name.

@@ -23,7 +23,7 @@ use super::error::{Error, Kind, Result};
 use super::lifecycle::{Decision, Refusal, Request, State, decide};
 use super::memory::{self, Keep};
 use super::ports::CONNECTIONS;
-use super::records::{MemoryRecord, Record, SandboxRecord, put_all};
+use super::records::{Record, SandboxRecord, put_all};
 use super::session::{Ending, Session};
 use super::{Compute, SandboxView, Shared};
 
@@ -106,9 +106,9 @@ impl Sandbox {
         self.face.read().record.name.clone()
     }
 
-    /// Whether what is kept of its memory, if anything is, is such.
-    pub(super) fn has_memory(&self, is_it: impl Fn(Option<&MemoryRecord>) -> bool) -> bool {
-        is_it(self.face.read().record.memory.as_ref())
+    /// Whether it has this memory.
+    pub(super) fn has_memory(&self, content: &str) -> bool {
+        self.face.read().record.memory.as_ref().is_some_and(|m| m.content == content)
     }
 
     pub(super) fn record(&self) -> SandboxRecord {

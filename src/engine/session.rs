@@ -201,8 +201,9 @@ impl Session {
         };
         // Who shares it cannot be kept with memory; of a template that would be every new sandbox.
         let maps = !spec.disk.outlives_its_server();
-        let others = shared.registry.have_memory(&memory.content) > 1 || shared.memories.are_known(memory).await;
-        let shares = maps && !memory.of_template && others;
+        let shares = maps
+            && !memory.of_template
+            && (shared.registry.have_memory(&memory.content) > 1 || shared.memories.are_known(memory).await);
         let state = match maps && !shares {
             true => memory::read_alone(shared, memory).await,
             false => shared.memories.get(shared, memory).await,
@@ -240,14 +241,7 @@ impl Session {
     /// Gives the guest what makes it this sandbox and no other. One that was `woken` takes itself for what it was.
     pub(super) async fn settle(&self, shared: &Shared, record: &SandboxRecord, woken: bool) -> Result<()> {
         let agent = self.machine.agent();
-        let identity = Identity {
-            machine_id: record.machine_id.clone(),
-            hostname: slug(&record.name),
-            entropy: rand::random::<[u8; 32]>().to_vec(),
-            unix_nanos: SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_nanos() as u64,
-            mac: Some(mac_of(&record.machine_id)),
-            woken,
-        };
+        let identity = identity(&record.machine_id, slug(&record.name), Some(mac_of(&record.machine_id)), woken);
         let found = within(shared.settings.agent_deadline, "giving the guest its identity", async {
             Ok(agent.identify(identity).await?)
         })
@@ -394,6 +388,18 @@ pub(super) async fn within<T>(deadline: Duration, what: &str, call: impl Future<
         Ok(done) => done,
         Err(_) => Err(Error::new(Kind::AgentTimeout, format!("{what} took longer than {} s", deadline.as_secs()))
             .hint("the guest is overloaded or stuck; try again, or stop and resume the sandbox")),
+    }
+}
+
+/// What makes a guest one sandbox, now.
+pub(super) fn identity(machine_id: &str, hostname: String, mac: Option<[u8; 6]>, woken: bool) -> Identity {
+    Identity {
+        machine_id: machine_id.to_owned(),
+        hostname,
+        entropy: rand::random::<[u8; 32]>().to_vec(),
+        unix_nanos: SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_nanos() as u64,
+        mac,
+        woken,
     }
 }
 

@@ -1,6 +1,5 @@
 //! What runs, kept with the disk: pauses, snapshots and forks with memory.
 
-use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex};
 
 use miosa::engine::error::Kind;
@@ -10,7 +9,7 @@ use vmm::fake::{FakeMachine, Script};
 use vmm::{BootPath, Error, ErrorKind};
 
 use crate::support::{World, forks, named, refused, wanted};
-use crate::survival::{Gate, OpenAtEnd};
+use crate::survival::{Died, dies_during};
 
 /// Where a test's program has its number, in memory and on the disk.
 const PLACES: [u64; 2] = [4_096 + 7, (256 << 20) - 8];
@@ -298,24 +297,7 @@ async fn dies_at(at: usize, machines_too: bool) -> bool {
     let w = World::new().await;
     w.create("one").await;
     count(&w, "one", 100);
-    let gate = Gate::at(at);
-    let _open = OpenAtEnd(gate.clone());
-    w.vmm.on_step(gate.hook());
-    *w.front.hook.lock().unwrap() = Some(gate.hook());
-    let done = Arc::new(Mutex::new(Vec::new()));
-    let working = tokio::spawn(work(w.engine.clone(), done.clone()));
-    w.until_true(|| gate.reached.load(Ordering::SeqCst) || working.is_finished()).await;
-    if !gate.reached.load(Ordering::SeqCst) {
-        working.await.unwrap();
-        return false;
-    }
-    let what = format!("at step {at}, {:?}, after {:?}", *gate.name.lock().unwrap(), *done.lock().unwrap());
-    let done: Vec<_> = done.lock().unwrap().clone();
-    w.vmm.on_step(Arc::new(|_| ()));
-    let w = if machines_too { w.crash().await } else { w.replace().await };
-    let settled = |state| !matches!(state, State::Creating | State::Snapshotting);
-    w.until_true(|| w.engine.list(None).iter().all(|s| settled(s.record.state))).await;
-
+    let Some(Died { _open, w, step, done, what }) = dies_during(w, at, machines_too, work).await else { return false };
     let all = w.engine.list(None);
     let names: Vec<_> = all.iter().map(|s| s.record.name.clone()).collect();
     assert!(names.contains(&"one".to_owned()), "{what}: {names:?}");
@@ -324,7 +306,7 @@ async fn dies_at(at: usize, machines_too: bool) -> bool {
     }
     // Nobody who was paused with memory has lost it, nor one whose machine lives. Once it was given up for a guest to go on,
     // a machine that dies leaves its files.
-    let given_up = machines_too && !matches!(*gate.name.lock().unwrap(), Some("attach" | "load"));
+    let given_up = machines_too && !matches!(step, "attach" | "load");
     let is_paused = done.last() == Some(&"pause") && !given_up;
     let one = w.engine.show("one").unwrap().record;
     assert!(!is_paused || one.memory.is_some() || one.state == State::Running, "{what}: {one:?}");

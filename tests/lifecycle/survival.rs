@@ -104,21 +104,17 @@ async fn machines_of_nobody_are_ended_and_no_others() {
 
 /// Stops at one step: whoever gets there stays until the end of the test.
 #[derive(Default)]
-pub struct Gate {
+struct Gate {
     at: usize,
     steps: AtomicUsize,
-    pub reached: AtomicBool,
+    reached: AtomicBool,
     open: Mutex<bool>,
     opened: Condvar,
-    pub name: Mutex<Option<&'static str>>,
+    name: Mutex<Option<&'static str>>,
 }
 
 impl Gate {
-    pub fn at(step: usize) -> Arc<Gate> {
-        Arc::new(Gate { at: step, ..Gate::default() })
-    }
-
-    pub fn hook(self: &Arc<Self>) -> StepHook {
+    fn hook(self: &Arc<Self>) -> StepHook {
         let gate = self.clone();
         Arc::new(move |name| {
             let step = gate.steps.fetch_add(1, Ordering::SeqCst);
@@ -149,7 +145,7 @@ impl Drop for OpenAtEnd {
 }
 
 /// However the test ends, nobody is left waiting.
-pub struct OpenAtEnd(pub Arc<Gate>);
+pub struct OpenAtEnd(Arc<Gate>);
 
 /// What is done while the daemon dies. What had been answered is in `done`.
 async fn work(engine: Arc<Engine>, done: Arc<Mutex<Vec<&'static str>>>) {
@@ -177,6 +173,47 @@ async fn work(engine: Arc<Engine>, done: Arc<Mutex<Vec<&'static str>>>) {
     did("destroy");
 }
 
+/// What a daemon that died has left, and the next one on it.
+pub struct Died {
+    pub _open: OpenAtEnd,
+    pub w: World,
+    /// Before which step it died.
+    pub step: &'static str,
+    /// What had been answered.
+    pub done: Vec<&'static str>,
+    /// All that in words.
+    pub what: String,
+}
+
+/// Works until step `at`, where the daemon dies, and its machines with it if asked; then everybody comes to rest or goes on
+/// with the next daemon. None if there is no such step.
+pub async fn dies_during<F: Future<Output = ()> + Send + 'static>(
+    w: World,
+    at: usize,
+    machines_too: bool,
+    work: impl FnOnce(Arc<Engine>, Arc<Mutex<Vec<&'static str>>>) -> F,
+) -> Option<Died> {
+    let gate = Arc::new(Gate { at, ..Gate::default() });
+    let _open = OpenAtEnd(gate.clone());
+    w.vmm.on_step(gate.hook());
+    *w.front.hook.lock().unwrap() = Some(gate.hook());
+    let done = Arc::new(Mutex::new(Vec::new()));
+    let working = tokio::spawn(work(w.engine.clone(), done.clone()));
+    w.until_true(|| gate.reached.load(Ordering::SeqCst) || working.is_finished()).await;
+    if !gate.reached.load(Ordering::SeqCst) {
+        working.await.unwrap();
+        return None;
+    }
+    let step = gate.name.lock().unwrap().unwrap();
+    let done: Vec<_> = done.lock().unwrap().clone();
+    let what = format!("at step {at}, {step:?}, after {done:?}");
+    w.vmm.on_step(Arc::new(|_| ()));
+    let w = if machines_too { w.crash().await } else { w.replace().await };
+    let settled = |state| !matches!(state, State::Creating | State::Snapshotting);
+    w.until_true(|| w.engine.list(None).iter().all(|s| settled(s.record.state))).await;
+    Some(Died { _open, w, step, done, what })
+}
+
 /// One run: the daemon dies at step `at`, and its machines with it if asked. False when there is no such step.
 async fn dies_at(at: usize, machines_too: bool) -> bool {
     let w = World::new().await;
@@ -188,25 +225,7 @@ async fn dies_at(at: usize, machines_too: bool) -> bool {
     let volume = w.engine.create_volume(volume).await.unwrap();
     w.disk(volume.disk).write((16 << 20) - 8, b"flushed!").unwrap();
     w.disk(volume.disk).flush().unwrap();
-    let gate = Gate::at(at);
-    let _open = OpenAtEnd(gate.clone());
-    w.vmm.on_step(gate.hook());
-    *w.front.hook.lock().unwrap() = Some(gate.hook());
-    let done = Arc::new(Mutex::new(Vec::new()));
-    let working = tokio::spawn(work(w.engine.clone(), done.clone()));
-    w.until_true(|| gate.reached.load(Ordering::SeqCst) || working.is_finished()).await;
-    if !gate.reached.load(Ordering::SeqCst) {
-        working.await.unwrap();
-        return false;
-    }
-    let what = format!("at step {at}, {:?}, after {:?}", *gate.name.lock().unwrap(), *done.lock().unwrap());
-    let done: Vec<_> = done.lock().unwrap().clone();
-    w.vmm.on_step(Arc::new(|_| ()));
-    let w = if machines_too { w.crash().await } else { w.replace().await };
-
-    // Everybody comes to rest or goes on, and nobody is lost.
-    let settled = |state| !matches!(state, State::Creating | State::Snapshotting);
-    w.until_true(|| w.engine.list(None).iter().all(|s| settled(s.record.state))).await;
+    let Some(Died { _open, w, done, what, .. }) = dies_during(w, at, machines_too, work).await else { return false };
     let names: Vec<_> = w.engine.list(None).into_iter().map(|s| s.record.name).collect();
     assert!(names.contains(&"bystander".to_owned()), "{what}: {names:?}");
     assert!(!done.contains(&"create") || done.contains(&"restore") || names.contains(&"one".to_owned()), "{what}");

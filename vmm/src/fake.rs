@@ -130,11 +130,7 @@ impl FakeVmm {
 impl Vmm for FakeVmm {
     async fn start(&self, spec: MachineSpec, deadline: Duration) -> Result<Arc<dyn Machine>> {
         let started = Instant::now();
-        let (script, hook) = {
-            let mut state = self.state.lock();
-            state.starts += 1;
-            (state.scripts.pop_front().unwrap_or_default(), state.hook.clone())
-        };
+        let (script, hook) = self.next_start();
         step(&hook, "start").await;
         if let Some(error) = script.fail_start {
             return Err(error);
@@ -190,11 +186,7 @@ impl Vmm for FakeVmm {
 
     async fn load(&self, spec: MachineSpec, state: MachineState, deadline: Duration) -> Result<Box<dyn Loaded>> {
         let started = Instant::now();
-        let (script, hook) = {
-            let mut state = self.state.lock();
-            state.starts += 1;
-            (state.scripts.pop_front().unwrap_or_default(), state.hook.clone())
-        };
+        let (script, hook) = self.next_start();
         step(&hook, "load").await;
         if let Some(error) = script.fail_start {
             return Err(error);
@@ -271,6 +263,13 @@ impl Vmm for FakeVmm {
 }
 
 impl FakeVmm {
+    /// What the next start does, and who is told.
+    fn next_start(&self) -> (Script, SharedHook) {
+        let mut state = self.state.lock();
+        state.starts += 1;
+        (state.scripts.pop_front().unwrap_or_default(), state.hook.clone())
+    }
+
     /// A guest that runs.
     fn guest(
         &self,

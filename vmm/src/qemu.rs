@@ -112,8 +112,7 @@ impl QemuVmm {
         for stale in [&paths.qmp, &paths.agent] {
             let _ = std::fs::remove_file(stale);
         }
-        warm::write_root(spec, launch.course)?;
-        state::write_spec(spec)?;
+        state::note(spec, launch.course)?;
         let file = |path: &Path| console::create(path).map_err(|e| Error::io(path.display(), e));
         file(&paths.console)?;
         let output = file(&paths.output)?;

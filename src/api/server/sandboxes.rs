@@ -201,9 +201,7 @@ async fn stop(
     Path(id): Path<String>,
     JsonBody(body): JsonBody<StopBody>,
 ) -> Answer<SandboxBody> {
-    refuse_unsupported("stop", &body.other)?;
-    let keep = if body.memory == Some(true) { Keep::Memory } else { Keep::Files };
-    data(api.engine.pause(&id, keep).await?)
+    end_session(&api, &id, ("stop", Keep::Files), body).await
 }
 
 /// Ends the session; the file system is kept, and what runs, too, where that can be had, unless `memory` says otherwise. The
@@ -214,13 +212,17 @@ async fn pause(
     Path(id): Path<String>,
     JsonBody(body): JsonBody<StopBody>,
 ) -> Answer<SandboxBody> {
-    refuse_unsupported("pause", &body.other)?;
+    end_session(&api, &id, ("pause", Keep::MemoryIfPossible), body).await
+}
+
+async fn end_session(api: &Api, id: &str, (call, default): (&str, Keep), body: StopBody) -> Answer<SandboxBody> {
+    refuse_unsupported(call, &body.other)?;
     let keep = match body.memory {
-        None => Keep::MemoryIfPossible,
+        None => default,
         Some(true) => Keep::Memory,
         Some(false) => Keep::Files,
     };
-    data(api.engine.pause(&id, keep).await?)
+    data(api.engine.pause(id, keep).await?)
 }
 
 /// Starts a session; variables that come with the request are kept.

@@ -14,14 +14,14 @@ use jiff::Timestamp;
 use parking_lot::Mutex;
 use storage::{DiskId, SnapshotId, Source, Store, Transaction};
 use tokio::time::Instant;
-use vmm::{ExecRequest, Identity, MachineSpec, MachineState};
+use vmm::{ExecRequest, MachineSpec, MachineState};
 
 use crate::engine::devices::Devices;
 use crate::engine::error::{Error, Result};
 use crate::engine::memory::{self, own_memory};
 use crate::engine::records::{BootedRecord, MemoryRecord, Record, SandboxRecord, new_id, new_machine_id, put_all};
 use crate::engine::sandbox::Sandbox;
-use crate::engine::session::private_dir;
+use crate::engine::session::{identity, private_dir};
 use crate::engine::{Shared, warm};
 
 /// Most that are kept; the one that was not used for longest goes first.
@@ -215,14 +215,7 @@ async fn state_of(shared: &Arc<Shared>, spec: MachineSpec) -> Result<MachineStat
     let machine = warm::start(shared, spec).await?;
     let agent = machine.agent();
     let taken = async {
-        let identity = Identity {
-            machine_id: new_machine_id(),
-            hostname: "sandbox".into(),
-            entropy: rand::random::<[u8; 32]>().to_vec(),
-            unix_nanos: Timestamp::now().as_nanosecond() as u64,
-            mac: None,
-            woken: true,
-        };
+        let identity = identity(&new_machine_id(), "sandbox".into(), None, true);
         agent.identify(identity).await?;
         let first = ExecRequest { argv: vec!["sh".into(), "-c".into(), "true".into()], ..ExecRequest::default() };
         if let Err(error) = agent.run(first, 4_096).await {
@@ -230,8 +223,7 @@ async fn state_of(shared: &Arc<Shared>, spec: MachineSpec) -> Result<MachineStat
         }
         agent.sync().await?;
         let memory = own_memory(&*machine).await?;
-        machine.hold().await?;
-        Ok(MachineState { devices: machine.devices().await?, memory: Arc::new(memory) })
+        memory::hold(&*machine, memory).await
     };
     let taken = tokio::time::timeout(shared.settings.agent_deadline, taken).await;
     machine.kill().await?;

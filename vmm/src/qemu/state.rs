@@ -20,6 +20,7 @@ use std::time::Duration;
 use async_trait::async_trait;
 use miosa_agent::wire;
 use nix::sys::memfd::{MFdFlags, memfd_create};
+use serde::{Deserialize, Serialize};
 use serde_json::json;
 use tokio::io::AsyncReadExt;
 use tokio::net::UnixListener;
@@ -38,8 +39,8 @@ const VERSION: u32 = 1;
 const SOCKET: &str = "state.sock";
 /// In a run directory: what QEMU told last, for a daemon that finds the machine held.
 const DEVICES: &str = "devices";
-/// In a run directory: the machine's specification.
-const SPEC: &str = "spec.json";
+/// In a run directory: what the machine is.
+const NOTED: &str = "machine.json";
 /// Most bytes of it that are believed; it has about 400 KB.
 const DEVICES_MAX: u64 = 64 << 20;
 /// How long QEMU may take to tell a machine's state; it takes some 20 ms.
@@ -149,11 +150,33 @@ pub(super) async fn memory_of(qmp: &Qmp, pid: i32) -> Result<GuestMemory> {
     blocking(move || GuestMemory::of_process(pid, bytes).map_err(|e| Error::io("look at a guest's memory", e))).await
 }
 
+/// What the next daemon has to know of a machine.
+#[derive(Serialize, Deserialize)]
+struct Noted {
+    spec: MachineSpec,
+    /// Its guest had booted without a root, and is told which.
+    takes_root: bool,
+}
+
 /// Notes in a machine's run directory what it is.
-pub(super) fn write_spec(spec: &MachineSpec) -> Result<()> {
-    let path = spec.run_dir.join(SPEC);
-    let bytes = serde_json::to_vec(spec).map_err(|e| Error::io(path.display(), e))?;
-    fs::write(&path, bytes).map_err(|e| Error::io(path.display(), e))
+pub(super) fn note(spec: &MachineSpec, course: Course) -> Result<()> {
+    let path = spec.run_dir.join(NOTED);
+    let noted = Noted { spec: spec.clone(), takes_root: course == Course::Restore };
+    let written = serde_json::to_vec(&noted).map_err(std::io::Error::from).and_then(|bytes| fs::write(&path, bytes));
+    written.map_err(|e| Error::io(path.display(), e))
+}
+
+/// The machine of this run directory, as it was noted; none if nothing was.
+fn noted(run_dir: &Path) -> Result<Option<Noted>> {
+    let path = run_dir.join(NOTED);
+    match fs::read(&path) {
+        Ok(bytes) => {
+            let noted = serde_json::from_slice(&bytes);
+            noted.map(Some).map_err(|e| Error::new(ErrorKind::Invalid, format!("{}: {e}", path.display())))
+        }
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(Error::io(path.display(), error)),
+    }
 }
 
 /// See [`crate::Vmm::adopt`]. A machine that an earlier daemon has left held goes on. Where its disk is served by another
@@ -166,9 +189,9 @@ pub(super) async fn take_over(
     run_dir: &Path,
     (started, at): (Instant, Instant),
 ) -> Result<Arc<dyn Machine>> {
-    let root = warm::read_root(run_dir)?;
-    let spec: Option<MachineSpec> = fs::read(run_dir.join(SPEC)).ok().and_then(|b| serde_json::from_slice(&b).ok());
-    let spec = spec.filter(|spec| spec.disk.outlives_its_server());
+    let noted = noted(run_dir)?;
+    let root = noted.as_ref().filter(|noted| noted.takes_root).map(|noted| warm::root_of(&noted.spec));
+    let spec = noted.map(|noted| noted.spec).filter(|spec| spec.disk.outlives_its_server());
     let (control, dir, moves) = (process.control.clone(), run_dir.to_owned(), spec.is_some());
     let (process, (qmp, process_ms, state)) = process
         .unless_it_ends(at, |events| async move {

@@ -11,8 +11,8 @@
 //!    other machines, but nobody could take the machine's own state again, nor serve its disk over vhost-user.
 //! 3. The kept memory is copied into the new file: only what is not zero.
 //! 4. QEMU reads the devices' state, and the guest goes on.
-//! 5. The agent is greeted, and told the root disk, the host's clock and random numbers of its own ([`Root`]). What it was
-//!    told is in the run directory, for a daemon that takes the machine over before that is done.
+//! 5. The agent is greeted, and told the root disk, the host's clock and random numbers of its own ([`Root`]). What it is to
+//!    be told is in the run directory, for a daemon that takes the machine over before that is done.
 
 use std::collections::HashMap;
 use std::fs::{self, File};
@@ -46,8 +46,6 @@ const RAM: &str = "ram";
 const DEVICES: &str = "devices";
 /// Written last.
 const RECORD: &str = "state.json";
-/// In a run directory: what a guest that was kept was told it becomes.
-const ROOT: &str = "root.json";
 /// Most bytes of it that are believed; it has about 400 KB.
 const DEVICES_MAX: u64 = 64 << 20;
 
@@ -284,7 +282,7 @@ impl Restoring {
 }
 
 /// What the guest becomes, but for what is told at the moment itself.
-fn root_of(spec: &MachineSpec) -> Root {
+pub(super) fn root_of(spec: &MachineSpec) -> Root {
     Root {
         disk: command::root_disk(spec),
         hostname: spec.hostname.clone(),
@@ -299,34 +297,6 @@ pub(super) fn told_now(root: Root) -> Root {
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     let unix_nanos = u64::try_from(now.as_nanos()).unwrap_or(u64::MAX);
     Root { entropy: rand::random::<[u8; 64]>().to_vec(), unix_nanos, ..root }
-}
-
-/// Notes in a machine's run directory what its guest is to become, or that it boots.
-pub(super) fn write_root(spec: &MachineSpec, course: Course) -> Result<()> {
-    let path = spec.run_dir.join(ROOT);
-    let written = match course {
-        Course::Restore => {
-            serde_json::to_vec(&root_of(spec)).map_err(std::io::Error::from).and_then(|bytes| fs::write(&path, bytes))
-        }
-        Course::Boot | Course::Keep | Course::Load => match fs::remove_file(&path) {
-            Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(error),
-            _ => Ok(()),
-        },
-    };
-    written.map_err(|e| Error::io(path.display(), e))
-}
-
-/// What the guest of a machine that an earlier daemon started was to become; none if it booted.
-pub(super) fn read_root(run_dir: &Path) -> Result<Option<Root>> {
-    let path = run_dir.join(ROOT);
-    match fs::read(&path) {
-        Ok(bytes) => {
-            let root = serde_json::from_slice(&bytes);
-            root.map(Some).map_err(|e| Error::new(ErrorKind::Invalid, format!("{}: {e}", path.display())))
-        }
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
-        Err(error) => Err(Error::io(path.display(), error)),
-    }
 }
 
 #[cfg(test)]
