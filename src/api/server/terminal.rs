@@ -198,10 +198,15 @@ fn number(query: &Params, name: &str) -> Result<Option<u16>, ApiError> {
 async fn serve(socket: WebSocket, mut attended: Attended, touch: impl Fn()) {
     let (stdin, controls) = (attended.exec.take_stdin(), attended.exec.controls());
     let (mut sender, mut receiver) = socket.split();
-    tokio::select! {
-        () = show(&mut sender, &mut attended.exec, &touch) => {}
-        () = typed(&mut receiver, stdin, &controls, &touch) => {}
-        () = attended.ended.wait() => {}
+    let last = tokio::select! {
+        last = show(&mut sender, &mut attended.exec, &touch) => last,
+        () = typed(&mut receiver, stdin, &controls, &touch) => None,
+        () = attended.ended.wait() => None,
+    };
+    // Whoever has read the end finds that the terminal is no longer known.
+    drop(attended);
+    if let Some(last) = last {
+        let _ = sender.send(Message::text(last.to_string())).await;
     }
     let _ = sender.close().await;
     // Until the client is gone: one that still has something to say, if only an answer to a ping, must not find the
@@ -210,15 +215,19 @@ async fn serve(socket: WebSocket, mut attended: Attended, touch: impl Fn()) {
     let _ = tokio::time::timeout(GOODBYE, gone).await;
 }
 
-/// Sends what is shown, and the end.
-async fn show(to: &mut SplitSink<WebSocket, Message>, exec: &mut RunningExec, touch: &impl Fn()) {
+/// Sends what is shown; the last message, which tells how it ended and is still to be sent.
+async fn show(
+    to: &mut SplitSink<WebSocket, Message>,
+    exec: &mut RunningExec,
+    touch: &impl Fn(),
+) -> Option<serde_json::Value> {
     let mut alive = tokio::time::interval(KEEP_ALIVE);
-    let last = loop {
+    loop {
         let event = tokio::select! {
             event = exec.next_event() => event,
             _ = alive.tick() => match to.send(Message::Ping(Default::default())).await {
                 Ok(()) => continue,
-                Err(_) => return,
+                Err(_) => return None,
             },
         };
         let message = match event {
@@ -227,19 +236,17 @@ async fn show(to: &mut SplitSink<WebSocket, Message>, exec: &mut RunningExec, to
                 Message::Binary(bytes)
             }
             Ok(Some(ExecEvent::Exit { code, signal, timed_out })) => {
-                break json!({ "type": "exit", "exit_code": exit_code(code, signal, timed_out), "signal": signal });
+                let code = exit_code(code, signal, timed_out);
+                return Some(json!({ "type": "exit", "exit_code": code, "signal": signal }));
             }
-            Ok(None) => return,
+            Ok(None) => return None,
             Err(error) => {
                 let body = crate::api::stream::error_body(&error);
-                break json!({ "type": "error", "status": error.kind().status(), "error": body });
+                return Some(json!({ "type": "error", "status": error.kind().status(), "error": body }));
             }
         };
-        if to.send(message).await.is_err() {
-            return;
-        }
-    };
-    let _ = to.send(Message::text(last.to_string())).await;
+        to.send(message).await.ok()?;
+    }
 }
 
 /// Takes what is typed, until the client goes away.
