@@ -116,7 +116,7 @@ impl Daemon {
         let expect = |name: &str| assert_eq!(self.boot_path(name), way);
         let [create, resume, fork] = times;
         create.time(|| {
-            self.run(&["sandbox", "create", "--name", &new, "--no-start"]);
+            self.run(&["sandbox", "create", "--name", &new, "--wait"]);
             self.run(&["sandbox", "exec", &new, "--", "true"])
         });
         expect(&new);
@@ -131,6 +131,24 @@ impl Daemon {
         for name in [&new, &child] {
             self.run(&["sandbox", "destroy", name]);
         }
+    }
+
+    /// Waits until a machine waits for the next sandbox.
+    fn until_spare(&self) {
+        let began = Instant::now();
+        while self.counted("miosa_spare_machines ") < 1.0 {
+            assert!(began.elapsed() < Duration::from_secs(60), "no machine waits");
+            std::thread::sleep(Duration::from_millis(50));
+        }
+    }
+
+    /// Creates a sandbox for which no machine waits, up to the first program that has run; it is destroyed.
+    fn create_without_spare(&self, times: &mut Samples) {
+        times.time(|| {
+            self.run(&["sandbox", "create", "--name", "unawaited", "--no-start"]);
+            self.run(&["sandbox", "exec", "unawaited", "--", "true"])
+        });
+        self.run(&["sandbox", "destroy", "unawaited"]);
     }
 
     /// Pauses, resumes and forks once each, with memory or without, up to the first program that has run.
@@ -190,11 +208,17 @@ fn main() {
     let (cold, daemon) = (Daemon::with_parent(&["--no-warm-machines"]), Daemon::with_parent(&[]));
     daemon.until_warm();
     let (mut booted, mut kept): ([Samples; 3], [Samples; 3]) = Default::default();
+    let mut unawaited = Samples::default();
     for round in 0..rounds {
         cold.round(round, "cold", &mut booted);
+        daemon.create_without_spare(&mut unawaited);
+        daemon.until_spare();
         daemon.round(round, "warm", &mut kept);
     }
     drop(cold);
+    let (booted_create, unawaited) = (booted[0].quantile_us(0.5) / 1e3, unawaited.quantile_us(0.5) / 1e3);
+    report.row("miosa", "create to first exec, no machine waits", "median", unawaited, "ms");
+    report.row("miosa", "create to first exec, boot over that", "ratio", booted_create / unawaited, "times");
     for (case, (booted, kept)) in ["create", "resume", "fork"].iter().zip(booted.iter_mut().zip(&mut kept)) {
         let case = format!("{case} to first exec");
         let (cold, warm) = (booted.quantile_us(0.5) / 1e3, kept.quantile_us(0.5) / 1e3);

@@ -65,6 +65,7 @@ pub use named::{NamedSnapshot, NamedSource, Unnamed};
 use records::{NetworkPolicy, SandboxRecord, put_all};
 use registry::Registry;
 use sandbox::Sandbox;
+use template::spare;
 
 pub use batches::{BatchCounts, BatchItemView, BatchRequest, BatchStatus, BatchView, BatchWatch, ItemStatus};
 pub use checkpoint::{ForkRequest, SnapshotRequest};
@@ -100,6 +101,8 @@ pub struct Settings {
     pub probe_dir: PathBuf,
     /// Where states of machines that had booted are kept, for others to start from; none: every machine boots.
     pub warm_dir: Option<PathBuf>,
+    /// Machines that wait, held, for the next sandbox of a template; none with the above.
+    pub spare_machines: usize,
     /// Network of machines.
     pub network: vmm::Network,
     /// Added to the guest kernel's command line.
@@ -129,6 +132,7 @@ impl Default for Settings {
             accel: None,
             probe_dir: PathBuf::from("boot"),
             warm_dir: None,
+            spare_machines: 0,
             network: vmm::Network::User,
             kernel_args: Vec::new(),
             guest: GuestSetup::default(),
@@ -174,6 +178,7 @@ pub(crate) struct Shared {
     warm: warm::Warm,
     memories: memory::Memories,
     booted: template::booted::Booted,
+    spares: spare::Spares,
     pub(crate) metrics: Metrics,
     usage: usage::Ledgers,
     acceleration: OnceCell<vmm::Acceleration>,
@@ -320,6 +325,11 @@ impl Engine {
         &self.shared.metrics
     }
 
+    /// Machines that wait for the next sandbox of a template.
+    pub fn spare_machines(&self) -> usize {
+        self.shared.spares.waiting()
+    }
+
     /// Opens the engine on an open store: ends what a previous daemon left, then serves.
     pub async fn open(parts: Parts) -> Result<Arc<Engine>> {
         let Parts { store, vmm, disks, templates, settings } = parts;
@@ -340,6 +350,7 @@ impl Engine {
             warm,
             memories: memory::Memories::default(),
             booted: template::booted::Booted::default(),
+            spares: spare::Spares::default(),
             metrics: Metrics::default(),
             usage: usage::Ledgers::default(),
             acceleration: OnceCell::new(),
@@ -375,11 +386,20 @@ impl Engine {
         let shared = self.shared.clone();
         self.detached(async move {
             let (source, base) = resolve_origin(&shared, &request.origin)?;
+            let state = if request.start { State::Creating } else { State::Paused };
             let id = records::new_id("sb");
             let name = request.name.clone().unwrap_or_else(|| id.clone());
-            let reservation = shared.registry.reserve_names(std::slice::from_ref(&name))?;
-            let state = if request.start { State::Creating } else { State::Paused };
-            let record = record_of(&request, &base, id, name, state);
+            let mut record = record_of(&request, &base, id, name, state);
+            let reservation = shared.registry.reserve_names(std::slice::from_ref(&record.name))?;
+            record.pristine = base.pristine.filter(|_| record.disk_size_bytes == base.disk_size_bytes);
+            if let Some(template) = record.pristine
+                && (request.start, request.without_memory, request.volumes.is_empty()) == (true, false, true)
+                && let Some(spare) = spare::take(&shared, &spare::KindOf::new(template, &record)).await
+            {
+                let (record, given) = spare::give(&shared, spare, record).await?;
+                let sandbox = Sandbox::new(shared.clone(), record);
+                return begin(&shared, sandbox, reservation, Some(given), request.wait).await;
+            }
             // The commit point: the disk and the record that names it.
             let volumes = match request.volumes.as_slice() {
                 // Nobody waits for a turn to change nothing.
@@ -398,7 +418,6 @@ impl Engine {
                             && attached.is_empty()
                             && !request.without_memory
                     };
-                    record.pristine = base.pristine.filter(|_| record.disk_size_bytes == base.disk_size_bytes);
                     record.memory = base.memory.as_ref().filter(fits).map(|m| memory::fork(tx, m));
                     put_sandbox(tx, &mut record, source, base.disk_size_bytes)?;
                     Ok(record)
@@ -411,23 +430,11 @@ impl Engine {
                 snapshots::used(&shared, from).await;
             }
             let sandbox = Sandbox::new(shared.clone(), record);
-            // Locked before anybody can find it, so that the first session is the first thing that happens to it.
-            let owner = sandbox.own().await;
-            shared.registry.insert(sandbox.clone(), reservation);
             if !request.start {
+                shared.registry.insert(sandbox.clone(), reservation);
                 return Ok(sandbox.view());
             }
-            let starting = tokio::spawn({
-                let sandbox = sandbox.clone();
-                async move { sandbox.start_first(owner).await }.in_current_span()
-            });
-            if request.wait {
-                let started = starting.await;
-                started
-                    .unwrap_or_else(|e| Err(Error::internal(format!("the first start did not end: {e}"))))
-                    .map_err(|e| e.about_sandbox(sandbox.id()))?;
-            }
-            Ok(sandbox.view())
+            begin(&shared, sandbox, reservation, None, request.wait).await
         })
         .await
     }
@@ -553,6 +560,7 @@ impl Engine {
         self.shared.batches.end();
         self.shared.warm.end();
         self.shared.booted.end();
+        spare::end(&self.shared).await;
         let mut ends = tokio::task::JoinSet::new();
         for sandbox in self.shared.registry.sandboxes() {
             ends.spawn(end(sandbox));
@@ -592,6 +600,30 @@ async fn seal_when_wanted(shared: Arc<Shared>) {
             Err(error) => tracing::warn!(%error, "sealing failed; it is tried again after the next stop"),
         }
     }
+}
+
+/// Lets a new sandbox be found, and begins its first session.
+async fn begin(
+    shared: &Arc<Shared>,
+    sandbox: Arc<Sandbox>,
+    reservation: registry::Reservation,
+    spare: Option<spare::Given>,
+    wait: bool,
+) -> Result<SandboxView> {
+    // Locked before anybody can find it, so that the first session is the first thing that happens to it.
+    let owner = sandbox.own().await;
+    shared.registry.insert(sandbox.clone(), reservation);
+    let starting = tokio::spawn({
+        let sandbox = sandbox.clone();
+        async move { sandbox.start_first(owner, spare).await }.in_current_span()
+    });
+    if wait {
+        let started = starting.await;
+        started
+            .unwrap_or_else(|e| Err(Error::internal(format!("the first start did not end: {e}"))))
+            .map_err(|e| e.about_sandbox(sandbox.id()))?;
+    }
+    Ok(sandbox.view())
 }
 
 /// The record of a new sandbox, whose disk is still to be made.

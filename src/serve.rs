@@ -156,6 +156,7 @@ async fn serve(config: &Config, state: &StateDir, store: storage::Store) -> Resu
         probe_dir: config.cache_dir.clone(),
         // Fake machines have no state worth keeping among those of real ones.
         warm_dir: (config.warm_machines && config.vmm == VmmArg::Qemu).then(|| config.cache_dir.join("warm")),
+        spare_machines: config.spare_machines,
         network: match config.network {
             NetworkArg::User => vmm::Network::User,
             NetworkArg::None => vmm::Network::None,

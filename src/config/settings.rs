@@ -67,6 +67,8 @@ pub struct Config {
     pub stop_timeout: Span,
     /// Whether machines start from a kept state of one that had booted.
     pub warm_machines: bool,
+    /// Machines that wait, held, for the next sandbox of a template.
+    pub spare_machines: usize,
     /// Added to the guest kernel's command line.
     pub kernel_args: Vec<String>,
     /// Environment of every command in every sandbox, such as a proxy's address; a sandbox's own goes before it.
@@ -114,6 +116,7 @@ impl Default for Config {
             boot_timeout: Span(Duration::from_secs(120)),
             stop_timeout: Span(Duration::from_secs(45)),
             warm_machines: true,
+            spare_machines: 1,
             kernel_args: Vec::new(),
             guest_env: BTreeMap::new(),
             guest_files: BTreeMap::new(),
@@ -193,6 +196,9 @@ pub struct Flags {
     /// Boot every machine; do not start them from a kept state of one that had booted
     #[arg(long = "no-warm-machines", num_args = 0, default_missing_value = "false")]
     pub warm_machines: Option<bool>,
+    /// Machines that wait, held and with their memory, for the next sandbox of a template; 0: none [default: 1]
+    #[arg(long, value_name = "COUNT")]
+    pub spare_machines: Option<usize>,
     /// Added to the guest kernel's command line
     #[arg(long = "kernel-arg", value_name = "WORD")]
     pub kernel_args: Option<Vec<String>>,

@@ -15,8 +15,10 @@ use std::time::Duration;
 
 use jiff::Timestamp;
 use parking_lot::RwLock;
+use storage::SnapshotId;
 use tokio::sync::{Mutex, OwnedMutexGuard, Semaphore};
 use tokio::time::Instant;
+use vmm::BootPath;
 
 use super::activity::{Activity, InUse};
 use super::error::{Error, Kind, Result};
@@ -25,6 +27,7 @@ use super::memory::{self, Keep};
 use super::ports::CONNECTIONS;
 use super::records::{Record, SandboxRecord, put_all};
 use super::session::{Ending, Session};
+use super::template::spare::Given;
 use super::{Compute, SandboxView, Shared};
 
 /// Destroyed sandboxes are remembered, so that a late caller is told what happened, but not without bound.
@@ -233,8 +236,9 @@ impl Sandbox {
     }
 
     /// The first session, with the lock taken before the sandbox could be found.
-    pub(super) async fn start_first(self: &Arc<Self>, mut owner: OwnerGuard) -> Result<()> {
-        self.begin_session(&mut owner).await
+    /// A machine that was started for it already is taken, if there is one.
+    pub(super) async fn start_first(self: &Arc<Self>, mut owner: OwnerGuard, spare: Option<Given>) -> Result<()> {
+        self.begin_session(&mut owner, spare).await
     }
 
     pub(super) async fn resume(self: &Arc<Self>, without_memory: bool) -> Result<SandboxView> {
@@ -253,11 +257,11 @@ impl Sandbox {
             return Ok(());
         }
         self.publish(|r| r.state = State::Creating);
-        self.begin_session(owner).await
+        self.begin_session(owner, None).await
     }
 
     /// Starts a session; the state is `creating`.
-    async fn begin_session(self: &Arc<Self>, owner: &mut OwnerGuard) -> Result<()> {
+    async fn begin_session(self: &Arc<Self>, owner: &mut OwnerGuard, spare: Option<Given>) -> Result<()> {
         self.shared.check_open().inspect_err(|_| self.publish(|r| r.state = State::Paused))?;
         let number = self.next_session(owner);
         // From here on a machine may write to its disk.
@@ -267,11 +271,12 @@ impl Sandbox {
             r.last_error = None;
             r.started_at = Some(Timestamp::now());
             r.ready_at = None;
-            (r.boot_ms, r.boot_path) = (None, None);
+            // A daemon that finds such a machine knows by this that its guest takes itself for another.
+            (r.boot_ms, r.boot_path) = (None, spare.as_ref().map(|_| BootPath::Memory));
         });
         self.shared.usage.session_began(&self.record());
         let begun = match self.save().await {
-            Ok(()) => Session::begin(self, number, pristine).await,
+            Ok(()) => self.session(number, pristine, spare).await,
             Err(error) => Err(error),
         };
         match begun {
@@ -295,6 +300,22 @@ impl Sandbox {
                 Err(error)
             }
         }
+    }
+
+    /// The session, and what it could not go on from.
+    async fn session(
+        self: &Arc<Self>,
+        number: u64,
+        pristine: Option<SnapshotId>,
+        spare: Option<Given>,
+    ) -> Result<(Session, Option<String>)> {
+        if let Some(spare) = spare {
+            match spare.begin(self, number).await {
+                Ok(session) => return Ok((session, None)),
+                Err(error) => tracing::warn!(sandbox = %self.id, %error, "a spare machine was of no use"),
+            }
+        }
+        Session::begin(self, number, pristine).await
     }
 
     /// The number of a session that is to begin.

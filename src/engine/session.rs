@@ -7,7 +7,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use storage::{SnapshotId, Store};
 use tokio::sync::watch;
 use tokio::time::Instant;
-use vmm::{Accel, Agent, BootPath, ExecRequest, ExitReason, GuestMemory, Identity, Machine, MachineSpec};
+use vmm::{Accel, Agent, BootPath, ExecRequest, ExitReason, GuestMemory, Identity, Loaded, Machine, MachineSpec};
 
 use super::Shared;
 use super::devices::Devices;
@@ -16,7 +16,7 @@ use super::memory;
 use super::records::{MemoryRecord, NetworkPolicy, SandboxRecord, slug};
 use super::sandbox::Sandbox;
 use super::survivor::{SessionRecord, read_state_key, write_deadline, write_state_key};
-use super::template::booted;
+use super::template::{BootFiles, booted, spare};
 use super::warm;
 
 /// Between two attempts to end a session whose time is up.
@@ -84,56 +84,15 @@ impl Session {
 
         let run_dir = shared.settings.run_root.join(&record.id);
         let timeout = record.timeout_ms.map(|ms| began + Duration::from_millis(ms));
-        let show = async || {
-            let (id, dir, front) = (record.id.clone(), run_dir.clone(), shared.disks.clone());
-            let (root, volumes) = (sandbox.record().disk, shared.volumes.of(&record.id));
-            let show = move |store: &Store| {
-                private_dir(&dir)
-                    .map_err(|e| Error::internal(format!("could not make the directory {}: {e}", dir.display())))?;
-                let devices = Devices::show(store, &*front, (&id, &dir), root, volumes)?;
-                match SessionRecord::new(began, &devices, accel).and_then(|r| r.write(&dir, timeout)) {
-                    Ok(()) => Ok(devices),
-                    Err(error) => {
-                        devices.detach();
-                        Err(error)
-                    }
-                }
-            };
-            shared.with_store(show).await
-        };
-        let mut devices = show().await?;
-        let spec = MachineSpec {
-            id: record.id.clone(),
-            run_dir: run_dir.clone(),
-            cpus: record.cpus,
-            memory_mib: u32::try_from(record.memory_mib).unwrap_or(u32::MAX),
-            kernel: boot_files.kernel,
-            initramfs: boot_files.initramfs,
-            disk: devices.root(),
-            volumes: devices.volumes(),
-            accel,
-            hostname: slug(&record.name),
-            network: match record.network_policy {
-                NetworkPolicy::Allow => shared.settings.network,
-                NetworkPolicy::DenyAll => vmm::Network::None,
-            },
-            mac: mac_of(&record.machine_id),
-            kernel_args: shared.settings.kernel_args.clone(),
-            warm: None,
-        };
-        let state_key = match shared.vmm.state_key(&spec).await {
-            Ok(key) => Some(memory::key(&key, record.disk_size_bytes)),
-            Err(error) => {
-                tracing::debug!(sandbox = %record.id, %error, "the machine's memory cannot be kept");
-                None
-            }
-        };
+        let mut devices = show(shared, record, (began, timeout), accel).await?;
+        let spec = spec_of(shared, record, boot_files, &devices, accel);
+        let state_key = state_key(shared, &spec, record.disk_size_bytes).await;
         if let (Some(template), Some(key)) = (pristine, &state_key)
             && booted::become_one(sandbox, template, key).await
         {
             // On another disk.
             detach(devices).await;
-            devices = show().await?;
+            devices = show(shared, &sandbox.record(), (began, timeout), accel).await?;
         }
         let wanted = pristine.map(|template| (template, spec.clone()));
         let started = async {
@@ -151,14 +110,13 @@ impl Session {
         let mut session = Session::of(number, started.machine, devices, run_dir, (began, timeout), boot, accel);
         if let (Some((template, spec)), Some(key)) = (wanted, &state_key) {
             booted::want(shared, template, spec, key);
+            spare::want(shared, template, record, key);
         }
         (session.state_key, session._shares) = (state_key, started.shares);
         session.way = started.way;
         if let Err(error) = session.settle(shared, record, started.woken).await {
             // The machine is up but not usable.
-            if let Err(also) = session.end(shared, Ending::Kill).await {
-                tracing::error!(sandbox = %record.id, error = %also, "ending a session that could not be set up");
-            }
+            session.discard(shared).await;
             return Err(error);
         }
         Ok((session, started.note))
@@ -194,29 +152,44 @@ impl Session {
     /// Starts the machine from the sandbox's memory, which is given up in between.
     async fn go_on(sandbox: &Arc<Sandbox>, spec: MachineSpec, memory: &MemoryRecord) -> Result<Started> {
         let (shared, id) = (&sandbox.shared, sandbox.id());
-        let without = |error: Error| {
+        let (loaded, shares) = load(shared, spec, memory).await.map_err(|error| {
             let hint =
                 format!("without its memory it starts from its files: miosa sandbox resume {id} --without-memory");
             error.hint(hint)
-        };
-        // Who shares it cannot be kept with memory; of a template that would be every new sandbox.
-        let maps = !spec.disk.outlives_its_server();
-        let shares = maps
-            && !memory.of_template
-            && (shared.registry.have_memory(&memory.content) > 1 || shared.memories.are_known(memory).await);
-        let state = match maps && !shares {
-            true => memory::read_alone(shared, memory).await,
-            false => shared.memories.get(shared, memory).await,
-        };
-        let state = state.map_err(without)?;
-        let shares = shares.then(|| state.memory.clone());
-        let loaded = shared.vmm.load(spec, state, shared.settings.boot_deadline).await;
-        let loaded = loaded.map_err(|e| without(e.into()))?;
+        })?;
         sandbox.forget_memory(true).await?;
         let lost = |e: vmm::Error| Error::from(e).context("its memory is lost; its files are as it had flushed them");
         let machine = loaded.go_on().await.map_err(lost)?;
         let way = if memory.of_template { BootPath::Warm } else { BootPath::Memory };
         Ok(Started { machine, shares, way, woken: true, note: None })
+    }
+
+    /// Lets a machine that was started for nobody in particular go on as a sandbox's. On failure nothing is left of it.
+    pub(super) async fn take(mut self, sandbox: &Arc<Sandbox>, number: u64) -> Result<Session> {
+        let (shared, record) = (&sandbox.shared, &sandbox.record());
+        let began = Instant::now();
+        (self.number, self.began, self.way) = (number, began, BootPath::Warm);
+        let taken = async {
+            let timeout = record.timeout_ms.map(|ms| began + Duration::from_millis(ms));
+            SessionRecord::new(began, &self.devices, self.accel)?.write(&self.run_dir, timeout)?;
+            self.deadline.send_replace(timeout);
+            self.machine.go_on().await?;
+            self.boot = began.elapsed();
+            self.settle(shared, record, true).await
+        };
+        if let Err(error) = taken.await {
+            self.discard(shared).await;
+            return Err(error);
+        }
+        Ok(self)
+    }
+
+    /// Ends a session that nobody has used.
+    pub(super) async fn discard(self, shared: &Shared) {
+        let run_dir = self.run_dir.clone();
+        if let Err(error) = self.end(shared, Ending::Kill).await {
+            tracing::error!(run_dir = %run_dir.display(), %error, "ending a session that could not be set up");
+        }
     }
 
     pub(super) fn of(
@@ -366,6 +339,89 @@ pub(super) fn describe_loss(how: &ExitReason) -> Option<String> {
             Some(format!("the machine ended by itself ({message}); what the guest had flushed is kept"))
         }
     }
+}
+
+/// Shows a sandbox's disks to the machine of a session, which is noted in its run directory.
+pub(super) async fn show(
+    shared: &Arc<Shared>,
+    record: &SandboxRecord,
+    (began, timeout): (Instant, Option<Instant>),
+    accel: Accel,
+) -> Result<Devices> {
+    let (id, dir, front) = (record.id.clone(), shared.settings.run_root.join(&record.id), shared.disks.clone());
+    let (root, volumes) = (record.disk, shared.volumes.of(&record.id));
+    let show = move |store: &Store| {
+        private_dir(&dir)
+            .map_err(|e| Error::internal(format!("could not make the directory {}: {e}", dir.display())))?;
+        let devices = Devices::show(store, &*front, (&id, &dir), root, volumes)?;
+        match SessionRecord::new(began, &devices, accel).and_then(|r| r.write(&dir, timeout)) {
+            Ok(()) => Ok(devices),
+            Err(error) => {
+                devices.detach();
+                Err(error)
+            }
+        }
+    };
+    shared.with_store(show).await
+}
+
+/// What a sandbox's machine is.
+pub(super) fn spec_of(
+    shared: &Shared,
+    record: &SandboxRecord,
+    boot_files: BootFiles,
+    devices: &Devices,
+    accel: Accel,
+) -> MachineSpec {
+    MachineSpec {
+        id: record.id.clone(),
+        run_dir: shared.settings.run_root.join(&record.id),
+        cpus: record.cpus,
+        memory_mib: u32::try_from(record.memory_mib).unwrap_or(u32::MAX),
+        kernel: boot_files.kernel,
+        initramfs: boot_files.initramfs,
+        disk: devices.root(),
+        volumes: devices.volumes(),
+        accel,
+        hostname: slug(&record.name),
+        network: match record.network_policy {
+            NetworkPolicy::Allow => shared.settings.network,
+            NetworkPolicy::DenyAll => vmm::Network::None,
+        },
+        mac: mac_of(&record.machine_id),
+        kernel_args: shared.settings.kernel_args.clone(),
+        warm: None,
+    }
+}
+
+/// What a machine must be to go on from the state of such a one; none if its memory cannot be kept.
+pub(super) async fn state_key(shared: &Shared, spec: &MachineSpec, disk_bytes: u64) -> Option<String> {
+    match shared.vmm.state_key(spec).await {
+        Ok(key) => Some(memory::key(&key, disk_bytes)),
+        Err(error) => {
+            tracing::debug!(sandbox = %spec.id, %error, "the machine's memory cannot be kept");
+            None
+        }
+    }
+}
+
+/// A machine with this memory, whose guest does not run yet, and the memory if it shares it with others.
+pub(super) async fn load(
+    shared: &Arc<Shared>,
+    spec: MachineSpec,
+    memory: &MemoryRecord,
+) -> Result<(Box<dyn Loaded>, Option<Arc<GuestMemory>>)> {
+    // Who shares it cannot be kept with memory; of a template that would be every new sandbox.
+    let maps = !spec.disk.outlives_its_server();
+    let shares = maps
+        && !memory.of_template
+        && (shared.registry.have_memory(&memory.content) > 1 || shared.memories.are_known(memory).await);
+    let state = match maps && !shares {
+        true => memory::read_alone(shared, memory).await?,
+        false => shared.memories.get(shared, memory).await?,
+    };
+    let shares = shares.then(|| state.memory.clone());
+    Ok((shared.vmm.load(spec, state, shared.settings.boot_deadline).await?, shares))
 }
 
 /// Ends the service of disks that no machine has written to.

@@ -191,9 +191,7 @@ impl Session {
         };
         let usable = usable.await;
         if let Err(error) = usable {
-            if let Err(also) = session.end(shared, Ending::Kill).await {
-                tracing::error!(sandbox = %record.id, error = %also, "ending a session that could not be taken over");
-            }
+            session.discard(shared).await;
             return Err(error);
         }
         Ok(session)

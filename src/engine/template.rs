@@ -8,6 +8,7 @@
 pub(super) mod booted;
 mod build;
 mod builds;
+pub(super) mod spare;
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
@@ -288,6 +289,7 @@ async fn import_template(
 async fn registered(shared: &Arc<Shared>, record: &TemplateRecord, replaced: Option<SnapshotId>) {
     shared.registry.insert_template(record.clone());
     if let Some(old) = replaced {
+        spare::forget_of(shared, old).await;
         booted::forget_of(shared, old).await;
     }
 }
@@ -318,6 +320,7 @@ async fn delete(shared: &Arc<Shared>, name: &str) -> Result<TemplateRecord> {
         })
         .await?;
     shared.registry.remove_template(name);
+    spare::forget_of(shared, state).await;
     booted::forget_of(shared, state).await;
     Ok(record)
 }

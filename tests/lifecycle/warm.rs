@@ -233,3 +233,91 @@ async fn a_template_that_has_booted_and_is_of_no_use_costs_nobody_anything() {
     let w = w.crash().await;
     assert_eq!((booted(&w), w.store.disks().len()), (1, disks), "nothing of it is lost or left over");
 }
+
+/// Names of the run directories that there are.
+fn sessions(w: &World) -> Vec<String> {
+    let entries = std::fs::read_dir(w.run_dir("x").parent().unwrap()).unwrap().flatten();
+    entries.map(|entry| entry.file_name().into_string().unwrap()).collect()
+}
+
+/// An engine whose template has booted, and for whose next sandbox a machine waits.
+async fn with_spare(states: &Path) -> World {
+    let settings = Settings { warm_dir: Some(states.to_owned()), spare_machines: 1, ..Settings::default() };
+    let w = World::with(settings).await;
+    w.create("one").await;
+    w.until_true(|| booted(&w) == 1).await;
+    assert_eq!(w.engine.spare_machines(), 0, "it is not known yet whether there will be others");
+    w.create("two").await;
+    w.until_true(|| w.engine.spare_machines() == 1).await;
+    w
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_machine_waits_for_the_next_sandbox() {
+    let dir = tempfile::tempdir().unwrap();
+    let w = with_spare(dir.path()).await;
+    assert_eq!(w.engine.list(None).len(), 2, "it is no sandbox");
+    let starts = w.vmm.starts();
+    w.create("three").await;
+    let record = w.engine.show("three").unwrap().record;
+    assert_eq!((record.boot_path, record.state, woken(&w, "three")), (Some(Warm), State::Running, true));
+    let machine = w.vmm.machine(&record.id).unwrap();
+    assert!(machine.hostname() == "three" && machine.clock().is_some());
+    assert_eq!(w.sh("three", "echo up").await.unwrap().0, "up\n");
+    let mut mark = [0; 8];
+    w.disk(record.disk).read(0, &mut mark).unwrap();
+    assert_eq!(&mark, MARK, "its disk is its template's");
+    // The machine that was there, and the one that waits next.
+    w.until_true(|| w.engine.spare_machines() == 1).await;
+    assert_eq!(w.vmm.starts(), starts + 1);
+
+    // Its end is like any other's, and so are its next sessions.
+    assert_eq!(again(&w, "three").await, Warm);
+    assert!(!woken(&w, "three"));
+    w.engine.destroy("three").await.unwrap();
+
+    // One without a name has its id for one, and its timeout counts from now.
+    let timeout = Some(std::time::Duration::from_secs(3600));
+    let unnamed = CreateRequest { name: None, wait: true, timeout, ..wanted("") };
+    let unnamed = w.engine.create(unnamed).await.unwrap();
+    assert_eq!(unnamed.record.name, unnamed.record.id);
+    assert!(unnamed.timeout_remaining.is_some_and(|left| left > std::time::Duration::from_secs(3500)));
+    w.until_true(|| w.engine.spare_machines() == 1).await;
+
+    // Not for another kind, nor one that is not to start.
+    w.engine.create(CreateRequest { start: false, ..wanted("rest") }).await.unwrap();
+    w.engine.create(CreateRequest { memory_mib: 512, wait: true, ..wanted("more") }).await.unwrap();
+    let denied = miosa::engine::records::NetworkPolicy::DenyAll;
+    w.engine.create(CreateRequest { network_policy: denied, wait: true, ..wanted("alone") }).await.unwrap();
+    assert_eq!(w.engine.spare_machines(), 1);
+
+    // It goes with its template, and with the daemon.
+    w.import("base").await;
+    assert_eq!(w.engine.spare_machines(), 0);
+    let w = with_spare(dir.path()).await;
+    w.engine.shutdown(std::time::Duration::from_secs(60)).await.unwrap();
+    assert_eq!((w.engine.spare_machines(), sessions(&w).len()), (0, 0), "nothing of it is left");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_spare_machine_that_is_of_no_use_costs_nobody_anything() {
+    let dir = tempfile::tempdir().unwrap();
+    let w = with_spare(dir.path()).await;
+    // A name that is taken costs nobody the machine.
+    w.engine.create(CreateRequest { wait: true, ..wanted("two") }).await.unwrap_err();
+    assert_eq!(w.engine.spare_machines(), 1);
+    // Its guest does not answer any more.
+    let known: Vec<String> = w.engine.list(None).into_iter().map(|view| view.record.id).collect();
+    let spare = sessions(&w).into_iter().find(|id| !known.contains(id)).unwrap();
+    w.vmm.machine(&spare).unwrap().die("scripted");
+    w.create("three").await;
+    let record = w.engine.show("three").unwrap().record;
+    assert!(record.state == State::Running && record.last_error.is_none());
+    assert_eq!(w.sh("three", "echo up").await.unwrap().0, "up\n");
+
+    // One that waited when its daemon was killed leaves nothing.
+    let w = with_spare(dir.path()).await;
+    let w = w.crash().await;
+    w.until_true(|| w.store.disks().len() == w.engine.list(None).len() + 1).await;
+    assert_eq!(w.engine.spare_machines(), 0);
+}

@@ -55,6 +55,7 @@ pub(super) struct Metrics {
     requests: Family<Asked, Counter>,
     latency: Family<Route, Histogram>,
     sandboxes: Family<InState, Gauge>,
+    spares: Gauge,
     store: Vec<(Read, Gauge)>,
     totals: Vec<(ReadTotal, Counter)>,
     process: Process,
@@ -73,6 +74,8 @@ impl Metrics {
         registry.register_with_unit("http_request_duration", help, Unit::Seconds, latency.clone());
         let sandboxes = Family::<InState, Gauge>::default();
         registry.register("sandboxes", "Sandboxes by state, destroyed ones aside", sandboxes.clone());
+        let spares = Gauge::default();
+        registry.register("spare_machines", "Machines that wait for the next sandbox", spares.clone());
         engine.metrics().register(&mut registry);
         disks.traffic().register(&mut registry);
         let totals = TOTALS.map(|(name, help, read)| {
@@ -87,7 +90,7 @@ impl Metrics {
         });
         let process = Process::register(&mut registry);
         let (store, totals, measured) = (store.into(), totals.into(), Mutex::default());
-        Self { registry, requests, latency, sandboxes, store, totals, process, disks, measured }
+        Self { registry, requests, latency, sandboxes, spares, store, totals, process, disks, measured }
     }
 
     /// The figures as text, those that are read now read now. It may block.
@@ -103,6 +106,7 @@ impl Metrics {
                 self.sandboxes.get_or_create(&InState { state: state.name() }).set(n);
             }
         }
+        self.spares.set(i64::try_from(engine.spare_machines()).unwrap_or(i64::MAX));
         self.measure_store()?;
         self.measure_totals();
         self.process.measure();

@@ -14,14 +14,15 @@ use jiff::Timestamp;
 use parking_lot::Mutex;
 use storage::{DiskId, SnapshotId, Source, Store, Transaction};
 use tokio::time::Instant;
-use vmm::{ExecRequest, MachineSpec, MachineState};
+use vmm::{MachineSpec, MachineState};
 
+use super::spare::rehearse;
 use crate::engine::devices::Devices;
 use crate::engine::error::{Error, Result};
 use crate::engine::memory::{self, own_memory};
-use crate::engine::records::{BootedRecord, MemoryRecord, Record, SandboxRecord, new_id, new_machine_id, put_all};
+use crate::engine::records::{BootedRecord, MemoryRecord, Record, SandboxRecord, new_id, put_all};
 use crate::engine::sandbox::Sandbox;
-use crate::engine::session::{identity, private_dir};
+use crate::engine::session::private_dir;
 use crate::engine::{Shared, warm};
 
 /// Most that are kept; the one that was not used for longest goes first.
@@ -79,10 +80,23 @@ fn put_delete(tx: &mut Transaction<'_>, record: &BootedRecord) {
     tx.delete_record(BootedRecord::KIND, &record.id);
 }
 
+/// The one of a template's state and a machine's key.
+pub(super) fn of(shared: &Shared, template: SnapshotId, key: &str) -> Option<BootedRecord> {
+    shared.booted.all.lock().get(&id_of(template, key)).cloned()
+}
+
+/// Notes that a sandbox began from one; its record as it is then.
+pub(super) fn used(shared: &Shared, id: &str, now: Timestamp) -> Option<BootedRecord> {
+    let mut all = shared.booted.all.lock();
+    let known = all.get_mut(id)?;
+    known.used_at = now;
+    Some(known.clone())
+}
+
 /// Makes a sandbox that no machine has had what its template is when it has booted, if there is such a one. Whether it did.
 pub(in crate::engine) async fn become_one(sandbox: &Arc<Sandbox>, template: SnapshotId, key: &str) -> bool {
     let shared = sandbox.shared.clone();
-    let Some(booted) = shared.booted.all.lock().get(&id_of(template, key)).cloned() else { return false };
+    let Some(booted) = of(&shared, template, key) else { return false };
     let record = sandbox.record();
     let (from, now) = (booted.clone(), Timestamp::now());
     let became = move |tx: &mut Transaction<'_>| {
@@ -97,9 +111,7 @@ pub(in crate::engine) async fn become_one(sandbox: &Arc<Sandbox>, template: Snap
     match shared.transact(became).await {
         Ok(record) => {
             sandbox.publish(|r| (r.disk, r.memory, r.unclean) = (record.disk, record.memory, record.unclean));
-            if let Some(known) = shared.booted.all.lock().get_mut(&booted.id) {
-                known.used_at = now;
-            }
+            used(&shared, &booted.id, now);
             true
         }
         Err(error) => {
@@ -215,12 +227,7 @@ async fn state_of(shared: &Arc<Shared>, spec: MachineSpec) -> Result<MachineStat
     let machine = warm::start(shared, spec).await?;
     let agent = machine.agent();
     let taken = async {
-        let identity = identity(&new_machine_id(), "sandbox".into(), None, true);
-        agent.identify(identity).await?;
-        let first = ExecRequest { argv: vec!["sh".into(), "-c".into(), "true".into()], ..ExecRequest::default() };
-        if let Err(error) = agent.run(first, 4_096).await {
-            tracing::debug!(%error, "a template without a shell");
-        }
+        rehearse(&agent).await?;
         agent.sync().await?;
         let memory = own_memory(&*machine).await?;
         memory::hold(&*machine, memory).await

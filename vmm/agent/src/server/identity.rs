@@ -56,7 +56,11 @@ pub(super) fn assume(system: &dyn System, identity: &Identity) -> std::result::R
         if fs::symlink_metadata(&dbus).is_ok_and(|meta| meta.is_file()) {
             put(&dbus, &format!("{id}\n"), 0o444).map_err(failed("write the machine id"))?;
         }
-        put(&system.path(MACHINE_ID)?, &format!("{id}\n"), 0o444).map_err(failed("write the machine id"))?;
+        let path = system.path(MACHINE_ID)?;
+        let machine_id = prepare(&path, &format!("{id}\n"), 0o444).map_err(failed("write the machine id"))?;
+        // One wait for all of them.
+        system.sync();
+        machine_id.put_at(&path).map_err(failed("write the machine id"))?;
     }
     if identity.woken {
         // Last: programs connect anew at once, and are to do so as who they are now.
@@ -107,16 +111,20 @@ fn remove(path: &Path) -> Result<()> {
     }
 }
 
-/// Puts a small file in place, whole or not at all. A link is replaced by the file.
+/// Puts a small file in place; it is durable once all that was written is. A link is replaced by the file.
 fn put(path: &Path, text: &str, mode: u32) -> Result<()> {
+    prepare(path, text, mode)?.put_at(path)
+}
+
+/// A small file that is still to be put in place.
+fn prepare(path: &Path, text: &str, mode: u32) -> Result<Temporary> {
     if let Some(parent) = path.parent() {
         make_parents(parent)?;
     }
     let temporary = Temporary::beside(path)?;
     (&temporary.file).write_all(text.as_bytes())?;
     temporary.file.set_permissions(fs::Permissions::from_mode(mode))?;
-    temporary.file.sync_all()?;
-    temporary.put_at(path)
+    Ok(temporary)
 }
 
 #[cfg(test)]
