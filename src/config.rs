@@ -89,6 +89,11 @@ impl StateDir {
         self.root.join("attached")
     }
 
+    /// Copies of the whole store, each in a directory that is a state directory of its own.
+    pub fn backups(&self) -> PathBuf {
+        self.root.join("backups")
+    }
+
     /// Held by the one daemon of this directory.
     pub fn lock(&self) -> PathBuf {
         self.root.join("daemon.lock")

@@ -23,6 +23,7 @@ use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
 use storage::{DiskId, SnapshotId, Source, Store, Usage};
 
+use crate::config::StateDir;
 use crate::engine::error::{Error, Kind, Result};
 use crate::engine::lifecycle::State;
 use crate::engine::records::{
@@ -31,6 +32,7 @@ use crate::engine::records::{
 };
 use crate::frontend::Traffic;
 pub use archive::ArchiveExport;
+use attach::private_dir;
 pub use attach::{Attachment, Frontend};
 pub use files::{Content, FileView, Listing, Still};
 pub use publish::PublishRequest;
@@ -169,6 +171,7 @@ pub struct Disks {
     store: Store,
     /// For sockets, the mount, and files without names.
     dir: PathBuf,
+    backups: PathBuf,
     /// An engine works on the same store.
     with_engine: bool,
     attached: Mutex<BTreeMap<Source, attach::Shown>>,
@@ -179,8 +182,8 @@ pub struct Disks {
 }
 
 impl Disks {
-    /// The disks of `store`; `dir` is where attached ones appear. Removes what operations left that did not end.
-    pub fn open(store: Store, dir: PathBuf, with_engine: bool) -> Result<Arc<Self>> {
+    /// The disks of `store`, which is that of `state`. Removes what operations left that did not end.
+    pub fn open(store: Store, state: &StateDir, with_engine: bool) -> Result<Arc<Self>> {
         let left = store.records(TEMPORARY);
         if !left.is_empty() {
             let mut tx = store.begin();
@@ -201,13 +204,32 @@ impl Disks {
         }
         Ok(Arc::new(Self {
             store,
-            dir,
+            dir: state.attached(),
+            backups: state.backups(),
             with_engine,
             attached: Mutex::default(),
             mount: Mutex::default(),
             traffic: Traffic::default(),
             changing: Mutex::default(),
         }))
+    }
+
+    /// Copies the whole store, as of one moment, into a state directory of its own below [`StateDir::backups`]: where that
+    /// is, and what it is made of. Blocks; sandboxes go on.
+    ///
+    /// # Errors
+    /// `invalid_input` for a name that cannot be one or is taken; `store_full`, `internal_error`: then nothing of it is left.
+    pub fn back_up(&self, name: &str) -> Result<(PathBuf, storage::BackupReport)> {
+        check_name("backup", name)?;
+        let place = self.backups.join(name);
+        if place.exists() {
+            return Err(Error::invalid(format!("there is a backup {name:?} already"))
+                .hint(format!("choose another name, or remove {}", place.display())));
+        }
+        private_dir(&place).map_err(|e| Error::internal(format!("could not make {}: {e}", place.display())))?;
+        let copied = self.store.backup(&place.join("store")).map_err(Error::from);
+        let report = copied.inspect_err(|_| drop(std::fs::remove_dir(&place)))?;
+        Ok((place, report))
     }
 
     /// The store.

@@ -144,7 +144,7 @@ async fn serve(config: &Config, state: &StateDir, store: storage::Store) -> Resu
         }
     };
     let previews = bind_previews(config).await?;
-    let users_disks = Disks::open(store.clone(), state.attached(), true)?;
+    let users_disks = Disks::open(store.clone(), state, true)?;
     let disks = disks::open(config.disk_frontend, config.vmm, &state.fuse(), users_disks.traffic().clone())?;
     let settings = Settings {
         run_root: state.run(),

@@ -60,6 +60,30 @@ pub struct AttachDiskBody {
     pub frontend: Frontend,
 }
 
+/// Asks for a copy of the whole store.
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
+#[allow(missing_docs)]
+pub struct BackupBody {
+    pub name: String,
+}
+
+/// A copy of the whole store.
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
+pub struct BackupView {
+    /// Its name.
+    pub name: String,
+    /// A state directory of its own, on the daemon's machine.
+    pub path: String,
+    /// Packs in it.
+    pub packs: u64,
+    /// Their bytes.
+    pub pack_bytes: u64,
+    /// Of these, bytes that were copied; the others are in files that the store has, too.
+    pub copied_bytes: u64,
+    /// Bytes of its log.
+    pub log_bytes: u64,
+}
+
 /// The routes, for the daemon to put among its own.
 pub fn routes<S: Clone + Send + Sync + 'static>(disks: Arc<Disks>) -> OpenApiRouter<S> {
     OpenApiRouter::new()
@@ -75,6 +99,7 @@ pub fn routes<S: Clone + Send + Sync + 'static>(disks: Arc<Disks>) -> OpenApiRou
         .routes(routes!(stats))
         .routes(routes!(usage))
         .routes(routes!(seal))
+        .routes(routes!(back_up))
         .routes(routes!(gc))
         .routes(routes!(repack))
         .routes(routes!(check))
@@ -321,6 +346,20 @@ async fn usage(AppState(disks): Shared, Params(params): Params) -> ListAnswer<Di
 #[utoipa::path(post, path = "/store/seal", tag = "store", responses((status = 200, body = Envelope<Figures>)))]
 async fn seal(AppState(disks): Shared) -> Answer<storage::SealReport> {
     data(blocking(move || Ok(disks.store().seal()?)).await?)
+}
+
+/// Copies the whole store as of one moment, on the daemon's machine.
+#[utoipa::path(post, path = "/store/backups", tag = "store", request_body = BackupBody, responses((status = 201, body = Envelope<BackupView>)))]
+async fn back_up(
+    AppState(disks): Shared,
+    JsonBody(body): JsonBody<BackupBody>,
+) -> std::result::Result<Response, ApiError> {
+    let name = body.name.clone();
+    let (path, made) = blocking(move || disks.back_up(&name)).await?;
+    let storage::BackupReport { packs, pack_bytes, copied_bytes, log_bytes } = made;
+    let path = path.display().to_string();
+    let view = BackupView { name: body.name, path, packs, pack_bytes, copied_bytes, log_bytes };
+    Ok((StatusCode::CREATED, data::<BackupView>(view)?).into_response())
 }
 
 /// Gives back the space of what nothing refers to.

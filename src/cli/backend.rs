@@ -92,7 +92,7 @@ impl Backend {
     }
 
     fn serve(state: &StateDir, store: Store) -> Result<Self> {
-        let disks = Disks::open(store, state.attached(), false)
+        let disks = Disks::open(store, state, false)
             .map_err(|e| Failure::new(4, e.kind().code(), format!("could not open the store: {e}")))?;
         let (client, within) = client::within();
         let router = disks::router(disks.clone());

@@ -121,6 +121,7 @@ const EXAMPLES: &[(&str, &str)] = &[
     ("store", "miosa store stats\nmiosa store gc --dry-run"),
     ("store stats", "miosa store stats --json"),
     ("store seal", "miosa store seal"),
+    ("store backup", "miosa store backup monday"),
     ("store gc", "miosa store gc --dry-run"),
     ("store check", "miosa store check"),
     ("store scrub", "miosa store scrub --heal"),

@@ -37,6 +37,15 @@ async fn on_store(client: &Client, out: Out, command: StoreCommand) -> Result<()
                 format!("{}\n{}", numbers(out, &report), out.next_step(next))
             })
         }
+        StoreCommand::Backup { name } => {
+            out.progress("copying …");
+            let made: Value = client.post("/store/backups", &json!({ "name": name })).await?;
+            let path = made["path"].as_str().unwrap_or_default().to_owned();
+            out.answer(&made, &path, |out| {
+                let next = format!("copy {path} to another disk; to use it: miosa daemon --state-dir {path}");
+                format!("{}\n{next}", numbers(out, &made))
+            })
+        }
         StoreCommand::Repack => {
             out.progress("packing again …");
             let report: Value = client.post("/store/repack", &json!({})).await?;

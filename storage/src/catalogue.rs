@@ -79,6 +79,8 @@ pub trait Catalogue: Send + Sync {
     fn scan(&self, table: Table, f: &mut RowVisitor<'_>) -> Result<()>;
     /// Applies a batch: durable and whole when this returns `Ok`, whole or not at all after a crash.
     fn commit(&self, batch: Batch) -> Result<()>;
+    /// Makes a copy of the whole in `dir`, which must not be there. It need not be durable yet.
+    fn copy_to(&self, dir: &Path) -> Result<()>;
 }
 
 /// What a table collects in memory before it is written out.
@@ -166,6 +168,11 @@ impl Catalogue for RocksCatalogue {
         options.set_sync(true);
         self.db.write_opt(write, &options).map_err(|e| rocks_error("commit", e))
     }
+
+    fn copy_to(&self, dir: &Path) -> Result<()> {
+        let made = rocksdb::checkpoint::Checkpoint::new(&self.db).and_then(|copy| copy.create_checkpoint(dir));
+        made.map_err(|e| rocks_error("be copied", e))
+    }
 }
 
 type Rows = BTreeMap<(Table, Vec<u8>), Vec<u8>>;
@@ -198,6 +205,10 @@ impl Catalogue for MemCatalogue {
     fn scan(&self, table: Table, f: &mut RowVisitor<'_>) -> Result<()> {
         let rows: Vec<_> = self.rows.lock().range((table, Vec::new())..).map(|(k, v)| (k.clone(), v.clone())).collect();
         rows.iter().take_while(|((t, _), _)| *t == table).try_for_each(|((_, key), value)| f(key, value))
+    }
+
+    fn copy_to(&self, _: &Path) -> Result<()> {
+        Err(Error::new(ErrorKind::InvalidInput, "a catalogue in memory is not copied to a directory"))
     }
 
     fn commit(&self, batch: Batch) -> Result<()> {

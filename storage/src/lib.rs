@@ -9,6 +9,7 @@
 //! `docs/format.md` has every byte on disk.
 
 mod archive;
+mod backup;
 mod block;
 mod blocks;
 pub mod catalogue;
@@ -41,6 +42,7 @@ mod usage;
 mod workers;
 
 pub use archive::{ARCHIVE_MAGIC, ArchiveReader, ArchiveReport, ArchiveState};
+pub use backup::BackupReport;
 pub use block::{BLOCK_SIZE, DiskId, SnapshotId, Source};
 pub use check::CheckReport;
 pub use diff::DiffRange;

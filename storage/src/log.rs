@@ -281,6 +281,17 @@ impl Log {
         }
     }
 
+    /// Makes the log durable up to here; its files, the oldest first, and how many bytes of each are. None of them may be
+    /// released meanwhile.
+    pub fn durable_files(&self) -> Result<Vec<(String, u64)>> {
+        self.flush(self.end())?;
+        let durable = self.state.lock().durable;
+        let segments = self.segments.read();
+        let ends = segments.keys().skip(1).copied().chain([durable]);
+        let files = segments.values().zip(ends).filter(|(segment, _)| segment.base < durable);
+        Ok(files.map(|(segment, end)| (file_name(segment.number), end.min(durable).0 - segment.base.0)).collect())
+    }
+
     /// Ends the current segment: records from now on go to a new one. Returns where that begins.
     pub fn rotate(&self) -> LogPos {
         let mut state = self.state.lock();

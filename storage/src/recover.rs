@@ -18,7 +18,7 @@ use std::io::Read;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 
-const STORE: &str = "STORE";
+pub(crate) const STORE: &str = "STORE";
 
 /// What opening found.
 pub(crate) struct Recovered {

@@ -84,7 +84,7 @@ impl Store {
         }
         let lock = lock(dir)?;
         let medium = Arc::new(FileMedium::new(dir, options.backend));
-        let place = dir.join("catalogue");
+        let place = dir.join(crate::backup::CATALOGUE);
         let catalogue = move |create: bool| {
             if !create && !place.join("CURRENT").exists() {
                 let what =
@@ -223,6 +223,16 @@ impl Store {
     /// Needs free space for 64 MiB at a time.
     pub fn repack(&self) -> Result<crate::RepackReport> {
         crate::repack::repack(self.inner(), None, &mut |_| true)
+    }
+
+    /// Copies the store to `to`, a directory that is not there, as of one moment after the call, while disks are in use; see
+    /// [`crate::BackupReport`] for what it shares with the store. Collections wait meanwhile, sealing for a part of it. The
+    /// copy is a store of its own: what happens to either is nothing to the other, but that damage to a shared file is
+    /// damage to both.
+    ///
+    /// Errors: `InvalidInput` if `to` is there; `NoSpace`, `Io`. Then nothing of it is left.
+    pub fn backup(&self, to: &Path) -> Result<crate::BackupReport> {
+        crate::backup::backup(self.inner(), to)
     }
 
     /// The store's figures. Walks the rows of all packs and the overlays of all disks.

@@ -132,6 +132,28 @@ fn deleting_and_collecting_gives_the_bytes_back() {
 }
 
 #[test]
+fn a_backup_is_a_state_directory_of_its_own() {
+    for place in Place::both() {
+        place.import("disk", &noise(44, 4 << 20));
+        let report = place.ok(&["store", "backup", "monday"]);
+        let path = std::path::PathBuf::from(report["path"].as_str().unwrap());
+        assert_eq!(path, place.dir().join("backups/monday"));
+        assert_eq!(std::fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o700);
+        place.refused(&["store", "backup", "monday"], 1, "invalid_input");
+        for name in ["../up", "/tmp/x", "", ".hidden"] {
+            place.refused(&["store", "backup", name], 1, "invalid_input");
+        }
+        // What happens to the store is nothing to it.
+        place.ok(&["disk", "delete", "disk"]);
+        place.ok(&["store", "gc"]);
+        let copy = Place::Alone(tempfile::tempdir().unwrap());
+        std::fs::rename(path.join("store"), copy.dir().join("store")).unwrap();
+        copy.ok(&["store", "check"]);
+        assert!(copy.export("disk") == noise(44, 4 << 20));
+    }
+}
+
+#[test]
 fn packing_again_saves_space_once_and_changes_nothing() {
     for place in Place::both() {
         let words = ["pack ", "frame ", "block ", "log ", "snapshot ", "fork ", "seal ", "overlay "];

@@ -15,6 +15,11 @@ pub enum StoreCommand {
         #[arg(long)]
         wait: bool,
     },
+    /// Copy the whole store as of one moment, while everything runs, into a state directory of its own
+    Backup {
+        /// A name for the copy
+        name: String,
+    },
     /// Give back the space of what nothing refers to
     Gc {
         /// Only say what that would give back
