@@ -303,13 +303,36 @@ impl Queue {
 
     /// Reads what the device left in a slot.
     pub fn take(&self, slot: u16, into: &mut [u8]) {
-        self.memory.read_slice(into, self.data(slot)).expect("driver memory");
+        self.peek(slot, 0, into);
+    }
+
+    /// The same, from byte `at` of the data area on.
+    pub fn peek(&self, slot: u16, at: usize, into: &mut [u8]) {
+        assert!(at + into.len() <= self.slot_bytes);
+        self.memory.read_slice(into, GuestAddress(self.data(slot).0 + at as u64)).expect("driver memory");
     }
 
     /// Makes a request available and kicks if the device wants it. None if no slot is free. `output` goes to the device;
     /// `input_bytes` are asked of it.
     pub fn submit(&mut self, kind: u32, sector: u64, output: &[u8], input_bytes: usize) -> Option<u16> {
-        assert!(output.len().max(input_bytes) <= self.slot_bytes);
+        self.put(self.next_slot()?, 0, output);
+        self.submit_as_is(kind, sector, output.len(), input_bytes)
+    }
+
+    /// The slot that the next request will have. None if no slot is free.
+    pub fn next_slot(&self) -> Option<u16> {
+        self.free.last().copied()
+    }
+
+    /// Changes the data area of a slot from byte `at` on.
+    pub fn put(&self, slot: u16, at: usize, bytes: &[u8]) {
+        assert!(at + bytes.len() <= self.slot_bytes);
+        self.raw.put(self.data(slot).0 + at as u64, bytes);
+    }
+
+    /// [`Queue::submit`] with `output_bytes` of what is in the next slot's data area.
+    pub fn submit_as_is(&mut self, kind: u32, sector: u64, output_bytes: usize, input_bytes: usize) -> Option<u16> {
+        assert!(output_bytes.max(input_bytes) <= self.slot_bytes);
         let slot = self.free.pop()?;
         let (base, data, first) = (self.slot_base(slot), self.data(slot).0, slot * 4);
         let mut header = [0; 16];
@@ -317,20 +340,19 @@ impl Queue {
         header[8..].copy_from_slice(&sector.to_le_bytes());
         self.raw.put(base, &header);
         self.raw.put(base + 32, &[0xff]);
-        let mut chain = vec![(base, 16, 0)];
-        if !output.is_empty() {
-            self.raw.put(data, output);
-            chain.push((data, output.len() as u32, 0));
-        }
-        if input_bytes > 0 {
-            chain.push((data, input_bytes as u32, VRING_DESC_F_WRITE));
-        }
-        chain.push((base + 32, 1, VRING_DESC_F_WRITE));
-        let last = chain.len() - 1;
-        for (i, (address, len, flags)) in chain.into_iter().enumerate() {
-            let next = first + i as u16 + 1;
-            let flags = if i < last { flags | VRING_DESC_F_NEXT } else { flags };
-            self.raw.write_descriptor(self.raw.descriptors, first + i as u16, Descriptor { address, len, flags, next });
+        let parts = [
+            (base, 16, 0),
+            (data, output_bytes as u32, 0),
+            (data, input_bytes as u32, VRING_DESC_F_WRITE),
+            (base + 32, 1, VRING_DESC_F_WRITE),
+        ];
+        let mut index = first;
+        for (address, len, flags) in parts.into_iter().filter(|(_, len, _)| *len > 0) {
+            let status = address == base + 32;
+            let next = index + 1;
+            let flags = if status { flags } else { flags | VRING_DESC_F_NEXT };
+            self.raw.write_descriptor(self.raw.descriptors, index, Descriptor { address, len, flags, next });
+            index = next;
         }
         self.publish(first);
         Some(slot)
@@ -385,7 +407,16 @@ impl Queue {
 
     /// Waits for the next completion.
     pub fn complete(&mut self) -> io::Result<Completion> {
-        let (head, written) = self.wait_used()?;
+        let used = self.wait_used()?;
+        self.completion(used)
+    }
+
+    /// The next completion, if there is one already.
+    pub fn poll_complete(&mut self) -> io::Result<Option<Completion>> {
+        self.poll_used().map(|used| self.completion(used)).transpose()
+    }
+
+    fn completion(&mut self, (head, written): (u32, u32)) -> io::Result<Completion> {
         let slot = u16::try_from(head / 4).map_err(protocol)?;
         let mut status = [0];
         self.memory.read_slice(&mut status, GuestAddress(self.slot_base(slot) + 32)).map_err(protocol)?;
