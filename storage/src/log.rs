@@ -24,6 +24,7 @@ use crate::format::{RecordHeader, RecordKind, SegmentHeader, StoreUuid};
 use crate::medium::{File, Medium, Mode, WriteSyncError};
 use parking_lot::{Condvar, Mutex, MutexGuard, RwLock};
 use std::collections::BTreeMap;
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -56,11 +57,24 @@ struct Segment {
     allocated: AtomicU64,
     /// Bytes of the file that were written, if only with zeroes. Changed by leaders only.
     written: AtomicU64,
+    /// Bytes of the file that the kernel has been told to put on disk. Changed by leaders only.
+    behind: AtomicU64,
 }
 
 impl Segment {
     fn new(number: u64, base: LogPos, file: Arc<dyn File>, allocated: u64) -> Self {
-        Self { number, base, file, allocated: AtomicU64::new(allocated), written: AtomicU64::new(0) }
+        let [allocated, written, behind] = [allocated, 0, 0].map(AtomicU64::new);
+        Self { number, base, file, allocated, written, behind }
+    }
+
+    /// Has the kernel begin to put on disk what was written up to `end`, once that is worth a request of its own: small
+    /// records that are handed over one by one would be as many writes of the same blocks.
+    fn write_behind(&self, end: u64) {
+        let from = self.behind.load(Ordering::Relaxed);
+        if end.saturating_sub(from) >= WRITE_BYTES as u64 {
+            self.file.start_writeback(from, end - from);
+            self.behind.store(end, Ordering::Relaxed);
+        }
     }
 
     /// Prepares a small sync of `len` bytes at `offset`: when it reaches blocks that were only reserved so far, zeroes are
@@ -386,12 +400,13 @@ impl Log {
         state.writing.extend(taken.into_iter().map(Arc::new));
         let tails = state.writing.clone();
         let goal = state.end;
+        let durable = state.durable;
         let unsynced = state.unsynced.clone();
         let made = state.made;
         let sync_names = state.made > state.names_durable;
         drop(state);
 
-        let outcome = self.write_out(&tails, unsynced, sync, sync_names);
+        let outcome = self.write_out(&tails, unsynced, durable..goal, sync, sync_names);
 
         let mut state = self.state.lock();
         state.leader = false;
@@ -430,6 +445,7 @@ impl Log {
         &self,
         tails: &[Arc<Tail>],
         mut unsynced: Option<Arc<Segment>>,
+        not_durable: Range<LogPos>,
         sync: bool,
         sync_names: bool,
     ) -> std::result::Result<(), WriteSyncError> {
@@ -442,16 +458,22 @@ impl Log {
                 self.syncs.fetch_add(1, Ordering::Relaxed);
                 tail.segment.write_ahead(offset, tail.bytes.len() as u64);
                 tail.segment.file.write_sync(&tail.bytes, offset)?;
+                tail.segment.behind.store(offset + tail.bytes.len() as u64, Ordering::Relaxed);
                 unsynced = None;
             } else {
                 tail.segment.file.write_at(&tail.bytes, offset).map_err(WriteSyncError::Write)?;
-                tail.segment.file.start_writeback(offset, tail.bytes.len() as u64);
+                tail.segment.write_behind(offset + tail.bytes.len() as u64);
                 unsynced = Some(tail.segment.clone());
             }
         }
         if sync {
             if let Some(segment) = unsynced {
+                // All of it has been handed over: what is new is what the last sync had not.
+                let from = not_durable.start.0.max(segment.base.0);
+                let len = not_durable.end.0 - from;
+                segment.write_ahead(from - segment.base.0, len);
                 self.sync_file(&segment)?;
+                segment.behind.store(from - segment.base.0 + len, Ordering::Relaxed);
             }
             if sync_names {
                 self.medium.sync_dir(DIR).map_err(WriteSyncError::Sync)?;
