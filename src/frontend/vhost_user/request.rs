@@ -142,6 +142,24 @@ impl<'a> Cursor<'a> {
     }
 }
 
+/// What a request came to; the guest is not told yet.
+pub(super) struct Outcome {
+    /// Bytes of guest memory written, the status included.
+    written: u32,
+    status: u8,
+    /// Where the status goes; none if the request has no room for one.
+    status_at: Option<GuestAddress>,
+    /// What it wrote to the disk is in this process alone: see [`BlockDevice::hand_over`].
+    held: bool,
+}
+
+impl Outcome {
+    /// Whether it has to be handed over before it is answered.
+    pub(super) fn is_held(&self) -> bool {
+        self.held
+    }
+}
+
 /// The device as one queue sees it.
 pub(super) struct BlockDevice {
     disk: Device,
@@ -150,15 +168,17 @@ pub(super) struct BlockDevice {
     write_through: bool,
     segments: Segments,
     buffer: Vec<u8>,
+    /// Of the request being carried out.
+    held: bool,
 }
 
 impl BlockDevice {
     pub(super) fn new(disk: Device, serial: [u8; SERIAL_BYTES], write_through: bool) -> Self {
-        Self { disk, serial, write_through, segments: Segments::default(), buffer: Vec::new() }
+        Self { disk, serial, write_through, segments: Segments::default(), buffer: Vec::new(), held: false }
     }
 
-    /// Carries one request out and returns how many bytes of guest memory it wrote, which is what the used ring says.
-    pub(super) fn execute<M>(&mut self, ram: &GuestRam, chain: DescriptorChain<M>) -> u32
+    /// Carries one request out. Its outcome is not in guest memory before [`BlockDevice::answer`].
+    pub(super) fn execute<M>(&mut self, ram: &GuestRam, chain: DescriptorChain<M>) -> Outcome
     where
         M: Deref,
         M::Target: GuestMemory,
@@ -166,25 +186,49 @@ impl BlockDevice {
         // Taken out for the borrow checker, put back for its allocation.
         let mut segments = std::mem::take(&mut self.segments);
         let whole = segments.gather(chain);
-        let written = match segments.writable.last().copied() {
+        let outcome = match segments.writable.last().copied() {
             Some(last) => {
-                let outcome = if whole { self.request(ram, &mut segments) } else { Err(MALFORMED) };
-                let (status, data) = match outcome {
+                self.held = false;
+                let done = if whole { self.request(ram, &mut segments) } else { Err(MALFORMED) };
+                let (status, data) = match done {
                     Ok(data) => (VIRTIO_BLK_S_OK as u8, data),
                     Err(failure) => (status_of(failure), 0),
                 };
-                match last.address.checked_add(last.len as u64 - 1).map(|at| ram.memory().write_slice(&[status], at)) {
-                    Some(Ok(())) => data.saturating_add(1),
-                    _ => 0,
-                }
+                let status_at = last.address.checked_add(last.len as u64 - 1);
+                Outcome { written: data.saturating_add(1), status, status_at, held: self.held }
             }
             None => {
                 tracing::debug!("vhost-user-blk request without room for a status");
-                0
+                Outcome { written: 0, status: 0, status_at: None, held: false }
             }
         };
         self.segments = segments;
-        written
+        outcome
+    }
+
+    /// Sees that what these requests wrote survives this process, all at once. The guest goes on when this process dies,
+    /// and never knows: what it was told is written must not be in this process alone.
+    pub(super) fn hand_over<'a>(&self, outcomes: impl Iterator<Item = &'a mut Outcome>) {
+        let mut held = outcomes.filter(|outcome| outcome.held).peekable();
+        if held.peek().is_none() {
+            return;
+        }
+        let failed = self.disk.hand_over().err().map(|e| status_of(Failure::Storage("write", e)));
+        for outcome in held {
+            outcome.held = false;
+            if let Some(status) = failed {
+                outcome.status = status;
+            }
+        }
+    }
+
+    /// Puts an outcome that is not held into guest memory, and returns how many bytes of that were written in all, which is
+    /// what the used ring says.
+    pub(super) fn answer(&self, ram: &GuestRam, outcome: &Outcome) -> u32 {
+        match outcome.status_at.map(|at| ram.memory().write_slice(&[outcome.status], at)) {
+            Some(Ok(())) => outcome.written,
+            _ => 0,
+        }
     }
 
     /// Decodes and carries out; `Ok` is the number of data bytes written to the guest.
@@ -296,13 +340,12 @@ impl BlockDevice {
         Ok(0)
     }
 
-    /// Ends a request that changed the disk. The guest goes on when this process dies, and never knows: what it was told is
-    /// written must not be in this process alone.
-    fn written(&self) -> Result<u32, Failure> {
+    /// Ends a request that changed the disk.
+    fn written(&mut self) -> Result<u32, Failure> {
         if self.write_through {
             return self.flush();
         }
-        self.disk.hand_over().map_err(|e| Failure::Storage("write", e))?;
+        self.held = true;
         Ok(0)
     }
 

@@ -11,7 +11,7 @@
 
 use super::inflight::QueueTable;
 use super::memory::GuestRam;
-use super::request::BlockDevice;
+use super::request::{BlockDevice, Outcome};
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -29,6 +29,10 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 /// The largest ring a driver may ask for.
 const MAX_RING_SIZE: u16 = 1024;
+
+/// Requests behind a write that are carried out before it is answered: what they write is handed over together. Half of a
+/// common depth, so that a driver has something to do meanwhile.
+const BATCH: usize = 16;
 
 type CallSlot = Arc<Mutex<Option<File>>>;
 
@@ -140,6 +144,7 @@ impl Ring {
             device: device(),
             inflight,
             unfinished,
+            carried_out: Vec::with_capacity(BATCH),
             stop: stop.clone(),
         };
         let worker = std::thread::Builder::new().name(format!("vblk-q{}", self.index)).spawn(move || worker.run())?;
@@ -218,6 +223,8 @@ struct Worker {
     inflight: Option<QueueTable>,
     /// Heads of requests to be carried out before those on the ring.
     unfinished: Vec<u16>,
+    /// Heads of requests that were carried out and not answered yet, in order.
+    carried_out: Vec<(u16, Outcome)>,
     stop: Arc<Stop>,
 }
 
@@ -268,6 +275,13 @@ impl Worker {
 
     /// Serves what is available, until there is nothing or the ring is to stop.
     fn drain(&mut self) -> Result<(), virtio_queue::Error> {
+        let served = self.serve();
+        // Whatever ended it, what was carried out is answered.
+        let ram = self.ram.clone();
+        served.and(self.answer(&ram))
+    }
+
+    fn serve(&mut self) -> Result<(), virtio_queue::Error> {
         let ram = self.ram.clone();
         let memory = ram.memory();
         loop {
@@ -278,48 +292,63 @@ impl Worker {
                     self.queue.go_to_previous_position();
                     return Ok(());
                 }
-                let head = chain.head_index();
                 if let Some(table) = &mut self.inflight {
-                    table.begin(head);
+                    table.begin(chain.head_index());
                 }
                 self.carry_out(&ram, chain)?;
                 if ram.is_lost() {
                     return Ok(());
                 }
             }
+            self.answer(&ram)?;
             if !self.queue.enable_notification(memory)? {
                 return Ok(());
             }
         }
     }
 
-    /// Carries one request out and answers it.
+    /// Carries one request out. It is answered unless something before it waits to be handed over together with it.
     fn carry_out<M>(&mut self, ram: &GuestRam, chain: DescriptorChain<M>) -> Result<(), virtio_queue::Error>
     where
         M: Deref,
         M::Target: GuestMemory,
     {
-        let (memory, head) = (ram.memory(), chain.head_index());
-        let written = self.device.execute(ram, chain);
-        if ram.is_lost() {
+        let head = chain.head_index();
+        let outcome = self.device.execute(ram, chain);
+        let waits = outcome.is_held() || !self.carried_out.is_empty();
+        self.carried_out.push((head, outcome));
+        if waits && self.carried_out.len() < BATCH { Ok(()) } else { self.answer(ram) }
+    }
+
+    /// Answers what was carried out, in order, and lets the driver know once.
+    fn answer(&mut self, ram: &GuestRam) -> Result<(), virtio_queue::Error> {
+        if self.carried_out.is_empty() {
             return Ok(());
         }
-        if let Some(table) = &self.inflight {
-            table.answering(head);
-        }
-        // Refuses a head outside of the ring: such a request cannot be answered.
-        match self.queue.add_used(memory, head, written) {
-            Ok(()) => {}
-            Err(virtio_queue::Error::InvalidDescriptorIndex) => {
-                if let Some(table) = &self.inflight {
-                    table.give_up(head);
-                }
+        let memory = ram.memory();
+        self.device.hand_over(self.carried_out.iter_mut().map(|(_, outcome)| outcome));
+        for (head, outcome) in self.carried_out.drain(..) {
+            let written = self.device.answer(ram, &outcome);
+            if ram.is_lost() {
                 return Ok(());
             }
-            Err(error) => return Err(error),
-        }
-        if let Some(table) = &self.inflight {
-            table.answered(head, self.queue.next_used());
+            if let Some(table) = &self.inflight {
+                table.answering(head);
+            }
+            match self.queue.add_used(memory, head, written) {
+                Ok(()) => {
+                    if let Some(table) = &self.inflight {
+                        table.answered(head, self.queue.next_used());
+                    }
+                }
+                // Refuses a head outside of the ring: such a request cannot be answered.
+                Err(virtio_queue::Error::InvalidDescriptorIndex) => {
+                    if let Some(table) = &self.inflight {
+                        table.give_up(head);
+                    }
+                }
+                Err(error) => return Err(error),
+            }
         }
         if self.queue.needs_notification(memory)? {
             signal(&self.call);
@@ -354,10 +383,10 @@ impl Worker {
         for chain in own.iter(&memory)? {
             if self.stop.flag.load(Ordering::Acquire) {
                 // Still in the table, for whoever starts the ring next.
-                return Ok(());
+                break;
             }
             self.carry_out(&ram, chain)?;
         }
-        Ok(())
+        self.answer(&ram)
     }
 }
