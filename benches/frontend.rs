@@ -1,11 +1,15 @@
 //! Front ends beside those of others: vhost-user-blk and FUSE, each driven in the same way as qemu-storage-daemon's, and
 //! FUSE also as nbdkit's file plugin under nbdfuse.
 //!
-//! `cargo bench --bench frontend [-- --only TEXT] [--json FILE] [--rounds N] [--size MIB] [--milliseconds N]`. Parts are
+//! `cargo bench --bench frontend [-- --only TEXT] [--json FILE] [--rounds N] [--size MIB] [--milliseconds N]
+//! [--alone]`: three rounds of 0.3 s a job on 192 MiB, and with peers, unless told otherwise. Parts are
 //! named by front end and case, such as `fuse, fresh`. Every system serves a disk of the same content, on the same file
 //! system, from processes of its own; their processor time is counted. vhost-user is driven by a driver of ours with a
 //! thread a queue that sleeps until it is called; FUSE by io_uring past the page cache. The systems of a job take turns,
 //! round by round; a figure is the median of the rounds, a ratio that of the rounds' ratios. Quantiles are of all rounds.
+//!
+//! A job begins with nothing unflushed. Writes are volatile until a flush, with O_DIRECT as well; what a flush at their end
+//! takes is told beside (*with a closing flush*), and counted as processor time.
 //!
 //! Every read is checked for being of the right block, and each case begins with a comparison of whole blocks, read and
 //! written at depth 32. The FUSE export of qemu-storage-daemon 7.2 fails it: the line says how many blocks were wrong, and
@@ -41,6 +45,7 @@ struct Settings {
     rounds: usize,
     size: u64,
     time: Duration,
+    alone: bool,
 }
 
 impl Settings {
@@ -54,6 +59,7 @@ impl Settings {
             rounds: value("--rounds", 3) as usize,
             size: value("--size", 192) * MIB,
             time: Duration::from_millis(value("--milliseconds", 300)),
+            alone: args.iter().any(|arg| arg == "--alone"),
         }
     }
 }
@@ -149,6 +155,9 @@ fn part(report: &mut Report, settings: &Settings, base: &[u8], root: &Path, part
     let (export, case) = part;
     let mut served = Vec::new();
     for system in systems(export, case) {
+        if settings.alone && system != System::Miosa {
+            continue;
+        }
         if let Some(program) = servers::missing(system) {
             report.missing(system.name(), &format!("{program} is not installed"));
             continue;
@@ -171,7 +180,7 @@ fn part(report: &mut Report, settings: &Settings, base: &[u8], root: &Path, part
                 if !jobs_of(one.system, case).any(|(of, _)| of == i) {
                     continue;
                 }
-                match measure(settings, one, part, job, round) {
+                match measure(settings, one, export, job, round) {
                     Ok(measured) => {
                         if one.system == System::Miosa {
                             all.wrong += measured.outcome.wrong;
@@ -228,13 +237,7 @@ fn first_look(
     Ok(())
 }
 
-fn measure(
-    settings: &Settings,
-    one: &mut Served,
-    (export, case): (Export, Case),
-    job: Job,
-    round: usize,
-) -> Result<Measured, String> {
+fn measure(settings: &Settings, one: &mut Served, export: Export, job: Job, round: usize) -> Result<Measured, String> {
     let seed = round as u64 + 2;
     if let Some(attached) = &mut one.attached {
         let limit = Limit { time: settings.time, bytes: u64::MAX };
@@ -264,6 +267,10 @@ fn tell(
             report.row(system, &title, "operations", middle(results, &Measured::per_second), "/s");
             let rate = |m: &Measured| m.outcome.bytes as f64 / 1e6 / m.outcome.seconds;
             report.row(system, &title, "throughput", middle(results, &rate), "MB/s");
+            if !job.only_reads() {
+                let rate = |m: &Measured| m.outcome.operations as f64 / (m.outcome.seconds + m.outcome.flush_seconds);
+                report.row(system, &title, "with a closing flush", middle(results, &rate), "/s");
+            }
             let mut samples = Samples::default();
             results.iter().flat_map(|m| &m.outcome.latencies).for_each(|latency| samples.push(*latency));
             for (metric, share) in [("p50", 0.5), ("p99", 0.99), ("p99.9", 0.999)] {
@@ -286,6 +293,13 @@ fn tell(
             }
             let ratio = median(ratios);
             report.row("miosa", &title, &format!("ratio to {}", peer.system.name()), ratio, "x");
+            if !job.only_reads() {
+                let time = |m: &Measured| (m.outcome.seconds + m.outcome.flush_seconds) / m.outcome.operations as f64;
+                let rounds = ours.results[i].iter().zip(&peer.results[i]);
+                let ratio = median(rounds.map(|(a, b)| time(b) / time(a)).collect());
+                let metric = format!("ratio to {}, flushed", peer.system.name());
+                report.row("miosa", &title, &metric, ratio, "x");
+            }
             if let Some(target) = target(export, case, job, peer.system) {
                 all.lines.push((format!("{title}, to {}", peer.system.name()), ratio, target));
             }

@@ -170,6 +170,8 @@ pub struct Outcome {
     pub operations: u64,
     pub bytes: u64,
     pub seconds: f64,
+    /// A flush after the last request; not in `seconds`.
+    pub flush_seconds: f64,
     pub latencies: Vec<Duration>,
     /// Blocks that began with another block's number.
     pub wrong: u64,
@@ -180,6 +182,8 @@ pub struct Outcome {
 /// # Errors
 /// What the device or the connection to it said.
 pub fn run(lanes: &mut [Box<dyn Lane>], job: Job, size: u64, limit: Limit, seed: u64) -> io::Result<Outcome> {
+    // What others left unflushed is not this job's.
+    flush(&mut *lanes[0])?;
     let begin = Barrier::new(job.queues);
     let outcomes = std::thread::scope(|scope| {
         let threads: Vec<_> = lanes[..job.queues]
@@ -210,7 +214,15 @@ pub fn run(lanes: &mut [Box<dyn Lane>], job: Job, size: u64, limit: Limit, seed:
         all.wrong += outcome.wrong;
         all.latencies.extend(outcome.latencies);
     }
+    let start = Instant::now();
+    flush(&mut *lanes[0])?;
+    all.flush_seconds = start.elapsed().as_secs_f64();
     Ok(all)
+}
+
+fn flush(lane: &mut dyn Lane) -> io::Result<()> {
+    lane.start(Op::Flush);
+    lane.wait(&mut Vec::new())
 }
 
 fn drive(lane: &mut dyn Lane, mut requests: Requests, limit: Limit, version: u64) -> io::Result<Outcome> {

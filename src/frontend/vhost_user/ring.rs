@@ -23,8 +23,10 @@ use std::os::fd::{AsFd, AsRawFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+use virtio_bindings::virtio_blk::VIRTIO_BLK_T_FLUSH;
 use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
-use vm_memory::{Address, Bytes, GuestAddress, GuestMemory, GuestMemoryBackend, GuestRegionMmap};
+use vm_memory::{Address, Bytes, GuestAddress, GuestMemory, GuestMemoryBackend, GuestMemoryMmap, GuestRegionMmap};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 /// The largest ring a driver may ask for.
@@ -33,6 +35,11 @@ const MAX_RING_SIZE: u16 = 1024;
 /// Requests behind a write that are carried out before it is answered: what they write is handed over together. Half of a
 /// common depth, so that a driver has something to do meanwhile.
 const BATCH: usize = 16;
+
+/// Answers are looked at by the driver when it likes; if it sleeps it is woken for this many, or after this long: to be
+/// woken for each costs it more than a short request.
+const NOTIFY_FOR: usize = 8;
+const NOTIFY_AFTER: Duration = Duration::from_micros(20);
 
 type CallSlot = Arc<Mutex<Option<File>>>;
 
@@ -145,6 +152,7 @@ impl Ring {
             inflight,
             unfinished,
             carried_out: Vec::with_capacity(BATCH),
+            unnotified: None,
             stop: stop.clone(),
         };
         let worker = std::thread::Builder::new().name(format!("vblk-q{}", self.index)).spawn(move || worker.run())?;
@@ -213,6 +221,16 @@ fn signal(call: &CallSlot) {
     }
 }
 
+/// Whether a request is likely to be a flush: the guest may change it until it is carried out.
+fn is_flush<M>(memory: &GuestMemoryMmap<()>, mut chain: DescriptorChain<M>) -> bool
+where
+    M: Deref,
+    M::Target: GuestMemory,
+{
+    let kind = chain.next().map(|first| memory.read_obj::<u32>(first.addr()));
+    kind.is_some_and(|kind| kind.is_ok_and(|kind| u32::from_le(kind) == VIRTIO_BLK_T_FLUSH))
+}
+
 struct Worker {
     index: usize,
     queue: Queue,
@@ -225,6 +243,8 @@ struct Worker {
     unfinished: Vec<u16>,
     /// Heads of requests that were carried out and not answered yet, in order.
     carried_out: Vec<(u16, Outcome)>,
+    /// Answers that the driver was not woken for, and when the first one was given.
+    unnotified: Option<(usize, Instant)>,
     stop: Arc<Stop>,
 }
 
@@ -278,7 +298,8 @@ impl Worker {
         let served = self.serve();
         // Whatever ended it, what was carried out is answered.
         let ram = self.ram.clone();
-        served.and(self.answer(&ram))
+        let answered = self.answer(&ram);
+        served.and(answered).and(self.notify(&ram))
     }
 
     fn serve(&mut self) -> Result<(), virtio_queue::Error> {
@@ -295,12 +316,18 @@ impl Worker {
                 if let Some(table) = &mut self.inflight {
                     table.begin(chain.head_index());
                 }
+                if is_flush(memory, chain.clone()) {
+                    // Nobody before it is to wait for the disk.
+                    self.answer(&ram)?;
+                    self.notify(&ram)?;
+                }
                 self.carry_out(&ram, chain)?;
                 if ram.is_lost() {
                     return Ok(());
                 }
             }
             self.answer(&ram)?;
+            self.notify(&ram)?;
             if !self.queue.enable_notification(memory)? {
                 return Ok(());
             }
@@ -317,16 +344,33 @@ impl Worker {
         let outcome = self.device.execute(ram, chain);
         let waits = outcome.is_held() || !self.carried_out.is_empty();
         self.carried_out.push((head, outcome));
-        if waits && self.carried_out.len() < BATCH { Ok(()) } else { self.answer(ram) }
+        if waits && self.carried_out.len() < BATCH {
+            return Ok(());
+        }
+        self.answer(ram)?;
+        match self.unnotified {
+            Some((count, since)) if count >= NOTIFY_FOR || since.elapsed() >= NOTIFY_AFTER => self.notify(ram),
+            _ => Ok(()),
+        }
     }
 
-    /// Answers what was carried out, in order, and lets the driver know once.
+    /// Wakes the driver if it wants to be woken for what was answered.
+    fn notify(&mut self, ram: &GuestRam) -> Result<(), virtio_queue::Error> {
+        if self.unnotified.take().is_some() && !ram.is_lost() && self.queue.needs_notification(ram.memory())? {
+            signal(&self.call);
+        }
+        Ok(())
+    }
+
+    /// Answers what was carried out, in order.
     fn answer(&mut self, ram: &GuestRam) -> Result<(), virtio_queue::Error> {
         if self.carried_out.is_empty() {
             return Ok(());
         }
         let memory = ram.memory();
         self.device.hand_over(self.carried_out.iter_mut().map(|(_, outcome)| outcome));
+        let unnotified = self.unnotified.get_or_insert_with(|| (0, Instant::now()));
+        unnotified.0 += self.carried_out.len();
         for (head, outcome) in self.carried_out.drain(..) {
             let written = self.device.answer(ram, &outcome);
             if ram.is_lost() {
@@ -349,9 +393,6 @@ impl Worker {
                 }
                 Err(error) => return Err(error),
             }
-        }
-        if self.queue.needs_notification(memory)? {
-            signal(&self.call);
         }
         Ok(())
     }
@@ -387,6 +428,7 @@ impl Worker {
             }
             self.carry_out(&ram, chain)?;
         }
-        self.answer(&ram)
+        self.answer(&ram)?;
+        self.notify(&ram)
     }
 }
