@@ -1,7 +1,8 @@
 //! Whoever serves a disk: ours and the peers', each in processes of its own.
 //!
-//! Ours is this program once more (`serve`), with the front ends of the library on a store with the default options; only
-//! idle sealing is put off, so that what was written stays as it is while others take their turn.
+//! Ours is this program once more (`serve`), with the front ends of the library on a store with the default options, but that
+//! it does nothing in the background, so that what was written stays as it is while others take their turn; [`SEALING`] lets
+//! it seal what exceeds the log's limit, as it would.
 
 use crate::harness::tools;
 use fuser::{
@@ -22,6 +23,8 @@ use storage::{Options, Store};
 
 /// The argument that makes this program a server.
 const SERVE: &str = "serve";
+/// The argument that lets our store work in the background.
+pub const SEALING: &str = "--sealing";
 /// The name of a store's disk.
 pub const DISK: &str = "disk";
 /// After this long a server counts as broken.
@@ -142,7 +145,8 @@ impl Server {
     fn ourselves(&mut self, export: &str, data: &Path) -> Result<(), String> {
         let me = std::env::current_exe().map_err(|e| e.to_string())?;
         let place = self.mount.as_ref().unwrap_or(&self.place).clone();
-        self.spawn(Command::new(me).arg(SERVE).arg(export).arg(data).arg(place))
+        let sealing = std::env::args().any(|arg| arg == SEALING);
+        self.spawn(Command::new(me).arg(SERVE).arg(export).arg(data).arg(place).args(sealing.then_some(SEALING)))
     }
 
     fn qsd(&mut self, export: Export, format: &str, data: &Path, writable: bool) -> Result<(), String> {
@@ -265,7 +269,7 @@ pub fn clean_up_when_told_to_end(dir: PathBuf) {
 /// Serves, if this is what the command line says, until standard input ends or SIGTERM comes, and then ends the process.
 pub fn serve_if_asked_to() {
     let args: Vec<OsString> = std::env::args_os().collect();
-    let [_, word, export, data, place] = &args[..] else { return };
+    let [_, word, export, data, place, more @ ..] = &args[..] else { return };
     if word != SERVE {
         return;
     }
@@ -274,11 +278,11 @@ pub fn serve_if_asked_to() {
         let _ = std::io::stdin().read_to_end(&mut Vec::new());
         let _ = kill(Pid::this(), Signal::SIGTERM);
     });
-    serve(export, Path::new(data), Path::new(place));
+    serve(export, Path::new(data), Path::new(place), more.iter().any(|arg| arg == SEALING));
     std::process::exit(0);
 }
 
-fn serve(export: &OsStr, data: &Path, place: &Path) {
+fn serve(export: &OsStr, data: &Path, place: &Path, background: bool) {
     if export == "null" {
         let size = std::fs::metadata(data).expect("the disk's file").len();
         let mut config = Config::default();
@@ -288,7 +292,7 @@ fn serve(export: &OsStr, data: &Path, place: &Path) {
         drop(session);
         return;
     }
-    let options = Options { idle: Duration::from_secs(24 * 3600), ..Options::default() };
+    let options = Options { background, idle: Duration::from_secs(24 * 3600), ..Options::default() };
     let store = Store::open(data, options).expect("the store opens");
     let id = store.disk_by_name(DISK).expect("the store has the disk").id;
     let disk = store.disk(id).expect("it is there");

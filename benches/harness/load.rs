@@ -46,7 +46,7 @@ pub fn forget_files(dir: &Path) {
         let path = entry.path();
         if path.is_dir() {
             forget_files(&path);
-        } else {
+        } else if path.is_file() {
             forget_file(&File::open(path).expect("a file"));
         }
     }
