@@ -120,6 +120,7 @@ fn tell(cli: &Cli, config: &Config) {
 
 async fn run(cli: Cli, config: Config, broken: Option<ConfigError>) -> output::Result<ExitCode> {
     let out = Out::new(&cli.global);
+    vmm::jail::set_users(config.machine_uids.0);
     let place = backend::Place::new(cli.global.endpoint.as_deref(), config.state())?;
     match cli.command {
         Command::Daemon(args) if args.print_config => daemon::print_config(&config).map(|()| ExitCode::SUCCESS),

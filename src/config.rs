@@ -5,7 +5,8 @@ mod settings;
 use std::path::{Path, PathBuf};
 
 pub use settings::{
-    AccelArg, Config, ConfigError, DiskFrontendArg, Flags, LogFormat, Mib, NetworkArg, PreviewListen, Span, VmmArg,
+    AccelArg, Config, ConfigError, DiskFrontendArg, Flags, LogFormat, Mib, NetworkArg, PreviewListen, Span, Uids,
+    VmmArg,
 };
 
 /// The state directory, unless told otherwise: the system's for root, the user's own for everybody else.

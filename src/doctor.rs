@@ -64,6 +64,9 @@ pub fn examine(config: &Config, broken: Option<&ConfigError>) -> Vec<Check> {
         kernel(),
         kvm(config),
         qemu(),
+        seccomp(),
+        users(config),
+        landlock(),
         agent(config),
         fuse(),
         tool("mkfs", "mke2fs", "e2fsprogs", "templates are made with it"),
@@ -162,6 +165,59 @@ fn qemu() -> Check {
     match major {
         Some(major) if major < 7 => Check::fail("qemu", line, "use QEMU 7 or later"),
         _ => Check::ok("qemu", line),
+    }
+}
+
+/// Whether QEMU can filter its own system calls; without, it does not start.
+fn seccomp() -> Check {
+    let name = "seccomp";
+    let tried = Command::new("qemu-system-x86_64").args(["-sandbox", vmm::jail::QEMU_FILTER, "-version"]).output();
+    match tried {
+        Ok(output) if output.status.success() => Check::ok(name, "QEMU filters its system calls"),
+        Ok(output) => {
+            let said = String::from_utf8_lossy(&output.stderr);
+            let said = said.lines().next().unwrap_or("no reason given").to_owned();
+            Check::fail(name, said, "use a QEMU that is built with seccomp, such as Debian's")
+        }
+        Err(_) => Check::fail(name, "there is no QEMU to ask", "install it: apt-get install qemu-system-x86"),
+    }
+}
+
+/// Who machines and tools that read images run as.
+fn users(config: &Config) -> Check {
+    let (name, range) = ("machine users", config.machine_uids);
+    let offer = vmm::jail::offer(range.0);
+    let others = "name ids that nobody has: machine_uids = \"FIRST-LAST\" in the configuration";
+    match offer {
+        vmm::jail::Offer { missing: Some(why), .. } => {
+            Check::fail(name, format!("{why}: no machine can be started"), others)
+        }
+        vmm::jail::Offer { taken: Some(why), .. } => Check::warn(name, why, others),
+        vmm::jail::Offer { own_users: true, .. } => {
+            Check::ok(name, format!("each machine is a user of its own, of {range}, without privileges"))
+        }
+        _ => Check::warn(
+            name,
+            "machines run as you: one that is taken over reaches your Unix sockets, this daemon's among them",
+            "run the daemon as root, which gives each machine a user of its own",
+        ),
+    }
+}
+
+/// Whether the kernel keeps machines to their files.
+fn landlock() -> Check {
+    let name = "landlock";
+    match vmm::jail::offer(vmm::jail::Users::DEFAULT).landlock {
+        0 => Check::warn(
+            name,
+            "the kernel has none, or does not use it: only their users keep machines and tools from files",
+            "use Linux 5.13 or later, and have landlock in lsm= on its command line",
+        ),
+        version @ 1..6 => Check::ok(
+            name,
+            format!("version {version}; from 6 on (Linux 6.12), signals and abstract sockets are kept in, too"),
+        ),
+        version => Check::ok(name, format!("version {version}")),
     }
 }
 
@@ -310,13 +366,15 @@ fn own_cgroup() -> Option<PathBuf> {
 }
 
 fn cgroups() -> Check {
-    let hint = "machines run without limits of their own; run the daemon under systemd with Delegate=yes";
-    match own_cgroup() {
-        Some(dir) if dir.join("cgroup.controllers").exists() => match access(&dir, AccessFlags::W_OK) {
-            Ok(()) => Check::ok("cgroups", format!("version 2, {}", dir.display())),
-            Err(_) => Check::warn("cgroups", format!("version 2, but {} is not yours", dir.display()), hint),
-        },
-        _ => Check::warn("cgroups", "there is no version 2", hint),
+    let limited = vmm::jail::limited_by_groups();
+    let missing: Vec<_> = ["memory", "pids", "cpu"].into_iter().filter(|what| !limited.contains(what)).collect();
+    match &missing[..] {
+        [] => Check::ok("cgroups", "each machine has limits of its own"),
+        _ => Check::warn(
+            "cgroups",
+            format!("machines run without limits of their own on {}", missing.join(", ")),
+            "run the daemon under systemd with Delegate=yes, or where it may make control groups",
+        ),
     }
 }
 

@@ -141,9 +141,11 @@ impl Lab {
         let entries = std::fs::read_dir("/proc").unwrap().flatten();
         let pids = entries.filter_map(|e| e.file_name().to_str()?.parse::<i32>().ok());
         let is_ours = |pid: &i32| {
-            let line = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
-            let line = String::from_utf8_lossy(&line).into_owned();
-            line.contains("qemu-system") && line.contains(ours)
+            let read = |file| {
+                String::from_utf8_lossy(&std::fs::read(format!("/proc/{pid}/{file}")).unwrap_or_default()).into_owned()
+            };
+            // Its arguments have no paths of the daemon's.
+            read("cmdline").contains("qemu-system") && read("environ").contains(ours)
         };
         pids.filter(is_ours).collect()
     }

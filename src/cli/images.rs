@@ -149,10 +149,11 @@ fn private_file(path: &Path) -> std::io::Result<File> {
 /// Makes a raw file of a qcow2 image.
 fn convert(path: &Path, out: Out) -> Result<File> {
     out.progress("converting …");
-    let raw = std::env::temp_dir().join(format!("miosa-convert-{}", std::process::id()));
-    let failed = |e: std::io::Error| unreadable(&raw.display().to_string(), &e);
-    // Made here, so that nobody else can look into it.
-    drop(private_file(&raw).map_err(failed)?);
+    // Nobody else can look into it, or put something else in its place.
+    let private = std::os::unix::fs::PermissionsExt::from_mode(0o700);
+    let dir = tempfile::Builder::new().prefix("miosa-convert-").permissions(private).tempdir();
+    let dir = dir.map_err(|e| unreadable("a directory for temporary files", &e))?;
+    let raw = dir.path().join("raw");
     let converted = vmm::image::convert_qcow2(path, &raw).map_err(|e| {
         let code = if e.kind == vmm::ErrorKind::ToolMissing { "qemu_img_missing" } else { "invalid_image" };
         let failure = Failure::user(code, e.message);
@@ -161,9 +162,7 @@ fn convert(path: &Path, out: Out) -> Result<File> {
             None => failure,
         }
     });
-    let file = converted.and_then(|()| File::open(&raw).map_err(failed));
-    let _ = std::fs::remove_file(&raw);
-    file
+    converted.and_then(|()| File::open(&raw).map_err(|e| unreadable(&raw.display().to_string(), &e)))
 }
 
 /// Sends an image, and prints the disk it became.

@@ -69,6 +69,8 @@ pub struct Config {
     pub warm_machines: bool,
     /// Machines that wait, held, for the next sandbox of a template.
     pub spare_machines: usize,
+    /// Users that machines run as, each as one of its own, and tools that read images; where the daemon is root.
+    pub machine_uids: Uids,
     /// Added to the guest kernel's command line.
     pub kernel_args: Vec<String>,
     /// Environment of every command in every sandbox, such as a proxy's address; a sandbox's own goes before it.
@@ -117,6 +119,7 @@ impl Default for Config {
             stop_timeout: Span(Duration::from_secs(45)),
             warm_machines: true,
             spare_machines: 1,
+            machine_uids: Uids(vmm::jail::Users::DEFAULT),
             kernel_args: Vec::new(),
             guest_env: BTreeMap::new(),
             guest_files: BTreeMap::new(),
@@ -199,6 +202,10 @@ pub struct Flags {
     /// Machines that wait, held and with their memory, for the next sandbox of a template; 0: none [default: 1]
     #[arg(long, value_name = "COUNT")]
     pub spare_machines: Option<usize>,
+    /// Users (FIRST-LAST, numeric ids that nobody has) that machines run as, if the daemon is root [default:
+    /// 1900000000-1900065535]
+    #[arg(long, value_name = "RANGE")]
+    pub machine_uids: Option<Uids>,
     /// Added to the guest kernel's command line
     #[arg(long = "kernel-arg", value_name = "WORD")]
     pub kernel_args: Option<Vec<String>>,
@@ -442,6 +449,23 @@ pub enum LogFormat {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Span(pub Duration);
 
+/// Users that machines run as: `200000-265535`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Uids(pub vmm::jail::Users);
+
+impl FromStr for Uids {
+    type Err = String;
+    fn from_str(text: &str) -> Result<Self, String> {
+        text.parse().map(Self)
+    }
+}
+
+impl fmt::Display for Uids {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
 /// A size as it is written everywhere: `4gb`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Mib(pub u64);
@@ -514,6 +538,7 @@ macro_rules! written {
 
 written!(Span, "a duration, such as \"10m\"");
 written!(Mib, "a size, such as \"4gb\"");
+written!(Uids, "user ids, such as \"200000-265535\"");
 written!(PreviewListen, "an address, such as \"127.0.0.1:7080\", \"auto\" or \"none\"");
 
 #[cfg(test)]
@@ -564,6 +589,8 @@ mod tests {
             ("listen = '0.0.0.0:80'", "0.0.0.0:80", "listen_remote"),
             ("preview_listen = '0.0.0.0:81'", "0.0.0.0:81", "listen_remote"),
             ("preview_listen = 7080", "127.0.0.1:7080", "--print-config"),
+            ("machine_uids = '0-10'", "without root", "--print-config"),
+            ("machine_uids = 1000", "FIRST-LAST", "--print-config"),
             ("guest_env = { 'A=B' = 'c' }", "guest_env", ""),
         ] {
             let error = load(text, &[]).expect_err(text);

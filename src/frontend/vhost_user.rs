@@ -87,25 +87,26 @@ impl VhostUserServer {
     /// Listens on `socket`, which is replaced if it is a stale socket, and serves `disk` to whoever connects, one at a
     /// time. The guest sees the file's stem as the serial number.
     pub fn start(disk: impl Into<Device>, socket: &Path) -> Result<Self> {
-        Self::serve(disk.into(), socket, 0)
+        // The guest's disk is whoever's can connect.
+        Self::serve(disk.into(), socket, 0, 0o600)
     }
 
     /// The same for a VMM that asks a machine for its state only while that is held. A back end has to say that it logs the
     /// pages it writes to (`VHOST_F_LOG_ALL`) for a VMM to do so at all, and is not asked for it while its rings stand still.
-    /// It does not: should a VMM ask it to, that is refused.
+    /// It does not: should a VMM ask it to, that is refused. The VMM is another user's; who can come to the socket is a matter
+    /// of the directory it is in.
     pub fn start_for_state(disk: impl Into<Device>, socket: &Path) -> Result<Self> {
-        Self::serve(disk.into(), socket, 1 << VHOST_F_LOG_ALL)
+        Self::serve(disk.into(), socket, 1 << VHOST_F_LOG_ALL, 0o666)
     }
 
-    fn serve(disk: Device, socket: &Path, claimed: u64) -> Result<Self> {
+    fn serve(disk: Device, socket: &Path, claimed: u64, mode: u32) -> Result<Self> {
         let failed = |source| Error::Listen { path: socket.to_path_buf(), source };
         if std::fs::symlink_metadata(socket).is_ok_and(|m| m.file_type().is_socket()) {
             std::fs::remove_file(socket).map_err(failed)?;
         }
         let listener = UnixListener::bind(socket).map_err(failed)?;
         let setup = || {
-            // The guest's disk is whoever's can connect.
-            std::fs::set_permissions(socket, std::fs::Permissions::from_mode(0o600))?;
+            std::fs::set_permissions(socket, std::fs::Permissions::from_mode(mode))?;
             listener.set_nonblocking(true)?;
             UnixStream::pair()
         };

@@ -141,6 +141,9 @@ fn the_doctor_looks_without_a_daemon_and_with_one() {
     assert_eq!((ran.code, &document["ok"]), (i32::from(failed), &(!failed).into()), "{ran:?}");
     assert_eq!(named(&document, "daemon")["status"], "ok");
     assert_eq!(named(&document, "configuration")["status"], "ok");
+    for part in ["machine users", "landlock", "seccomp", "cgroups"] {
+        assert!(named(&document, part)["message"].is_string());
+    }
     for check in document["checks"].as_array().unwrap() {
         assert!(check["status"] == "ok" || check["hint"].as_str().is_some_and(|h| !h.is_empty()), "{check}");
     }

@@ -53,6 +53,19 @@ impl Cgroups {
         Cgroups { parents }
     }
 
+    /// What can be limited here, as far as that can be told without a change.
+    pub(crate) fn offered() -> Vec<&'static str> {
+        let read = |path| fs::read_to_string(path).unwrap_or_default();
+        let own = own_groups(&read("/proc/self/mountinfo"), &read("/proc/self/cgroup"));
+        let has = |group: &Parent, controller: &str| match group.version {
+            1 => group.controllers.contains(&controller),
+            _ => fs::read_to_string(group.dir.join("cgroup.controllers"))
+                .is_ok_and(|text| text.split_whitespace().any(|name| name == controller)),
+        };
+        let own: Vec<_> = own.into_iter().filter(|group| is_writable(&group.dir)).collect();
+        CONTROLLERS.into_iter().filter(|controller| own.iter().any(|group| has(group, controller))).collect()
+    }
+
     /// Makes the groups of a machine, and their record in its run directory. What fails is logged and left out.
     pub(crate) fn make(&self, spec: &MachineSpec) -> Group {
         let dirs: Vec<_> = self.parents.iter().map(|parent| parent.dir.join(format!("miosa-{}", spec.id))).collect();

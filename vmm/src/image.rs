@@ -2,7 +2,8 @@
 //!
 //! Everything is made with Debian's own tools, from the host's own package sources, under a name of its own first and
 //! renamed when it is whole: a result that is there is complete. The functions block for seconds to minutes; from
-//! async code call them with `spawn_blocking`.
+//! async code call them with `spawn_blocking`. Tools that read what others have made are locked up ([`crate::jail`]); those
+//! that read Debian's signed packages are not.
 
 mod cpio;
 mod import;
@@ -15,12 +16,12 @@ use std::ffi::OsStr;
 use std::fs;
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::{Command, Output, Stdio};
 
 pub use import::{ImageFormat, ReadyImage, convert_qcow2, prepare};
 pub use oci::ImageConfig;
 
-use crate::{Error, ErrorKind, Result};
+use crate::{Error, ErrorKind, Result, jail};
 
 /// Debian's package that depends on the newest cloud kernel.
 const KERNEL_PACKAGE: &str = "linux-image-cloud-amd64";
@@ -222,7 +223,7 @@ pub fn make_ext4(tree: &Path, image: &Path, uuid: &str, hash_seed: &str, entries
         command.args(["-N", &(entries * 2).to_string()]);
     }
     command.args(["-U", uuid, "-E", &options, "-d"]).arg(tree).arg(image);
-    run(&mut command, "e2fsprogs").map(drop)
+    make(&mut command, &[tree], image, size)
 }
 
 /// Puts an empty ext4 file system without partitions into a file of the wanted size that is one hole. Each has an identity
@@ -235,7 +236,15 @@ pub fn make_empty_ext4(image: &Path) -> Result<()> {
     // As in `make_ext4`: what reads as zero already is not written.
     command.args(["-q", "-F", "-b", "4096", "-m", "0", "-O", "^orphan_file,^metadata_csum_seed"]);
     command.args(["-E", "assume_storage_prezeroed=1,nodiscard,root_owner=0:0"]).arg(image);
-    run(&mut command, "e2fsprogs").map(drop)
+    let size = image.metadata().map_err(|e| Error::io(image.display(), e))?.len();
+    make(&mut command, &[], image, size)
+}
+
+/// Has a tool of e2fsprogs write a file system into a file of that size, of what others may have made.
+fn make(command: &mut Command, reads: &[&Path], image: &Path, size: u64) -> Result<()> {
+    let name = command.get_program().to_string_lossy().into_owned();
+    let output = jail::run_tool(command, reads, &[image], size).map_err(|e| tool_missing(&name, "e2fsprogs", &e))?;
+    printed(command, &output).map(drop)
 }
 
 fn bootstrap(work: &Path, tree: &Path, progress: &mut impl FnMut(&str)) -> Result<()> {
@@ -326,9 +335,15 @@ fn append(path: &Path, line: &str) -> Result<()> {
 fn run(command: &mut Command, package: &str) -> Result<String> {
     let name = command.get_program().to_string_lossy().into_owned();
     let output = command.stdin(Stdio::null()).output().map_err(|e| tool_missing(&name, package, &e))?;
+    printed(command, &output)
+}
+
+/// What a tool printed, unless it failed.
+fn printed(command: &Command, output: &Output) -> Result<String> {
     if output.status.success() {
         return Ok(String::from_utf8_lossy(&output.stdout).into_owned());
     }
+    let name = command.get_program().to_string_lossy();
     let said = String::from_utf8_lossy(&output.stderr);
     let lines: Vec<&str> = said.lines().collect();
     let last = lines[lines.len().saturating_sub(8)..].join(" | ");

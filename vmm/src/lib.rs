@@ -7,7 +7,8 @@
 //! | [`qemu`] | machines as QEMU processes, over [`qmp`] |
 //! | [`memory`] | a guest's memory, where the host can read it |
 //! | [`process`] | processes that are found again and never left behind |
-//! | `cgroup` | what limits them |
+//! | [`jail`] | what they are locked up in: a user, Landlock, limits |
+//! | `cgroup` | what limits them as a whole |
 //! | `console` | what they write, kept short |
 //! | [`fake`] | a scripted stand-in for tests: real agent protocol, no virtual machine |
 //! | [`image`] | what guests boot: kernel, initramfs, base root file system |
@@ -21,6 +22,7 @@ mod console;
 pub mod error;
 pub mod fake;
 pub mod image;
+pub mod jail;
 pub mod machine;
 pub mod memory;
 pub mod process;

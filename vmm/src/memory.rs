@@ -29,8 +29,28 @@ impl GuestMemory {
     pub fn new(bytes: u64) -> Result<GuestMemory> {
         let file = File::from(memfd_create(c"ram", MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING)?);
         file.set_len(bytes)?;
-        fcntl(&file, FcntlArg::F_ADD_SEALS(SealFlag::F_SEAL_GROW | SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_SEAL))?;
+        fcntl(&file, FcntlArg::F_ADD_SEALS(SealFlag::F_SEAL_GROW | SealFlag::F_SEAL_SHRINK))?;
         Ok(GuestMemory { file, bytes })
+    }
+
+    /// Makes it what it is for good: nobody who has its file, whatever they were given it for, can write to it any more.
+    ///
+    /// # Errors
+    /// Of the system; while somebody has it mapped to write.
+    pub(crate) fn freeze(&self) -> Result<()> {
+        if !self.is_frozen()? {
+            fcntl(&self.file, FcntlArg::F_ADD_SEALS(SealFlag::F_SEAL_WRITE | SealFlag::F_SEAL_SEAL))?;
+        }
+        Ok(())
+    }
+
+    /// Whether it is what it is for good.
+    ///
+    /// # Errors
+    /// Of the system.
+    pub(crate) fn is_frozen(&self) -> Result<bool> {
+        let seals = SealFlag::from_bits_truncate(fcntl(&self.file, FcntlArg::F_GET_SEALS)?);
+        Ok(seals.contains(SealFlag::F_SEAL_WRITE))
     }
 
     /// That in a file.
@@ -242,6 +262,36 @@ mod tests {
         copy.read(0, &mut b).unwrap();
         assert!(a == b);
         assert_eq!(copy.read(8 << 20, &mut [0]).unwrap_err().kind(), ErrorKind::UnexpectedEof);
+    }
+
+    #[test]
+    fn what_is_frozen_is_written_by_nobody_and_mapped_privately() {
+        let memory = GuestMemory::new(1 << 20).unwrap();
+        memory.write(0, b"before").unwrap();
+        assert!(!memory.is_frozen().unwrap());
+        memory.freeze().unwrap();
+        memory.freeze().unwrap();
+        assert!(memory.is_frozen().unwrap());
+        let fd = std::os::fd::AsRawFd::as_raw_fd(memory.file());
+        let again = File::options().read(true).write(true).open(format!("/proc/self/fd/{fd}")).unwrap();
+        assert_eq!(again.write_all_at(b"after", 0).unwrap_err().kind(), ErrorKind::PermissionDenied);
+        assert!(again.set_len(0).is_err());
+        let write = libc::PROT_READ | libc::PROT_WRITE;
+        let map = |flags| {
+            // SAFETY: a new mapping, of a file that nobody makes shorter.
+            unsafe { libc::mmap(std::ptr::null_mut(), 1 << 20, write, flags, fd, 0) }
+        };
+        assert_eq!(map(libc::MAP_SHARED), libc::MAP_FAILED);
+        let own = map(libc::MAP_PRIVATE);
+        assert_ne!(own, libc::MAP_FAILED);
+        // SAFETY: it is as long as that, and unmapped once.
+        unsafe {
+            own.cast::<u8>().write(7);
+            libc::munmap(own, 1 << 20);
+        }
+        let mut read = [0; 6];
+        memory.read(0, &mut read).unwrap();
+        assert_eq!(&read, b"before");
     }
 
     #[test]

@@ -5,12 +5,16 @@
 //! Each machine has one task, the *watcher*, which holds a pidfd, keeps the files short and says how the process ended;
 //! everybody else only sends it signals.
 
+mod boot_files;
 mod command;
 mod probe;
 mod state;
 mod warm;
 
-use std::os::fd::{AsFd, OwnedFd, RawFd};
+use std::fs::File;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
+use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
+use std::os::unix::net::UnixListener;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -28,15 +32,16 @@ use tokio::time::Instant;
 
 use crate::cgroup::{self, Cgroups};
 use crate::console;
+use crate::jail::{self, Cell, Limit, Needs, Use};
 use crate::machine::{Exit, Loaded, MachineState, deadline_at};
 use crate::memory::GuestMemory;
 use crate::process::{ProcessId, RECORD, RUN_DIR_VARIABLE};
 use crate::qmp::{Qmp, QmpEvent};
 use crate::{
-    Acceleration, Agent, BootPath, BootTiming, Error, ErrorKind, ExitReason, Machine, MachineSpec, Reaped, Result,
-    Root, Vmm, WarmKey,
+    Accel, Acceleration, Agent, BootPath, BootTiming, DiskAttachment, Error, ErrorKind, ExitReason, Machine,
+    MachineSpec, Network, Reaped, Result, Root, Vmm, WarmKey,
 };
-use command::{Course, Paths, Ram};
+use command::{Course, DiskFile, Handed, Paths, Ram};
 pub use probe::{KvmAnswer, kept_kvm_answer};
 
 /// Bytes of console shown when a boot fails.
@@ -49,9 +54,11 @@ const DEATH_PATIENCE: Duration = Duration::from_secs(2);
 const KILL_PATIENCE: Duration = Duration::from_secs(15);
 /// How often the lengths of a machine's files are looked at.
 const CAP_EVERY: Duration = Duration::from_secs(2);
-/// What a machine's process can write to one file once it runs: its console while no daemon keeps that short. Its disk is
-/// not among them.
+/// What a machine's process can write to one file, or the size of its disk if that is a file: its console while no daemon
+/// keeps that short.
 const FILE_BYTES_MAX: u64 = 4 << 20;
+/// Threads of a machine's process beside its virtual CPUs; as in its control group.
+const THREADS_MAX: u64 = 256;
 
 /// Starts machines as QEMU processes.
 #[derive(Clone, Debug)]
@@ -61,6 +68,7 @@ pub struct QemuVmm {
     cgroups: Arc<std::sync::OnceLock<Cgroups>>,
     records: Records,
     known: Arc<warm::Known>,
+    boot_files: Arc<boot_files::BootFiles>,
 }
 
 /// Held while a run directory's records of process and groups are written, and while they are looked at and removed: the
@@ -83,6 +91,7 @@ impl QemuVmm {
             cgroups: Arc::default(),
             records: Arc::default(),
             known: Arc::default(),
+            boot_files: Arc::default(),
         }
     }
 
@@ -114,18 +123,28 @@ impl QemuVmm {
         }
         state::note(spec, launch.course)?;
         let file = |path: &Path| console::create(path).map_err(|e| Error::io(path.display(), e));
-        file(&paths.console)?;
         let output = file(&paths.output)?;
-        let mut command = Command::new(&self.program);
-        command.args(command::arguments(spec, &self.machine, launch.course, launch.ram));
-        command.env(RUN_DIR_VARIABLE, &spec.run_dir);
+        let opened = Opened::open(self, spec, launch.course, &paths)?;
+        let handed = opened.handed(launch.ram);
+        let program = jail::find(&self.program);
+        let mut command = Command::new(&program);
+        command.args(command::arguments(spec, &self.machine, launch.course, &handed));
+        command.env_clear().env(RUN_DIR_VARIABLE, &spec.run_dir).current_dir(&spec.run_dir);
         command.stdin(Stdio::null()).stderr(output.try_clone().map_err(|e| Error::io("qemu.log", e))?).stdout(output);
+        let inherited = handed.numbers().into_iter().chain(launch.state).collect();
+        let (cell, turn) = Cell::new(needs(spec, program, inherited, opened.file_bytes))?;
         let _recording = self.records.lock();
+        if let Some(user) = cell.user() {
+            admit(&spec.run_dir, user)?;
+        }
         let mut group = self.cgroups.get_or_init(Cgroups::find).make(spec);
         let doors = group.doors();
+        let yields = launch.yields;
         // SAFETY: between fork and exec only system calls are made, on what was allocated before.
-        unsafe { command.pre_exec(move || prepare(&doors, &launch)) };
-        let mut child = match command.spawn() {
+        unsafe { command.pre_exec(move || prepare(&doors, yields, &cell)) };
+        let spawned = command.spawn();
+        drop(turn);
+        let mut child = match spawned {
             Ok(child) => child,
             Err(error) => {
                 group.remove();
@@ -149,46 +168,121 @@ impl QemuVmm {
 #[derive(Debug)]
 struct Launch {
     course: Course,
+    /// An open file, until it is started.
     ram: Ram,
-    /// Files that it has under the numbers that they have here. They must be open until it is started.
-    inherited: Vec<RawFd>,
+    /// An open file that it has under the number that that has here, until it is started: the state that it goes on from.
+    state: Option<RawFd>,
     /// Others' work goes before its own.
     yields: bool,
 }
 
-impl Launch {
-    fn boot() -> Launch {
-        Launch { course: Course::Boot, ram: Ram::New, inherited: Vec::new(), yields: false }
+/// What a machine's process is handed open.
+struct Opened {
+    kernel: Arc<OwnedFd>,
+    initramfs: Arc<OwnedFd>,
+    qmp: UnixListener,
+    agent: UnixListener,
+    console: File,
+    disks: Vec<(String, File, bool)>,
+    /// The longest of its files.
+    file_bytes: u64,
+}
+
+impl Opened {
+    fn open(vmm: &QemuVmm, spec: &MachineSpec, course: Course, paths: &Paths) -> Result<Opened> {
+        let io = |path: &Path, e| Error::io(path.display(), e);
+        let listen = |path: &Path| UnixListener::bind(path).map_err(|e| io(path, e));
+        let mut opened = Opened {
+            kernel: vmm.boot_files.get(&spec.kernel)?,
+            initramfs: vmm.boot_files.get(&spec.initramfs)?,
+            qmp: listen(&paths.qmp)?,
+            agent: listen(&paths.agent)?,
+            console: console::create(&paths.console).map_err(|e| io(&paths.console, e))?,
+            disks: Vec::new(),
+            file_bytes: FILE_BYTES_MAX,
+        };
+        for (serial, disk, read_only) in command::disks(spec).filter(|_| course != Course::Keep) {
+            let DiskAttachment::RawFile { path } = disk else { continue };
+            let open = |flags| File::options().read(true).write(!read_only).custom_flags(flags).open(path);
+            // Not every file system knows O_DIRECT.
+            let direct = open(libc::O_DIRECT);
+            let is_direct = direct.is_ok();
+            let file = direct.or_else(|_| open(0));
+            let file = file.map_err(|e| Error::new(ErrorKind::StartFailed, format!("{}: {e}", path.display())))?;
+            opened.file_bytes = opened.file_bytes.max(file.metadata().map_err(|e| io(path, e))?.len());
+            opened.disks.push((serial.to_owned(), file, is_direct));
+        }
+        Ok(opened)
     }
+
+    fn handed(&self, ram: Ram) -> Handed {
+        let disk = |(serial, file, direct): &(String, File, bool)| {
+            (serial.clone(), DiskFile { fd: file.as_raw_fd(), direct: *direct })
+        };
+        Handed {
+            ram,
+            kernel: self.kernel.as_raw_fd(),
+            initramfs: self.initramfs.as_raw_fd(),
+            qmp: self.qmp.as_raw_fd(),
+            agent: self.agent.as_raw_fd(),
+            console: self.console.as_raw_fd(),
+            disks: self.disks.iter().map(disk).collect(),
+        }
+    }
+}
+
+/// Where QEMU's user network looks for the host's name servers.
+const NAME_SERVERS: &str = "/etc/resolv.conf";
+const KVM: &str = "/dev/kvm";
+
+/// What a machine's process needs of the host, beside what it is handed: its program, and very little.
+fn needs(spec: &MachineSpec, program: PathBuf, inherited: Vec<RawFd>, file_bytes: u64) -> Needs {
+    use std::os::unix::fs::MetadataExt;
+    let (mut files, mut groups) = (Vec::new(), Vec::new());
+    let network = spec.network == Network::User;
+    if network {
+        files.push((NAME_SERVERS.into(), Use::Read));
+        // Some hosts have a link there, to a file that is replaced by another when it changes.
+        if let Ok(to) = Path::new(NAME_SERVERS).canonicalize()
+            && to != Path::new(NAME_SERVERS)
+        {
+            files.extend(to.parent().map(|dir| (dir.to_owned(), Use::Read)));
+        }
+    }
+    if spec.accel == Accel::Kvm {
+        files.push((KVM.into(), Use::Write));
+        groups.extend(std::fs::metadata(KVM).map(|meta| meta.gid()).ok().filter(|gid| *gid != 0));
+    }
+    let limits = vec![(Limit::FileBytes, file_bytes), (Limit::Threads, u64::from(spec.cpus) + THREADS_MAX)];
+    Needs { program, files, network, groups, reads_of_any_user: false, inherited, limits }
+}
+
+/// Lets a user reach what it knows by name in a run directory, which stays the daemon's: it can neither list nor change it.
+fn admit(run_dir: &Path, user: u32) -> Result<()> {
+    let io = |e| Error::io(run_dir.display(), e);
+    std::os::unix::fs::chown(run_dir, None, Some(user)).map_err(io)?;
+    std::fs::set_permissions(run_dir, std::fs::Permissions::from_mode(0o710)).map_err(io)
 }
 
 /// What one that makes way is nicer by.
 const NICER: libc::c_int = 10;
 
 /// What a machine's process does to itself before it becomes QEMU.
-fn prepare(doors: &[std::fs::File], launch: &Launch) -> std::io::Result<()> {
+fn prepare(doors: &[File], yields: bool, cell: &Cell) -> std::io::Result<()> {
     // A signal for the daemon's terminal is not for its machines.
     nix::unistd::setsid()?;
     // A console that is too long is cut off and not the machine's end.
     // SAFETY: ignoring a signal installs no handler.
     unsafe { nix::sys::signal::signal(Signal::SIGXFSZ, SigHandler::SigIgn) }?;
-    nix::sys::prctl::set_no_new_privs()?;
     doors.iter().for_each(|door| cgroup::enter(door.as_fd()));
-    for fd in &launch.inherited {
-        // SAFETY: plain system calls without memory. The flag is this process's own: its parent's descriptor keeps it.
-        if unsafe { libc::fcntl(*fd, libc::F_SETFD, 0) } == -1 {
-            return Err(std::io::Error::last_os_error());
-        }
-    }
-    if launch.yields {
-        // SAFETY: as above. What it says is of no interest: it goes on as it is.
+    if yields {
+        // SAFETY: a plain system call without memory. What it says is of no interest: it goes on as it is.
         unsafe { libc::nice(NICER) };
     }
-    Ok(())
+    cell.enter()
 }
 
 fn make_private(dir: &Path) -> Result<()> {
-    use std::os::unix::fs::PermissionsExt;
     std::fs::create_dir_all(dir)
         .and_then(|()| std::fs::set_permissions(dir, std::fs::Permissions::from_mode(0o700)))
         .map_err(|e| Error::io(dir.display(), e))
@@ -200,11 +294,13 @@ impl Vmm for QemuVmm {
         let (started, at) = (Instant::now(), deadline_at(deadline));
         let machine = match &spec.warm {
             Some(dir) => warm::restore(self, &spec, dir, (started, at)).await?,
-            None => self.spawn(&spec, Launch::boot())?.into_machine(started, at, Coming::Boot).await?,
+            None => {
+                let memory = warm::new_ram(spec.memory_mib)?;
+                let ram = Ram::Shared(memory.file().as_raw_fd());
+                let launch = Launch { course: Course::Boot, ram, state: None, yields: false };
+                self.spawn(&spec, launch)?.into_machine(started, at, Coming::Boot).await?
+            }
         };
-        if spec.disk.outlives_its_server() {
-            limit_files(machine.process.control.id);
-        }
         let (way, ms) = (machine.timing.path.name(), machine.timing.agent_ms);
         tracing::info!(machine = spec.id, pid = machine.pid(), way, ms, "machine is up");
         Ok(Arc::new(machine))
@@ -271,17 +367,6 @@ impl Vmm for QemuVmm {
 
 async fn blocking<T: Send + 'static>(call: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
     tokio::task::spawn_blocking(call).await.map_err(|e| Error::io("reap machines", e))?
-}
-
-/// Caps what the process can write to a file; see [`console`]. Only once it runs: its memory is a file too.
-fn limit_files(id: ProcessId) {
-    let limit = libc::rlimit { rlim_cur: FILE_BYTES_MAX, rlim_max: FILE_BYTES_MAX };
-    // SAFETY: `limit` lives over the call; nothing is written back.
-    let done = unsafe { libc::prlimit(id.pid, libc::RLIMIT_FSIZE, &raw const limit, std::ptr::null_mut()) };
-    if done != 0 {
-        let error = std::io::Error::last_os_error();
-        tracing::warn!(pid = id.pid, %error, "a machine's console is not capped while no daemon runs");
-    }
 }
 
 fn millis(since: Instant) -> u64 {

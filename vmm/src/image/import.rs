@@ -6,13 +6,12 @@
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::process::Stdio;
 
 use super::layer::{self, LeftOut};
 use super::oci::{self, Files, Image, ImageConfig};
 use super::tree::{Tree, broken};
 use super::{make_dir, make_ext4, tool_missing};
-use crate::{Error, ErrorKind, Result};
+use crate::{Error, ErrorKind, Result, jail};
 
 /// Where an ext4 file system says that it is one: the superblock's magic number.
 const EXT4_MAGIC_AT: u64 = 1_024 + 56;
@@ -21,6 +20,8 @@ const EXT4_MAGIC: [u8; 2] = [0x53, 0xef];
 const ROOT_TYPE: [u8; 16] =
     [0xe3, 0xbc, 0x68, 0x4f, 0xcd, 0xe8, 0xb1, 0x4d, 0x96, 0xe7, 0xfb, 0xca, 0xf9, 0x84, 0xb7, 0x09];
 const BLOCK: u64 = 4_096;
+/// Largest disk that an image may say it is.
+const CONVERTED_BYTES_MAX: u64 = 16 << 40;
 
 /// What a file to be imported is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -344,9 +345,13 @@ fn partitions(file: &File, size: u64) -> Vec<Partition> {
 /// # Errors
 /// `ToolMissing` without qemu-img; `Invalid` for what is no qcow2 image or needs other files; `Io`.
 pub fn convert_qcow2(path: &Path, raw: &Path) -> Result<()> {
+    // A path that begins like an option or a protocol is neither.
+    let path = std::path::absolute(path).map_err(|e| Error::io(path.display(), e))?;
     let os = std::ffi::OsStr::new;
-    let qemu_img = |args: &[&std::ffi::OsStr]| {
-        let ran = std::process::Command::new("qemu-img").args(args).stdin(Stdio::null()).output();
+    let qemu_img = |args: &[&std::ffi::OsStr], writes: &[&Path]| {
+        let mut command = std::process::Command::new("qemu-img");
+        // It is let to what was asked for and nothing else: what the image says of other files leads nowhere.
+        let ran = jail::run_tool(command.args(args), &[&path], writes, CONVERTED_BYTES_MAX);
         let ran = ran.map_err(|e| tool_missing("qemu-img", "qemu-utils", &e))?;
         if ran.status.success() {
             return Ok(ran.stdout);
@@ -356,9 +361,7 @@ pub fn convert_qcow2(path: &Path, raw: &Path) -> Result<()> {
         Err(Error::new(ErrorKind::Invalid, message)
             .hint("check it: qemu-img info FILE; a raw image is imported with --format raw"))
     };
-    // A path that begins like an option or a protocol is neither.
-    let path = std::path::absolute(path).map_err(|e| Error::io(path.display(), e))?;
-    let told = qemu_img(&[os("info"), os("-f"), os("qcow2"), os("--output=json"), path.as_os_str()])?;
+    let told = qemu_img(&[os("info"), os("-f"), os("qcow2"), os("--output=json"), path.as_os_str()], &[])?;
     let info: serde_json::Value = serde_json::from_slice(&told)
         .map_err(|e| Error::new(ErrorKind::Invalid, format!("what qemu-img says cannot be read: {e}")))?;
     let other = [&info["backing-filename"], &info["format-specific"]["data"]["data-file"]];
@@ -366,6 +369,13 @@ pub fn convert_qcow2(path: &Path, raw: &Path) -> Result<()> {
         return Err(Error::new(ErrorKind::Invalid, format!("{} needs another file: {other}", path.display()))
             .hint("make one image of them first: qemu-img convert -O qcow2 FILE WHOLE"));
     }
-    let args = [os("convert"), os("-f"), os("qcow2"), os("-O"), os("raw"), path.as_os_str(), raw.as_os_str()];
-    qemu_img(&args).map(drop)
+    let size = info["virtual-size"].as_u64().filter(|size| *size <= CONVERTED_BYTES_MAX);
+    let size = size.ok_or_else(|| {
+        let most = CONVERTED_BYTES_MAX >> 40;
+        Error::new(ErrorKind::Invalid, format!("{} is a disk of more than {most} TiB", path.display()))
+    })?;
+    // Made here: it may write to files and make none.
+    File::create(raw).and_then(|file| file.set_len(size)).map_err(|e| Error::io(raw.display(), e))?;
+    let args = [os("convert"), os("-n"), os("-f"), os("qcow2"), os("-O"), os("raw"), path.as_os_str(), raw.as_os_str()];
+    qemu_img(&args, &[raw]).map(drop)
 }

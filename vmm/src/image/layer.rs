@@ -8,7 +8,7 @@ use std::process::{Child, Command, Stdio};
 use tar::{Archive, Entry, EntryType};
 
 use super::tree::{Meta, Tree, bad_path, broken, shown};
-use crate::{Error, ErrorKind, Result};
+use crate::{Error, ErrorKind, Result, jail};
 
 /// Longest list of a file's pieces, in units of 512 bytes.
 const MAX_LIST: u32 = 1 << 16;
@@ -241,9 +241,13 @@ struct Unxz(Child);
 impl Unxz {
     fn start(path: &Path) -> Result<Unxz> {
         let file = File::open(path).map_err(|e| Error::io(path.display(), e))?;
-        let child =
-            Command::new("xz").args(["-dc", "-T1"]).stdin(file).stdout(Stdio::piped()).stderr(Stdio::null()).spawn();
-        child.map(Unxz).map_err(|e| super::tool_missing("xz", "xz-utils", &e))
+        let mut command = Command::new("xz");
+        command.args(["-dc", "-T1"]).stdin(file).stdout(Stdio::piped()).stderr(Stdio::null());
+        let missing = |e| super::tool_missing("xz", "xz-utils", &e);
+        let turn = jail::lock_up_tool(&mut command, &[], &[], 0).map_err(missing)?;
+        let child = command.spawn();
+        drop(turn);
+        child.map(Unxz).map_err(missing)
     }
 }
 

@@ -1,14 +1,14 @@
 //! QEMU's command line for a machine.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsString;
 use std::os::fd::RawFd;
-use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use miosa_agent::wire::PORT_NAME;
 use serde_json::json;
 
+use crate::jail::QEMU_FILTER;
 use crate::{Accel, DiskAttachment, Error, ErrorKind, MachineSpec, Network, Result};
 
 /// Queues of a disk: one a virtual CPU, and enough for any load from here on.
@@ -104,13 +104,50 @@ fn escaped(path: &Path) -> String {
 /// Where a machine's memory is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Ram {
-    /// Of its own making, shared with who serves its disks.
-    New,
-    /// In an inherited file that is written to, shared with who serves its disks.
+    /// In an inherited file that is written to, shared with the daemon and who serves its disks.
     Shared(RawFd),
     /// What is in an inherited file, which stays as it is.
     Copied(RawFd),
 }
+
+/// What a machine's process is handed open, by number: its user may open nothing of it.
+#[derive(Clone, Debug)]
+pub(super) struct Handed {
+    pub(super) ram: Ram,
+    pub(super) kernel: RawFd,
+    pub(super) initramfs: RawFd,
+    /// Sockets that listen.
+    pub(super) qmp: RawFd,
+    pub(super) agent: RawFd,
+    pub(super) console: RawFd,
+    /// The files of disks, by serial number.
+    pub(super) disks: BTreeMap<String, DiskFile>,
+}
+
+/// A disk's open file.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct DiskFile {
+    pub(super) fd: RawFd,
+    /// Whether the host's page cache is left out.
+    pub(super) direct: bool,
+}
+
+impl Handed {
+    /// For whoever wants to know what a machine is and not to start it.
+    pub(super) fn nothing(ram: fn(RawFd) -> Ram) -> Handed {
+        Handed { ram: ram(0), kernel: 0, initramfs: 0, qmp: 0, agent: 0, console: 0, disks: BTreeMap::new() }
+    }
+
+    /// All of it.
+    pub(super) fn numbers(&self) -> Vec<RawFd> {
+        let (Ram::Shared(ram) | Ram::Copied(ram)) = self.ram;
+        let fixed = [ram, self.kernel, self.initramfs, self.qmp, self.agent, self.console];
+        fixed.into_iter().chain(self.disks.values().map(|disk| disk.fd)).collect()
+    }
+}
+
+/// The set that the console's file is in; those of disks have the numbers after it.
+const CONSOLE_SET: usize = 1;
 
 /// How a machine comes to run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -138,8 +175,7 @@ pub(super) fn check_warm(spec: &MachineSpec) -> Result<()> {
 
 /// All arguments but the program's name. Those of a machine that is kept are the beginning of those of one that starts
 /// from its state: what is added comes after it on the guest's buses, too.
-pub(super) fn arguments(spec: &MachineSpec, machine: &str, course: Course, ram: Ram) -> Vec<OsString> {
-    let paths = Paths::of(&spec.run_dir);
+pub(super) fn arguments(spec: &MachineSpec, machine: &str, course: Course, handed: &Handed) -> Vec<OsString> {
     let (accel, cpu) = match spec.accel {
         // Five-level page tables would only make each of the translator's page walks longer.
         Accel::Tcg => ("tcg", "max,la57=off"),
@@ -148,28 +184,34 @@ pub(super) fn arguments(spec: &MachineSpec, machine: &str, course: Course, ram: 
     let mut arguments: Vec<String> = Vec::new();
     let mut add = |option: &str, value: String| arguments.extend([format!("-{option}"), value]);
     add("name", spec.id.clone());
-    add("machine", format!("{machine},accel={accel},memory-backend=ram,usb=off,graphics=off,vmport=off,i8042=off"));
+    add(
+        "machine",
+        format!(
+            "{machine},accel={accel},memory-backend=ram,usb=off,graphics=off,vmport=off,i8042=off,dump-guest-core=off"
+        ),
+    );
     add("cpu", cpu.into());
     add("smp", spec.cpus.to_string());
     add("m", format!("{}M", spec.memory_mib));
     // A vhost-user back end reads and writes the guest's memory: it must be shared.
-    let (backend, share) = match ram {
-        Ram::New => ("memory-backend-memfd,id=ram".to_owned(), "on"),
-        Ram::Shared(fd) => (format!("memory-backend-file,id=ram,mem-path=/proc/self/fd/{fd}"), "on"),
-        Ram::Copied(fd) => (format!("memory-backend-file,id=ram,mem-path=/proc/self/fd/{fd}"), "off"),
+    let (ram, share) = match handed.ram {
+        Ram::Shared(fd) => (fd, "on"),
+        Ram::Copied(fd) => (fd, "off"),
     };
+    let backend = format!("memory-backend-file,id=ram,mem-path=/proc/self/fd/{ram}");
     add("object", format!("{backend},size={}M,share={share}", spec.memory_mib));
-    add("kernel", spec.kernel.to_string_lossy().into_owned());
-    add("initrd", spec.initramfs.to_string_lossy().into_owned());
+    add("kernel", format!("/proc/self/fd/{}", handed.kernel));
+    add("initrd", format!("/proc/self/fd/{}", handed.initramfs));
     add("append", kernel_command_line(spec, course));
     add("display", "none".into());
-    add("sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny".into());
-    add("chardev", format!("file,id=console,path={},append=on", escaped(&paths.console)));
+    add("sandbox", QEMU_FILTER.into());
+    add("add-fd", format!("set={CONSOLE_SET},fd={}", handed.console));
+    add("chardev", format!("file,id=console,path=/dev/fdset/{CONSOLE_SET},append=on"));
     add("serial", "chardev:console".into());
-    add("chardev", format!("socket,id=qmp,path={},server=on,wait=off", escaped(&paths.qmp)));
+    add("chardev", format!("socket,id=qmp,fd={},server=on,wait=off", handed.qmp));
     add("mon", "chardev=qmp,mode=control".into());
     add("device", "virtio-serial-pci,max_ports=2".into());
-    add("chardev", format!("socket,id=agent,path={},server=on,wait=off", escaped(&paths.agent)));
+    add("chardev", format!("socket,id=agent,fd={},server=on,wait=off", handed.agent));
     add("device", format!("virtserialport,chardev=agent,name={PORT_NAME}"));
     add("device", "virtio-rng-pci".into());
     if matches!(course, Course::Restore | Course::Load) {
@@ -183,29 +225,46 @@ pub(super) fn arguments(spec: &MachineSpec, machine: &str, course: Course, ram: 
         add("device", format!("virtio-net-pci,netdev=net,romfile=,mac={mac}"));
     }
     if course != Course::Keep {
-        add_disk(&mut arguments, spec, ROOT_SERIAL, &spec.disk, false);
-        for volume in &spec.volumes {
-            add_disk(&mut arguments, spec, &volume.serial, &volume.disk, volume.read_only);
+        for (n, (serial, disk, read_only)) in disks(spec).enumerate() {
+            let file = handed.disks.get(serial).copied().unwrap_or(DiskFile { fd: 0, direct: false });
+            add_disk(&mut arguments, spec, (serial, disk, read_only), (CONSOLE_SET + 1 + n, file));
         }
     }
     let flags = ["-nodefaults", "-no-user-config", "-no-reboot"].map(str::to_owned);
     arguments.into_iter().chain(flags).map(OsString::from).collect()
 }
 
-fn add_disk(arguments: &mut Vec<String>, spec: &MachineSpec, serial: &str, disk: &DiskAttachment, read_only: bool) {
+/// All disks of a machine, the root disk first, with their serial numbers, and whether they are only read.
+pub(super) fn disks(spec: &MachineSpec) -> impl Iterator<Item = (&str, &DiskAttachment, bool)> {
+    let volumes = spec.volumes.iter().map(|v| (v.serial.as_str(), &v.disk, v.read_only));
+    std::iter::once((ROOT_SERIAL, &spec.disk, false)).chain(volumes)
+}
+
+/// Where a process that is in the run directory finds a file: it may not be able to come there from the root.
+fn as_seen_from<'a>(run_dir: &Path, path: &'a Path) -> &'a Path {
+    if path.parent() == Some(run_dir) { path.file_name().map_or(path, Path::new) } else { path }
+}
+
+fn add_disk(
+    arguments: &mut Vec<String>,
+    spec: &MachineSpec,
+    (serial, disk, read_only): (&str, &DiskAttachment, bool),
+    (set, file): (usize, DiskFile),
+) {
     let mut add = |option: &str, value: String| arguments.extend([format!("-{option}"), value]);
     match disk {
         DiskAttachment::VhostUserBlk { socket } => {
             // The guest waits while its back end restarts.
-            add("chardev", format!("socket,id=disk-{serial},path={},reconnect=1", escaped(socket)));
+            let path = escaped(as_seen_from(&spec.run_dir, socket));
+            add("chardev", format!("socket,id=disk-{serial},path={path},reconnect=1"));
             let queues = spec.cpus.min(QUEUES_MAX);
             add("device", format!("vhost-user-blk-pci,chardev=disk-{serial},num-queues={queues}"));
         }
-        DiskAttachment::RawFile { path } => {
-            let direct = can_be_direct(path);
+        DiskAttachment::RawFile { .. } => {
+            add("add-fd", format!("set={set},fd={}", file.fd));
             let file = json!({
-                "driver": "file", "node-name": format!("file-{serial}"), "filename": path.to_string_lossy(),
-                "cache": { "direct": direct, "no-flush": false }, "discard": "unmap", "aio": "threads",
+                "driver": "file", "node-name": format!("file-{serial}"), "filename": format!("/dev/fdset/{set}"),
+                "cache": { "direct": file.direct, "no-flush": false }, "discard": "unmap", "aio": "threads",
                 "read-only": read_only,
             });
             let raw = json!({
@@ -246,11 +305,6 @@ fn kernel_command_line(spec: &MachineSpec, course: Course) -> String {
     }
     words.extend(spec.kernel_args.iter().map(String::as_str));
     words.join(" ")
-}
-
-/// Whether the host's page cache can be left out: not every file system knows O_DIRECT.
-fn can_be_direct(path: &Path) -> bool {
-    std::fs::OpenOptions::new().read(true).custom_flags(libc::O_DIRECT).open(path).is_ok()
 }
 
 #[cfg(test)]
@@ -315,9 +369,16 @@ mod tests {
     #[test]
     fn a_path_cannot_add_options() {
         let dir = tempfile::tempdir().unwrap();
-        let arguments = arguments(&spec(dir.path()), "pc", Course::Boot, Ram::New);
+        let spec = spec(dir.path());
+        let arguments = arguments(&spec, "pc", Course::Boot, &Handed::nothing(Ram::Shared));
         let disk = arguments.iter().find(|a| a.to_string_lossy().starts_with("socket,id=disk")).unwrap();
         assert!(disk.to_string_lossy().contains("/a,,file,reconnect=1"), "{disk:?}");
+        // Of what is in its directory it knows no more than the name.
+        let here = MachineSpec { run_dir: dir.path().to_owned(), ..spec };
+        let arguments = super::arguments(&here, "pc", Course::Boot, &Handed::nothing(Ram::Shared));
+        let disk = arguments.iter().find(|a| a.to_string_lossy().starts_with("socket,id=disk")).unwrap();
+        assert_eq!(disk, "socket,id=disk-disk,path=a,,file,reconnect=1");
+        assert!(!arguments.iter().any(|a| a.to_string_lossy().contains(dir.path().to_str().unwrap())), "{arguments:?}");
         let append = &arguments[arguments.iter().position(|a| a == "-append").unwrap() + 1];
         assert!(append.to_string_lossy().ends_with("miosa.hostname=box miosa.net=none debug"), "{append:?}");
         assert!(!arguments.iter().any(|a| a.to_string_lossy().contains("virtio-net")));
@@ -332,13 +393,13 @@ mod tests {
         let devices = |arguments: Vec<OsString>| -> Vec<OsString> {
             arguments.windows(2).filter(|pair| pair[0] == "-device").map(|pair| pair[1].clone()).collect()
         };
-        let kept = devices(arguments(&one, "pc", Course::Keep, Ram::Shared(5)));
-        let restored = devices(arguments(&other, "pc", Course::Restore, Ram::Copied(6)));
+        let kept = devices(arguments(&one, "pc", Course::Keep, &Handed::nothing(Ram::Shared)));
+        let restored = devices(arguments(&other, "pc", Course::Restore, &Handed::nothing(Ram::Copied)));
         assert_eq!(restored[..kept.len()], kept, "in the same places on the buses");
         assert_eq!(restored.len(), kept.len() + 2, "a network device and a disk are added: {restored:?}");
         // Nothing of one machine is in what is kept for all.
-        let kept = arguments(&one, "pc", Course::Keep, Ram::Shared(5));
-        assert_eq!(kept, arguments(&other, "pc", Course::Keep, Ram::Shared(5)));
+        let kept = arguments(&one, "pc", Course::Keep, &Handed::nothing(Ram::Shared));
+        assert_eq!(kept, arguments(&other, "pc", Course::Keep, &Handed::nothing(Ram::Shared)));
         check_warm(&one).unwrap();
         check_warm(&MachineSpec { kernel_args: vec!["miosa.net=none".into()], ..one }).unwrap_err();
     }

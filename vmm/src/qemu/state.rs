@@ -13,6 +13,7 @@
 use std::fs::{self, File};
 use std::io::Write;
 use std::os::fd::AsRawFd;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -26,7 +27,7 @@ use tokio::io::AsyncReadExt;
 use tokio::net::UnixListener;
 use tokio::time::Instant;
 
-use super::command::{self, Course, Ram};
+use super::command::{self, Course, Handed, Ram};
 use super::{Launch, Process, QemuMachine, QemuVmm, blocking, probe, warm};
 use crate::machine::{Loaded, MachineState, deadline_at};
 use crate::memory::GuestMemory;
@@ -75,7 +76,7 @@ pub(super) async fn key(vmm: &QemuVmm, spec: &MachineSpec) -> Result<String> {
             mac: [0; 6],
             ..spec
         };
-        let arguments = command::arguments(&anywhere, &vmm.machine, Course::Load, Ram::Shared(0));
+        let arguments = command::arguments(&anywhere, &vmm.machine, Course::Load, &Handed::nothing(Ram::Shared));
         parts.extend(arguments.iter().map(|a| a.to_string_lossy().into_owned()));
         Ok(warm::short(&parts))
     })
@@ -92,8 +93,10 @@ pub(super) async fn devices_of(qmp: &Qmp, run_dir: &Path) -> Result<Vec<u8>> {
     let kept = run_dir.join(DEVICES);
     let _ = fs::remove_file(&kept);
     let listener = UnixListener::bind(&socket).map_err(io)?;
+    // QEMU is another user, in this directory; nobody else gets into that.
+    fs::set_permissions(&socket, fs::Permissions::from_mode(0o666)).map_err(io)?;
     ignore_shared(qmp).await?;
-    qmp.execute("migrate", json!({ "uri": format!("unix:{}", socket.display()) })).await?;
+    qmp.execute("migrate", json!({ "uri": format!("unix:{SOCKET}") })).await?;
     let told = async {
         let mut devices = Vec::new();
         let (stream, _) = listener.accept().await.map_err(io)?;
@@ -263,8 +266,12 @@ pub(super) async fn load(
         return Err(Error::new(ErrorKind::Invalid, "the state is of a machine with another size of memory"));
     }
     let told = file_of(&devices).map_err(|e| Error::io("a machine's state", e))?;
-    // What nobody else has is this machine's. What is shared is mapped, or copied where somebody writes to it.
+    // What nobody else has is this machine's, or copied if others had it. What is shared is mapped, or copied where somebody
+    // writes to it.
     let (memory, from) = match Arc::try_unwrap(memory) {
+        Ok(own) if own.is_frozen().map_err(io)? => {
+            (Arc::new(GuestMemory::new(own.bytes()).map_err(io)?), Some(Arc::new(own)))
+        }
         Ok(own) => (Arc::new(own), None),
         Err(shared) if !spec.disk.outlives_its_server() => (shared, None),
         Err(shared) => (Arc::new(GuestMemory::new(shared.bytes()).map_err(io)?), Some(shared)),
@@ -272,7 +279,11 @@ pub(super) async fn load(
     let fd = memory.file().as_raw_fd();
     let is_own = from.is_some() || Arc::strong_count(&memory) == 1;
     let ram = if is_own { Ram::Shared(fd) } else { Ram::Copied(fd) };
-    let launch = Launch { course: Course::Load, ram, inherited: vec![fd, told.as_raw_fd()], yields: false };
+    if !is_own {
+        // The others' as well.
+        memory.freeze().map_err(io)?;
+    }
+    let launch = Launch { course: Course::Load, ram, state: Some(told.as_raw_fd()), yields: false };
     let process = vmm.spawn(spec, launch)?;
     let filled = tokio::spawn(blocking(move || match from {
         Some(from) => from.copy_to(&memory, false).map_err(|e| Error::io("fill a guest's memory", e)),
@@ -291,7 +302,7 @@ pub(super) async fn load(
             Ok((qmp, process_ms))
         })
         .await?;
-    Ok(LoadedMachine { process, qmp, process_ms, started, at, limited: spec.disk.outlives_its_server() })
+    Ok(LoadedMachine { process, qmp, process_ms, started, at })
 }
 
 /// A file with these bytes, to be read from its beginning.
@@ -309,13 +320,12 @@ pub(super) struct LoadedMachine {
     process_ms: u64,
     started: Instant,
     at: Instant,
-    limited: bool,
 }
 
 #[async_trait]
 impl Loaded for LoadedMachine {
     async fn go_on(self: Box<Self>) -> Result<Arc<dyn Machine>> {
-        let LoadedMachine { process, qmp, process_ms, started, at, limited } = *self;
+        let LoadedMachine { process, qmp, process_ms, started, at } = *self;
         let control = process.control.clone();
         let (process, (qmp, agent)) = process
             .unless_it_ends(at, |_| async move {
@@ -325,9 +335,6 @@ impl Loaded for LoadedMachine {
                 Ok((qmp, agent))
             })
             .await?;
-        if limited {
-            super::limit_files(process.control.id);
-        }
         let timing = BootTiming { path: BootPath::Memory, process_ms, agent_ms: super::millis(started) };
         tracing::info!(pid = process.control.id.pid, ms = timing.agent_ms, "machine goes on");
         Ok(Arc::new(QemuMachine { process, qmp, agent, timing, shutting_down: tokio::sync::Mutex::new(()) }))

@@ -31,12 +31,12 @@ use serde_json::json;
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
 
-use super::command::{self, Course, Ram};
+use super::command::{self, Course, Handed, Ram};
 use super::{Coming, Launch, QemuMachine, QemuVmm, blocking, probe, state};
 use crate::machine::deadline_at;
 use crate::memory::GuestMemory;
 use crate::qmp::Qmp;
-use crate::{Error, ErrorKind, Machine, MachineSpec, Network, Result, WarmKey};
+use crate::{Error, ErrorKind, Machine, MachineSpec, Network, Result, WarmKey, jail};
 
 /// Version of what is in a state's directory.
 const VERSION: u32 = 1;
@@ -104,7 +104,7 @@ pub(super) async fn key(vmm: &QemuVmm, spec: &MachineSpec) -> Result<WarmKey> {
             initramfs: PathBuf::new(),
             ..spec
         };
-        let arguments = command::arguments(&anywhere, &vmm.machine, Course::Keep, Ram::Shared(0));
+        let arguments = command::arguments(&anywhere, &vmm.machine, Course::Keep, &Handed::nothing(Ram::Shared));
         let arguments: Vec<String> = arguments.iter().map(|a| a.to_string_lossy().into_owned()).collect();
         Ok(WarmKey { base, shape: short(&arguments) })
     })
@@ -113,7 +113,7 @@ pub(super) async fn key(vmm: &QemuVmm, spec: &MachineSpec) -> Result<WarmKey> {
 
 /// What QEMU says of itself.
 pub(super) fn qemu_version(vmm: &QemuVmm) -> Result<String> {
-    let program = in_path(&vmm.program);
+    let program = jail::find(&vmm.program);
     let qemu = vmm.known.get(&program, || {
         let output = std::process::Command::new(&program).arg("--version").output();
         Ok(String::from_utf8_lossy(&output.map_err(|e| vmm.missing(&e))?.stdout).into_owned())
@@ -131,21 +131,14 @@ pub(super) fn short<T: AsRef<str>>(parts: impl IntoIterator<Item = T>) -> String
     hasher.finalize().to_hex().chars().take(16).collect()
 }
 
-/// The file that is run under a name.
-fn in_path(program: &Path) -> PathBuf {
-    let path = std::env::var_os("PATH").unwrap_or_default();
-    let looked_for = program.components().count() == 1;
-    let dirs = std::env::split_paths(&path).filter(|_| looked_for);
-    dirs.map(|dir| dir.join(program)).find(|file| file.is_file()).unwrap_or_else(|| program.to_owned())
-}
-
 /// See [`crate::Vmm::warm`].
 pub(super) async fn keep(vmm: &QemuVmm, spec: &MachineSpec, to: &Path, deadline: Duration) -> Result<()> {
     let (started, at) = (Instant::now(), deadline_at(deadline));
     let key = key(vmm, spec).await?;
     let spec = MachineSpec { volumes: Vec::new(), network: Network::None, warm: None, ..spec.clone() };
-    let (ram, fd) = new_ram(spec.memory_mib)?;
-    let launch = Launch { course: Course::Keep, ram: Ram::Shared(fd), inherited: vec![fd], yields: true };
+    let ram = new_ram(spec.memory_mib)?;
+    let fd = ram.file().as_raw_fd();
+    let launch = Launch { course: Course::Keep, ram: Ram::Shared(fd), state: None, yields: true };
     let machine = vmm.spawn(&spec, launch)?.into_machine(started, at, Coming::Boot).await?;
     machine.agent.disconnect();
     let devices = tokio::time::timeout_at(at, state::devices_of(&machine.qmp, &spec.run_dir)).await;
@@ -155,11 +148,9 @@ pub(super) async fn keep(vmm: &QemuVmm, spec: &MachineSpec, to: &Path, deadline:
     blocking(move || write(&to, &key, &ram, &devices).map_err(|e| Error::io(to.display(), e))).await
 }
 
-/// Memory for a guest, and the number of its file.
-fn new_ram(mib: u32) -> Result<(GuestMemory, RawFd)> {
-    let ram = GuestMemory::new(u64::from(mib) << 20).map_err(|e| Error::io("a guest's memory", e))?;
-    let fd = ram.file().as_raw_fd();
-    Ok((ram, fd))
+/// Memory for a guest.
+pub(super) fn new_ram(mib: u32) -> Result<GuestMemory> {
+    GuestMemory::new(u64::from(mib) << 20).map_err(|e| Error::io("a guest's memory", e))
 }
 
 /// Writes a state, whole or not at all.
@@ -251,8 +242,9 @@ pub(super) async fn restore(
     let (from, memory_mib) = (dir.to_owned(), spec.memory_mib);
     let kept = blocking(move || Kept::open(&from, &key, memory_mib)).await?;
     let devices = kept.devices.as_raw_fd();
-    let (memory, fd) = new_ram(spec.memory_mib)?;
-    let launch = Launch { course: Course::Restore, ram: Ram::Shared(fd), inherited: vec![fd, devices], yields: false };
+    let memory = new_ram(spec.memory_mib)?;
+    let ram = Ram::Shared(memory.file().as_raw_fd());
+    let launch = Launch { course: Course::Restore, ram, state: Some(devices), yields: false };
     let process = vmm.spawn(spec, launch)?;
     let filled = tokio::spawn(blocking(move || {
         GuestMemory::of_file(kept.ram)
