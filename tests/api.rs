@@ -71,6 +71,98 @@ fn sandbox(d: &Daemon) -> String {
     made.data()["id"].as_str().unwrap().to_owned()
 }
 
+/// What is neither an id nor a name, and would be a path if somebody made one of it.
+const STRANGE: [&str; 16] = [
+    "..",
+    ".",
+    "%2e%2e",
+    "..%2f..%2fetc%2fpasswd",
+    "%2fetc%2fpasswd",
+    "..%2fstore",
+    "..%2fapi-key",
+    "%2e%2e%2fdaemon.lock",
+    "a%2f..%2f..%2fx",
+    "x%00y",
+    "%00",
+    "x%0ay",
+    "%7e",
+    "*",
+    "%ff%fe",
+    "..%5c..%5cx",
+];
+
+fn n_of_parameters(parts: &[&str]) -> usize {
+    parts.iter().filter(|part| part.starts_with('{')).count()
+}
+
+#[test]
+fn no_id_is_a_path() {
+    let d = Daemon::start();
+    let id = sandbox(&d);
+    let seen = |dir: &std::path::Path| {
+        std::fs::read_dir(dir).unwrap().map(|e| e.unwrap().file_name()).collect::<std::collections::BTreeSet<_>>()
+    };
+    let state = d.dir.path();
+    let before = (seen(state), seen(&state.join("run")), seen(state.parent().unwrap()));
+    let document = get(&d, "/openapi.json").json();
+    let long = "x".repeat(5_000);
+    let mut tried = 0;
+    for (path, methods) in document["paths"].as_object().unwrap() {
+        let Some(path) = path.strip_prefix("/api/v1").filter(|path| path.contains('{')) else { continue };
+        for method in ["get", "post", "put", "patch", "delete"].iter().filter(|m| methods.get(**m).is_some()) {
+            for strange in STRANGE.iter().copied().chain([&*long]) {
+                // Each part that is a parameter, and then the last one alone.
+                let parts: Vec<&str> = path.split('/').collect();
+                let last = parts.iter().rposition(|part| part.starts_with('{')).unwrap();
+                for only_last in [false, true] {
+                    let filled = parts.iter().enumerate().map(|(n, part)| match part.starts_with('{') {
+                        true if only_last && n != last => id.as_str(),
+                        true => strange,
+                        false => *part,
+                    });
+                    let asked = filled.collect::<Vec<_>>().join("/");
+                    let answer = call(&d, &method.to_uppercase(), &asked, "application/json", b"{}");
+                    // What is a name in a sandbox, as of a variable, may be one.
+                    let least = if only_last && n_of_parameters(&parts) > 1 { 200 } else { 400 };
+                    assert!((least..500).contains(&answer.status), "{method} {asked}: {}", answer.status);
+                    tried += 1;
+                }
+            }
+        }
+    }
+    // As names, and as what is to be found by them.
+    for strange in
+        ["..", ".", "../../etc", "/etc/passwd", "../store", "a/b", "x\0y", "x\ny", "", " ", "~", "miosa.sock", &long]
+    {
+        for (path, body) in [
+            ("/sandboxes", json!({ "template_id": "base", "name": strange })),
+            ("/sandboxes", json!({ "template_id": strange })),
+            ("/sandboxes", json!({ "snapshot_id": strange })),
+            ("/volumes", json!({ "name": strange, "size_bytes": 16 << 20 })),
+            ("/disks", json!({ "name": strange, "size_bytes": 1 << 20 })),
+            (&format!("/sandboxes/{id}/fork"), json!({ "name": strange })),
+            (&format!("/sandboxes/{id}/snapshots"), json!({ "name": strange })),
+        ] {
+            let answer = post(&d, path, &body);
+            assert!((200..500).contains(&answer.status), "{path} {strange:?}: {}", answer.status);
+            tried += 1;
+        }
+    }
+    assert!(tried > 1_000, "{tried}");
+    let after = (seen(state), seen(&state.join("run")), seen(state.parent().unwrap()));
+    let new = |a: &std::collections::BTreeSet<std::ffi::OsString>, b: &std::collections::BTreeSet<_>| {
+        a.difference(b).map(|name| name.to_string_lossy().into_owned()).collect::<Vec<_>>()
+    };
+    assert_eq!(new(&after.0, &before.0), Vec::<String>::new());
+    for name in new(&after.1, &before.1) {
+        assert!(name.starts_with("sb-"), "{name}");
+    }
+    // Others make files there, too; none of them is called so.
+    for name in new(&after.2, &before.2) {
+        assert!(!name.contains("etc") && !name.contains("store") && name != "x", "{name}");
+    }
+}
+
 /// A client that reuses its connections sends the next request where the last one was refused.
 #[test]
 fn a_refusal_leaves_the_connection_to_the_next_request() {

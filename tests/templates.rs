@@ -6,6 +6,8 @@
 
 #[path = "templates/archives.rs"]
 mod archives;
+#[path = "templates/escapes.rs"]
+mod escapes;
 #[path = "templates/lab.rs"]
 mod lab;
 #[path = "templates/machines.rs"]

@@ -220,26 +220,29 @@ impl Read for Incoming {
     }
 }
 
+/// Unpacks an archive that a guest made; says how many files and bytes. Nothing is written outside of `target`.
+fn lay_down(archive: impl Read, target: &Path) -> std::io::Result<(u64, u64)> {
+    std::fs::create_dir_all(target)?;
+    let mut archive = tar::Archive::new(archive);
+    let (mut files, mut size) = (0, 0);
+    for entry in archive.entries()? {
+        let mut entry = entry?;
+        if !entry.unpack_in(target)? {
+            return Err(std::io::Error::other("the sandbox sent a path that leaves the directory"));
+        }
+        if entry.header().entry_type().is_file() {
+            files += 1;
+            size += entry.size();
+        }
+    }
+    Ok((files, size))
+}
+
 /// Unpacks an archive as it comes; says how many files and bytes. Nothing is written outside of `to`.
 async fn unpack(mut content: Download, to: &Path, out: Out) -> Result<(u64, u64)> {
     let (send, receive) = mpsc::channel::<Bytes>(4);
     let target = to.to_owned();
-    let unpacking = tokio::task::spawn_blocking(move || -> std::io::Result<(u64, u64)> {
-        std::fs::create_dir_all(&target)?;
-        let mut archive = tar::Archive::new(Incoming { receive, rest: Bytes::new() });
-        let (mut files, mut size) = (0, 0);
-        for entry in archive.entries()? {
-            let mut entry = entry?;
-            if !entry.unpack_in(&target)? {
-                return Err(std::io::Error::other("the sandbox sent a path that leaves the directory"));
-            }
-            if entry.header().entry_type().is_file() {
-                files += 1;
-                size += entry.size();
-            }
-        }
-        Ok((files, size))
-    });
+    let unpacking = tokio::task::spawn_blocking(move || lay_down(Incoming { receive, rest: Bytes::new() }, &target));
     let mut received = 0;
     while let Some(piece) = content.next_piece().await? {
         let before = received / REPORT;
@@ -259,6 +262,91 @@ async fn unpack(mut content: Download, to: &Path, out: Out) -> Result<(u64, u64)
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// An archive of entries as a guest that lies would write them: kind, name, link or content.
+    fn archive_of(entries: &[(tar::EntryType, &str, &str)]) -> Vec<u8> {
+        let mut builder = tar::Builder::new(Vec::new());
+        for (kind, name, with) in entries {
+            let mut header = tar::Header::new_gnu();
+            header.as_old_mut().name[..name.len()].copy_from_slice(name.as_bytes());
+            header.set_entry_type(*kind);
+            header.set_mode(0o4755);
+            header.set_mtime(1);
+            let content = if kind.is_file() { with.as_bytes() } else { b"" };
+            if !kind.is_file() {
+                header.as_old_mut().linkname[..with.len()].copy_from_slice(with.as_bytes());
+            }
+            header.set_size(content.len() as u64);
+            header.set_cksum();
+            builder.append(&header, content).unwrap();
+        }
+        builder.into_inner().unwrap()
+    }
+
+    #[test]
+    fn a_guest_writes_nothing_outside_of_the_directory_that_was_asked_for() {
+        use std::os::unix::fs::{FileTypeExt, PermissionsExt};
+        use tar::EntryType::{Block, Char, Directory, Fifo, Link, Regular, Symlink};
+        let ground = tempfile::tempdir().unwrap();
+        let outside = ground.path().join("outside");
+        std::fs::create_dir(&outside).unwrap();
+        std::fs::write(outside.join("canary"), "untouched").unwrap();
+        let canary = outside.join("canary").to_str().unwrap().to_owned();
+        let dir = outside.to_str().unwrap().to_owned();
+        let mut payloads: Vec<Vec<(tar::EntryType, &str, &str)>> = Vec::new();
+        let names = [
+            &*canary,
+            "..",
+            "../escaped",
+            "../outside/canary",
+            "a/../../escaped",
+            "a/../../outside/canary",
+            "./../escaped",
+            "../../escaped",
+            "//escaped",
+            "/",
+            ".",
+            "a/..",
+            "../outside",
+            "../outside/new",
+        ];
+        for name in names {
+            for kind in [Regular, Directory, Symlink, Link, Char, Block, Fifo] {
+                payloads.push(vec![(kind, name, "x")]);
+            }
+            payloads.push(vec![(Link, "x", name), (Regular, "x", "changed")]);
+            payloads.push(vec![(Symlink, "x", name), (Regular, "x", "changed")]);
+            payloads.push(vec![(Symlink, "x", name), (Link, "y", "x"), (Regular, "y", "changed")]);
+        }
+        for target in [&*dir, "..", "../outside", "../..", "/", "/tmp", "."] {
+            payloads.push(vec![(Symlink, "a", target), (Regular, "a/escaped", "x")]);
+            payloads.push(vec![(Symlink, "a", target), (Regular, "a/canary", "changed")]);
+            payloads.push(vec![(Symlink, "a", target), (Directory, "a/escaped", "")]);
+            payloads.push(vec![(Symlink, "a", target), (Link, "b", "a/canary"), (Regular, "b", "changed")]);
+            payloads.push(vec![(Symlink, "a", target), (Symlink, "b", "a/.."), (Regular, "b/escaped", "x")]);
+            payloads.push(vec![(Directory, "a", ""), (Symlink, "a", target), (Regular, "a/escaped", "x")]);
+        }
+        for (number, payload) in payloads.iter().enumerate() {
+            let target = ground.path().join(format!("target-{number}"));
+            let _ = lay_down(&*archive_of(payload), &target);
+            let list = |dir: &Path| std::fs::read_dir(dir).unwrap().map(|e| e.unwrap().file_name()).collect::<Vec<_>>();
+            assert_eq!(list(&outside), ["canary"], "{payload:?}");
+            assert_eq!(std::fs::read(outside.join("canary")).unwrap(), b"untouched", "{payload:?}");
+            assert_eq!(list(ground.path()).len(), 2, "{payload:?}: {:?}", list(ground.path()));
+            assert!(!Path::new("/tmp/escaped").exists() && !Path::new("/escaped").exists(), "{payload:?}");
+            for entry in std::fs::read_dir(&target).unwrap().flatten() {
+                let meta = std::fs::symlink_metadata(entry.path()).unwrap();
+                let kind = meta.file_type();
+                assert!(!kind.is_char_device() && !kind.is_block_device(), "{payload:?} made a device");
+                assert!(
+                    kind.is_symlink() || meta.permissions().mode() & 0o6000 == 0,
+                    "{payload:?} made a program of root's"
+                );
+            }
+            std::fs::remove_dir_all(&target).unwrap();
+        }
+        assert!(payloads.len() > 150, "{}", payloads.len());
+    }
 
     #[test]
     fn places_are_told_apart() {

@@ -183,4 +183,69 @@ fn logs_can_be_json_and_hold_no_secrets() {
     assert_eq!(frozen, 1, "{log}");
     assert!(log.contains("req-"), "{log}");
     assert!(!log.contains("hush-hush") && !log.contains(&key), "{log}");
+    // Nor are they kept, in the store or beside it: the key has its file, what a sandbox was made with is in its record.
+    let (mut files, mut open) = (0, vec![d.dir.path().to_owned()]);
+    while let Some(dir) = open.pop() {
+        for entry in std::fs::read_dir(dir).unwrap().flatten() {
+            let kind = entry.file_type().unwrap();
+            if kind.is_dir() {
+                open.push(entry.path());
+            } else if kind.is_file() && entry.file_name() != "api-key" {
+                let bytes = std::fs::read(entry.path()).unwrap();
+                let holds = |secret: &str| bytes.windows(secret.len()).any(|w| w == secret.as_bytes());
+                assert!(!holds("hush-hush-2") && !holds(&key), "{}", entry.path().display());
+                files += 1;
+            }
+        }
+    }
+    assert!(files > 3, "{files}");
+}
+
+#[test]
+fn callers_that_dawdle_are_hung_up_on() {
+    let d = Daemon::start();
+    let socket = d.dir.path().join("miosa.sock");
+    // Nothing at all, half a head, and a head that never ends, a byte at a time.
+    let mut silent = UnixStream::connect(&socket).unwrap();
+    let mut half = UnixStream::connect(&socket).unwrap();
+    half.write_all(b"GET /api/v1/sandboxes HTTP/1.1\r\nhost: x\r\n").unwrap();
+    let mut dripping = UnixStream::connect(&socket).unwrap();
+    dripping.write_all(b"GET / HTTP/1.1\r\nx: ").unwrap();
+    let began = Instant::now();
+    while dripping.write_all(b"y").is_ok() {
+        assert!(began.elapsed() < Duration::from_secs(600), "it may go on for ever");
+        std::thread::sleep(Duration::from_millis(200));
+    }
+    for stream in [&mut silent, &mut half] {
+        stream.set_read_timeout(Some(Duration::from_secs(600))).unwrap();
+        let mut answer = Vec::new();
+        let ended = stream.read_to_end(&mut answer);
+        assert!(ended.is_ok() || ended.unwrap_err().kind() != std::io::ErrorKind::WouldBlock);
+        assert!(answer.is_empty() || answer.starts_with(b"HTTP/1.1 408"), "{}", String::from_utf8_lossy(&answer));
+    }
+    assert_eq!(d.run(&["sandbox", "list"]).code, 0);
+}
+
+#[test]
+fn the_socket_serves_no_user_that_was_not_named() {
+    let place = tempfile::tempdir().unwrap();
+    std::fs::set_permissions(place.path(), std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+    let socket = place.path().join("m.sock");
+    let path = socket.to_str().unwrap().to_owned();
+    let named = ["--socket-user", "54321", "--socket-group", "777"];
+    let _d = Daemon::start_with_env(&named, &[("MIOSA_SOCKET", &path)]);
+    let ask = |user: &str, group: &str| {
+        let line = "import socket,sys; s=socket.socket(socket.AF_UNIX); s.connect(sys.argv[1]); \
+                    s.sendall(b'GET /api/v1/sandboxes HTTP/1.0\\r\\nhost: x\\r\\n\\r\\n'); print(s.recv(65536).decode())";
+        let mut command = std::process::Command::new("setpriv");
+        command.args(["--reuid", user, "--regid", group, "--clear-groups", "/usr/bin/python3", "-c", line, &path]);
+        String::from_utf8(command.output().unwrap().stdout).unwrap()
+    };
+    // Only root can become others.
+    assert!(ask("54321", "1").starts_with("HTTP/1.0 200"));
+    assert!(ask("54322", "777").starts_with("HTTP/1.0 200"));
+    for (user, group) in [("54322", "778"), ("1900000000", "1900000000")] {
+        let answer = ask(user, group);
+        assert!(answer.starts_with("HTTP/1.0 403") && answer.contains("permission_denied"), "{answer}");
+    }
 }

@@ -542,6 +542,51 @@ fn an_available_index_too_far_ahead_is_ignored_until_it_is_right_again() {
 }
 
 #[test]
+fn a_ring_that_runs_cannot_be_made_another() {
+    use vhost::VhostBackend;
+    use vm_memory::GuestMemoryBackend;
+    let setup = serve(16 * MIB);
+    let elsewhere = |queue: &Queue, offset: u64| {
+        let raw = queue.raw();
+        let at = |guest: u64| raw.memory.get_host_address(vm_memory::GuestAddress(guest + offset)).unwrap() as u64;
+        vhost::VringConfigData {
+            queue_max_size: raw.size,
+            queue_size: raw.size,
+            flags: 0,
+            desc_table_addr: at(raw.descriptors),
+            used_ring_addr: at(raw.used),
+            avail_ring_addr: at(raw.available),
+            log_addr: None,
+        }
+    };
+    type Change<'a> = (&'a str, &'a dyn Fn(&Driver) -> bool);
+    let changes: [Change<'_>; 5] = [
+        ("larger", &|driver| driver.frontend.set_vring_num(0, 128).is_ok()),
+        ("smaller", &|driver| driver.frontend.set_vring_num(0, 16).is_ok()),
+        ("begun elsewhere", &|driver| driver.frontend.set_vring_base(0, 7).is_ok()),
+        ("moved", &|driver| driver.frontend.set_vring_addr(0, &elsewhere(&driver.queues[0], 4096)).is_ok()),
+        ("put where it is", &|driver| driver.frontend.set_vring_addr(0, &elsewhere(&driver.queues[0], 0)).is_ok()),
+    ];
+    for (what, change) in changes {
+        let mut driver = setup.connect(Settings::default());
+        check_alive(&mut driver.queues[0], 1);
+        // It says no, or nothing more.
+        let accepted = change(&driver) && driver.frontend.get_features().is_ok();
+        assert!(!accepted, "{what}");
+        drop(driver);
+        check_alive(&mut setup.connect(Settings::default()).queues[0], 2);
+    }
+    // Sizes that no ring has, before it runs.
+    for size in [0, 3, 1000, u16::MAX] {
+        let driver = setup.connect(Settings::default());
+        driver.frontend.get_vring_base(0).unwrap();
+        let accepted = driver.frontend.set_vring_num(0, size).is_ok() && driver.frontend.get_features().is_ok();
+        assert!(!accepted, "a size of {size}");
+    }
+    check_alive(&mut setup.connect(Settings::default()).queues[0], 3);
+}
+
+#[test]
 fn a_vmm_that_takes_its_memory_away_loses_only_its_own_device() {
     let setup = serve(16 * MIB);
     let data = pattern(1, 4096);

@@ -136,7 +136,7 @@ pub fn layers() -> Vec<Vec<u8>> {
     vec![low, high]
 }
 
-fn ready(dir: &Path, name: &str, bytes: &[u8]) -> vmm::Result<ReadyImage> {
+pub fn ready(dir: &Path, name: &str, bytes: &[u8]) -> vmm::Result<ReadyImage> {
     let file = dir.join(name);
     std::fs::write(&file, bytes).unwrap();
     prepare(&file, None, DISK, &dir.join("work"), &mut |_| {})
