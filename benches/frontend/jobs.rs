@@ -190,7 +190,7 @@ pub fn run(lanes: &mut [Box<dyn Lane>], job: Job, size: u64, limit: Limit, seed:
             .iter_mut()
             .enumerate()
             .map(|(queue, lane)| {
-                let random = Random(seed << 8 | queue as u64 + 1);
+                let random = Random((seed << 8) + queue as u64 + 1);
                 let (blocks, queue) = (size / BLOCK as u64, queue as u64);
                 let requests = Requests { job, queue, blocks, random, position: 0, trace: Trace::default() };
                 let limit = Limit { bytes: limit.bytes / job.queues as u64, ..limit };
@@ -304,7 +304,7 @@ fn header(block: u64, version: u64) -> [u8; 16] {
 
 /// What a block holds that was written whole: its number, a version, and text that compresses.
 pub fn content(block: u64, version: u64) -> Vec<u8> {
-    let mut bytes = text(&mut Random(block << 20 ^ version << 8 | 1), BLOCK);
+    let mut bytes = text(&mut Random((block << 20) + (version << 8) + 1), BLOCK);
     bytes[..16].copy_from_slice(&header(block, version));
     bytes
 }

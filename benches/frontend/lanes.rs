@@ -17,17 +17,19 @@ pub const QUEUES: usize = 4;
 /// Requests of a lane.
 pub const DEPTH: usize = 32;
 
-/// Virtqueues of a vhost-user socket.
+/// Lanes, and what they need to stay open.
+pub type Connected = (Box<dyn Send>, Vec<Box<dyn Lane>>);
+
+/// Virtqueues of a vhost-user socket. The connection ends with the first part of the value.
 ///
 /// # Errors
 /// What the other side said.
-pub fn vhost_user(socket: &Path) -> io::Result<(Box<dyn Send>, Vec<Box<dyn Lane>>)> {
+pub fn vhost_user(socket: &Path) -> io::Result<Connected> {
     let ring_size = 4 * DEPTH as u16;
     let settings = Settings { queues: QUEUES, ring_size, slot_bytes: REQUEST_BYTES_MAX, ..Settings::default() };
     let mut driver = Driver::connect(socket, settings)?;
     let queues = std::mem::take(&mut driver.queues);
     let lanes = queues.into_iter().map(|queue| -> Box<dyn Lane> { Box::new(Virtqueue { queue, filled: [0; DEPTH] }) });
-    // The connection ends with the driver.
     Ok((Box::new(driver.frontend), lanes.collect()))
 }
 
