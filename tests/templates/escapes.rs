@@ -206,7 +206,9 @@ fn no_archive_gets_out_of_its_root() {
     let ground = Ground::new();
     let before = ground.seen();
     let payloads = payloads(&ground);
-    let layers = payloads.iter().map(|(what, tar)| (format!("layer: {what}"), docker_save(&[tar.clone()], json!({}))));
+    let layers = payloads
+        .iter()
+        .map(|(what, tar)| (format!("layer: {what}"), docker_save(std::slice::from_ref(tar), json!({}))));
     let layers: Vec<_> = layers.step_by(5).collect();
     let images = images(&ground);
     let (mut tried, mut refused) = (0, 0);
