@@ -1,6 +1,6 @@
 //! Single failures of the medium: an answer, a poisoned store or a refusal to open, never wrong data.
 
-use crate::ops::{BLOCKS, Run, contents, expand, open, read_all};
+use crate::ops::{BLOCKS, Run, contents, expand, from_env, open, read_all};
 use storage::catalogue::MemCatalogue;
 use storage::medium::sim::{Event, SimMedium};
 use storage::medium::{Medium, Mode};
@@ -99,10 +99,11 @@ fn a_full_medium_refuses_new_writes_and_keeps_old_ones() {
 }
 
 /// Every event of a run fails once, with each errno: the run goes on or ends with an error, and a reopened store holds a
-/// prefix with everything that was acknowledged.
+/// prefix with everything that was acknowledged. `MIOSA_FAULT_SEEDS` runs are made (3).
 #[test]
 fn every_call_fails_once_and_nothing_acknowledged_is_lost() {
-    for seed in 100..103 {
+    let mut failures = 0;
+    for seed in 100..100 + from_env("MIOSA_FAULT_SEEDS", 3) {
         let medium = SimMedium::new();
         let mut run = Run::start(seed, medium.clone()).unwrap();
         let first = medium.events();
@@ -124,9 +125,12 @@ fn every_call_fails_once_and_nothing_acknowledged_is_lost() {
                     open(&after, &catalogue).unwrap_or_else(|e| panic!("seed {seed}, errno {errno} at {at}: {e:?}"));
                 let found = contents(&store).unwrap();
                 assert!(run.history[run.durable..].contains(&found), "seed {seed}, errno {errno} at event {at}");
+                failures += 1;
             }
         }
     }
+    println!("{failures} calls failed");
+    assert!(failures > 100, "the runs have fewer events than this test is meant for");
 }
 
 /// After a close, nothing that was acknowledged can be taken for an unfinished write, the last record and the header of the

@@ -2,7 +2,7 @@
 //! opens every time.
 //!
 //! The process is this test binary again, running the ignored test [`load`]. It writes, flushes, and only then tells on
-//! its standard output what is durable; it forks, seals and collects meanwhile.
+//! its standard output what is durable; it forks, seals and collects meanwhile. `MIOSA_KILLS` times (25).
 
 use std::collections::HashMap;
 use std::io::{BufRead, BufReader, Write};
@@ -16,7 +16,6 @@ const DIR: &str = "MIOSA_KILL_TEST_DIR";
 const SEED: &str = "MIOSA_KILL_TEST_SEED";
 const BLOCKS: u64 = 600;
 const DISKS: u64 = 4;
-const KILLS: u64 = 25;
 
 fn options() -> Options {
     Options { log_bytes: 512 << 10, log_bytes_max: 4 << 20, idle: Duration::from_millis(20), ..Options::default() }
@@ -118,7 +117,8 @@ fn what_was_acknowledged_survives_kill_9() {
     let mut acknowledged: HashMap<(u64, u64), u64> = HashMap::new();
     let mut forks: HashMap<String, u64> = HashMap::new();
     let mut random = Random(42);
-    for kill in 1..=KILLS {
+    let kills = crate::ops::from_env("MIOSA_KILLS", 25);
+    for kill in 1..=kills {
         for line in run_and_kill(dir.path(), kill, 20 + random.below(2000) as usize) {
             match line.split(' ').collect::<Vec<_>>()[..] {
                 ["write", disk, number, version] => {
@@ -153,5 +153,6 @@ fn what_was_acknowledged_survives_kill_9() {
         }
         assert_eq!(store.check().unwrap().damage, [""; 0], "kill {kill}");
     }
+    println!("{kills} kills, {} blocks acknowledged", acknowledged.len());
     assert!(acknowledged.len() > 500 && !forks.is_empty(), "the load did too little");
 }

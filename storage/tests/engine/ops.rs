@@ -11,6 +11,11 @@ use storage::{BLOCK_SIZE, Disk, Options, Result, Source, Store};
 /// Blocks of every disk in these tests.
 pub const BLOCKS: u64 = 1200;
 
+/// How much of something is done, where a variable says so.
+pub fn from_env(variable: &str, default: u64) -> u64 {
+    std::env::var(variable).map_or(default, |value| value.parse().unwrap_or_else(|e| panic!("{variable}={value}: {e}")))
+}
+
 /// What every disk and snapshot holds: a tag a block, 0 for zeroes.
 pub type Contents = BTreeMap<(u8, u64), Vec<u16>>;
 
