@@ -1,6 +1,6 @@
 //! Opening a store: the catalogue's checkpoint, and the log from there on.
 
-use crate::block::{DiskId, SnapshotId, Source};
+use crate::block::{DiskId, PackId, SnapshotId, Source};
 use crate::catalogue::{Batch, Catalogue, Table};
 use crate::disk::Device;
 use crate::error::{Error, ErrorKind, Result};
@@ -134,12 +134,15 @@ fn load(
         registry.records.insert((text(kind), text(key)), Bytes::copy_from_slice(value));
         Ok(())
     })?;
-    let next_pack = remove_unfinished_packs(&*medium, &*catalogue)?.max(checkpoint.next_pack);
-
+    let packs = Packs::list(&*medium, &*catalogue)?;
     let mut next_id = checkpoint.next_id;
-    let log = Log::recover(medium, uuid, checkpoint.log_start, checkpoint.next_segment, salvage_log, &mut |record| {
+    let start = (checkpoint.log_start, checkpoint.next_segment);
+    let log = Log::recover(medium.clone(), uuid, start.0, start.1, salvage_log, &mut |record| {
         apply(&mut registry, &mut next_id, record)
     })?;
+    // Only now: a catalogue that is older than the log has been refused, and its newer packs are what a repair needs.
+    packs.remove_unfinished(&*medium)?;
+    let next_pack = packs.next.max(checkpoint.next_pack);
     let counters = Counters { group: AtomicU64::new(checkpoint.next_group), pack: AtomicU64::new(next_pack) };
     Ok(Recovered { uuid, catalogue, registry, log, counters, next_id })
 }
@@ -176,27 +179,47 @@ fn apply(registry: &mut Registry, next_id: &mut u64, record: Replayed) -> Result
     Ok(())
 }
 
-/// Removes packs that the catalogue does not know: a crash came before their checkpoint was done. Returns a number above
-/// all packs.
-fn remove_unfinished_packs(medium: &dyn Medium, catalogue: &dyn Catalogue) -> Result<u64> {
-    let mut known = BTreeSet::new();
-    catalogue.scan(Table::Packs, &mut |key, _| {
-        known.insert(parse_id(key)?);
-        Ok(())
-    })?;
-    let mut removed = false;
-    let mut next = known.last().map_or(1, |last| last + 1);
-    for (name, _) in medium.list(pack::DIR).map_err(|e| Error::io("cannot list the packs", e))? {
-        let Some(pack) = pack::parse_name(&name) else { continue };
-        next = next.max(pack.0 + 1);
-        if !known.contains(&pack.0) {
-            medium.remove(&pack::file_name(pack)).map_err(|e| Error::io(format!("cannot remove {pack}"), e))?;
-            removed = true;
+/// The packs on the medium beside those of the catalogue.
+struct Packs {
+    /// A crash came before their checkpoint was done.
+    unfinished: Vec<PackId>,
+    /// Above all numbers.
+    next: u64,
+}
+
+impl Packs {
+    /// Fails when packs are missing and others unknown: that is a catalogue from before they were moved, and no crash.
+    fn list(medium: &dyn Medium, catalogue: &dyn Catalogue) -> Result<Self> {
+        let mut missing = BTreeSet::new();
+        catalogue.scan(Table::Packs, &mut |key, _| {
+            missing.insert(parse_id(key)?);
+            Ok(())
+        })?;
+        let mut packs = Self { unfinished: Vec::new(), next: missing.last().map_or(1, |last| last + 1) };
+        for (name, _) in medium.list(pack::DIR).map_err(|e| Error::io("cannot list the packs", e))? {
+            let Some(pack) = pack::parse_name(&name) else { continue };
+            packs.next = packs.next.max(pack.0 + 1);
+            if !missing.remove(&pack.0) {
+                packs.unfinished.push(pack);
+            }
+        }
+        match (missing.first(), packs.unfinished.first()) {
+            (Some(missing), Some(unknown)) => Err(Error::damaged(format!(
+                "the catalogue names pack {missing}, which is missing, and not {unknown}, which is there: it is older than \
+                 they are; `miosa store repair` makes it again"
+            ))),
+            _ => Ok(packs),
         }
     }
-    if removed {
+
+    fn remove_unfinished(&self, medium: &dyn Medium) -> Result<()> {
+        for pack in &self.unfinished {
+            medium.remove(&pack::file_name(*pack)).map_err(|e| Error::io(format!("cannot remove {pack}"), e))?;
+        }
+        if self.unfinished.is_empty() {
+            return Ok(());
+        }
         // The numbers of its groups are given out again: it must not come back beside them.
-        medium.sync_dir(pack::DIR).map_err(|e| Error::io("cannot sync the packs' directory", e))?;
+        medium.sync_dir(pack::DIR).map_err(|e| Error::io("cannot sync the packs' directory", e))
     }
-    Ok(next)
 }

@@ -174,6 +174,49 @@ fn a_lost_catalogue_is_made_again_from_packs_and_log() {
     assert_eq!(store.check().unwrap().damage, [""; 0]);
 }
 
+/// RocksDB takes a damaged end of its own log for one that was not written, so the catalogue may be as it was earlier.
+#[test]
+fn an_older_catalogue_is_refused_and_what_a_repair_needs_is_left() {
+    for collected in [false, true] {
+        let dir = tempfile::tempdir().unwrap();
+        let (catalogue, older) = (dir.path().join("catalogue"), dir.path().join("older"));
+        let store = open(dir.path());
+        let first = create(&store, "first", &noise(1));
+        let gone = create(&store, "gone", &noise(2));
+        store.seal().unwrap();
+        drop(store);
+        fs::create_dir(&older).unwrap();
+        for entry in fs::read_dir(&catalogue).unwrap() {
+            let entry = entry.unwrap();
+            fs::copy(entry.path(), older.join(entry.file_name())).unwrap();
+        }
+        let store = open(dir.path());
+        let second = create(&store, "second", &noise(3));
+        store.seal().unwrap();
+        if collected {
+            let mut tx = store.begin();
+            tx.delete_disk(gone);
+            tx.commit_durable().unwrap();
+            store.gc(false).unwrap();
+        }
+        // The log goes on behind what was sealed, and that is what tells.
+        store.disk(first).unwrap().write(0, &noise(4)[..9 * BLOCK_SIZE]).unwrap();
+        store.close().unwrap();
+        let sources = [first, second].map(Source::Disk);
+        let before = sources.map(|s| read(&store, s).unwrap());
+        drop(store);
+
+        fs::remove_dir_all(&catalogue).unwrap();
+        fs::rename(&older, &catalogue).unwrap();
+        let refused = Store::open(dir.path(), options()).err().expect("an older catalogue was taken");
+        assert_eq!(refused.kind(), ErrorKind::Damaged, "{refused}");
+        let report = Store::repair(dir.path()).unwrap();
+        assert_eq!(report.damage, [""; 0]);
+        let store = open(dir.path());
+        assert!(before == sources.map(|s| read(&store, s).unwrap()), "collected: {collected}");
+    }
+}
+
 #[test]
 fn repair_takes_over_what_a_broken_pack_still_holds() {
     let dir = tempfile::tempdir().unwrap();
