@@ -110,8 +110,12 @@ fn tell(cli: &Cli, config: &Config) {
         (Command::Daemon(_), false) => &config.log_level,
         (_, false) => "off",
     };
-    let builder =
-        tracing_subscriber::fmt().with_env_filter(EnvFilter::new(level)).with_writer(std::io::stderr).with_ansi(false);
+    // Where the log cannot be written, saying so on stderr would be a panic: the same place is full.
+    let builder = tracing_subscriber::fmt()
+        .with_env_filter(EnvFilter::new(level))
+        .with_writer(std::io::stderr)
+        .with_ansi(false)
+        .log_internal_errors(false);
     match (&cli.command, config.log_format) {
         (Command::Daemon(_), LogFormat::Json) => builder.json().flatten_event(true).init(),
         _ => builder.init(),
