@@ -344,7 +344,10 @@ fn main() {
     for forks in counts {
         let mut ours = None;
         let mut peers: Vec<(&str, f64)> = Vec::new();
-        for name in ["miosa", "xfs", "btrfs", "qcow2"].into_iter().filter(|name| report.wants(name)) {
+        for name in ["miosa", "xfs", "btrfs", "qcow2"] {
+            if !report.wants(name) {
+                continue;
+            }
             // One after the other, and each gone before the next: the disk may not hold all of them.
             let system: Result<Box<dyn System>, String> = match name {
                 "miosa" => Ok(Box::new(Ours::new(&load))),
