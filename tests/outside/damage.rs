@@ -44,7 +44,6 @@ fn build(dir: &Path) -> BTreeMap<String, Vec<u8>> {
         disk.write(0, &half).unwrap();
         disk.write(32 * BLOCK as u64, &noise(i, 8 * BLOCK)).unwrap();
         if i == 4 {
-            store.seal().unwrap();
             run("cp", &["-a", text(dir), &format!("{}.old", text(dir))]);
         }
         let mut tx = store.begin();
@@ -70,7 +69,8 @@ fn damage(kind: Damage, path: &Path, others: &[PathBuf], chance: &mut Chance) ->
         return false;
     }
     let file = File::options().write(true).open(path).unwrap();
-    let len = before.len() as u64;
+    // What is reserved behind the end of the log is nobody's.
+    let len = before.iter().rposition(|b| *b != 0).map_or(before.len(), |last| last + 1) as u64;
     let part = 512.min(len);
     let place = |chance: &mut Chance| chance.below(len.div_ceil(part)) * part;
     let piece = |at: u64| before[at as usize..(at + part).min(len) as usize].to_vec();
@@ -114,6 +114,8 @@ enum Shown {
     Refused,
     Told,
     Unread,
+    /// The last of what the log had is missing.
+    Earlier,
     /// All is as it was: what was damaged is not needed, or was taken for the end of an unfinished write.
     Harmless,
 }
@@ -144,6 +146,8 @@ fn examine(dir: &Path, truth: &BTreeMap<String, Vec<u8>>, is_log: bool) -> Resul
             match disk.read((number * BLOCK) as u64, &mut found) {
                 Err(_) => drop(hurt.insert(name.clone())),
                 Ok(()) if found == right => intact += 1,
+                // The end of the log that is cut off, and with it what would tell of it, is an unfinished write.
+                Ok(()) if is_log && is_earlier(name, number as u64, &found) => drop(hurt.insert(name.clone())),
                 Ok(()) => return Err(format!("block {number} of {name} is served wrong")),
             }
         }
@@ -152,9 +156,15 @@ fn examine(dir: &Path, truth: &BTreeMap<String, Vec<u8>>, is_log: bool) -> Resul
     Ok(match report {
         Err(_) => (Shown::Told, intact),
         Ok(report) if !report.damage.is_empty() => (Shown::Told, intact),
-        Ok(_) if !hurt.is_empty() => (Shown::Unread, intact),
+        Ok(_) if !hurt.is_empty() => (if is_log { Shown::Earlier } else { Shown::Unread }, intact),
         Ok(_) => (Shown::Harmless, intact),
     })
+}
+
+/// Whether a block is as it was before it was written last.
+fn is_earlier(name: &str, number: u64, found: &[u8]) -> bool {
+    let disk = name[1..].parse().unwrap();
+    found.iter().all(|b| *b == 0) || found == block(disk, number, 1)
 }
 
 #[test]
@@ -191,7 +201,7 @@ fn damage_anywhere_is_told_or_harmless_and_neighbours_are_served() {
                 let which = &here[chance.below(here.len() as u64) as usize];
                 let others: Vec<PathBuf> = here.iter().chain(&old).filter(|p| *p != which).cloned().collect();
                 let path = copy.join(which.strip_prefix(&pristine).unwrap());
-                if others.is_empty() || !damage(kind, &path, &others, &mut chance) {
+                if (kind == Damage::Stale && others.is_empty()) || !damage(kind, &path, &others, &mut chance) {
                     continue;
                 }
                 n += 1;
