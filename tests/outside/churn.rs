@@ -26,7 +26,7 @@ impl Churn {
         let (is_over, count, name) = (over.clone(), steps.clone(), name.to_owned());
         let call = daemon.caller();
         let thread = std::thread::spawn(move || {
-            let mut chance = Chance::new(seed ^ 0x6368_7572_6e);
+            let mut chance = Chance::new(seed ^ 0x63_6875_726e);
             let mut kept: Vec<String> = Vec::new();
             let mut serial = 0;
             while !is_over.load(Ordering::SeqCst) {

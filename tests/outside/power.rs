@@ -25,7 +25,7 @@ const SECTOR: u64 = 512;
 /// What is written whole or not at all: file systems do not expect less of a disk. (Of what the store itself writes, the
 /// simulated medium tears every 512 bytes.)
 const TORN: u64 = 4096;
-const MAGIC: u64 = 0x6a73_6677_7368_72;
+const MAGIC: u64 = 0x6a_7366_7773_6872;
 const FLUSH: u64 = 1;
 const DISCARD: u64 = 4;
 const MARK: u64 = 8;
