@@ -9,7 +9,7 @@
 //!
 //! Where the daemon is not root, the process is the daemon's user, and Landlock and the limits are what there is.
 //!
-//! A [`Cell`] is made by the parent, and entered between fork and exec, where only system calls are allowed.
+//! A cell is made by the parent, and entered between fork and exec, where only system calls are allowed.
 
 use std::ffi::c_int;
 use std::fmt;

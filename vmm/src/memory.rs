@@ -4,6 +4,7 @@ use std::fs::File;
 use std::io::{Error, ErrorKind, Result};
 use std::os::unix::fs::{FileExt, MetadataExt};
 
+use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::unistd::{Whence, lseek};
@@ -38,10 +39,11 @@ impl GuestMemory {
     /// # Errors
     /// Of the system; while somebody has it mapped to write.
     pub(crate) fn freeze(&self) -> Result<()> {
-        if !self.is_frozen()? {
-            fcntl(&self.file, FcntlArg::F_ADD_SEALS(SealFlag::F_SEAL_WRITE | SealFlag::F_SEAL_SEAL))?;
+        match fcntl(&self.file, FcntlArg::F_ADD_SEALS(SealFlag::F_SEAL_WRITE | SealFlag::F_SEAL_SEAL)) {
+            // Somebody else has done it.
+            Err(Errno::EPERM) if self.is_frozen()? => Ok(()),
+            sealed => Ok(sealed.map(drop)?),
         }
-        Ok(())
     }
 
     /// Whether it is what it is for good.
@@ -189,7 +191,7 @@ impl GuestMemory {
             return Ok(None);
         }
         let seek = |offset: u64, whence| match lseek(&self.file, offset as i64, whence) {
-            Err(nix::errno::Errno::ENXIO) => Ok(None),
+            Err(Errno::ENXIO) => Ok(None),
             found => found.map(|at| Some(at as u64)),
         };
         let Some(data) = seek(at, Whence::SeekData)? else { return Ok(None) };
@@ -262,6 +264,22 @@ mod tests {
         copy.read(0, &mut b).unwrap();
         assert!(a == b);
         assert_eq!(copy.read(8 << 20, &mut [0]).unwrap_err().kind(), ErrorKind::UnexpectedEof);
+    }
+
+    #[test]
+    fn any_number_may_freeze_it_at_once() {
+        for _ in 0..200 {
+            let (memory, start) = (GuestMemory::new(1 << 20).unwrap(), std::sync::Barrier::new(4));
+            std::thread::scope(|scope| {
+                for _ in 0..4 {
+                    scope.spawn(|| {
+                        start.wait();
+                        memory.freeze().unwrap();
+                        assert!(memory.is_frozen().unwrap());
+                    });
+                }
+            });
+        }
     }
 
     #[test]

@@ -268,19 +268,18 @@ pub(super) async fn load(
     let told = file_of(&devices).map_err(|e| Error::io("a machine's state", e))?;
     // What nobody else has is this machine's, or copied if others had it. What is shared is mapped, or copied where somebody
     // writes to it.
-    let (memory, from) = match Arc::try_unwrap(memory) {
+    let (memory, from, is_own) = match Arc::try_unwrap(memory) {
         Ok(own) if own.is_frozen().map_err(io)? => {
-            (Arc::new(GuestMemory::new(own.bytes()).map_err(io)?), Some(Arc::new(own)))
+            (Arc::new(GuestMemory::new(own.bytes()).map_err(io)?), Some(Arc::new(own)), true)
         }
-        Ok(own) => (Arc::new(own), None),
-        Err(shared) if !spec.disk.outlives_its_server() => (shared, None),
-        Err(shared) => (Arc::new(GuestMemory::new(shared.bytes()).map_err(io)?), Some(shared)),
+        Ok(own) => (Arc::new(own), None, true),
+        Err(shared) if !spec.disk.outlives_its_server() => (shared, None, false),
+        Err(shared) => (Arc::new(GuestMemory::new(shared.bytes()).map_err(io)?), Some(shared), true),
     };
     let fd = memory.file().as_raw_fd();
-    let is_own = from.is_some() || Arc::strong_count(&memory) == 1;
     let ram = if is_own { Ram::Shared(fd) } else { Ram::Copied(fd) };
     if !is_own {
-        // The others' as well.
+        // The others' as well, though they go meanwhile.
         memory.freeze().map_err(io)?;
     }
     let launch = Launch { course: Course::Load, ram, state: Some(told.as_raw_fd()), yields: false };
