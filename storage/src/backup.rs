@@ -8,7 +8,7 @@
 use crate::block::PackId;
 use crate::catalogue::Table;
 use crate::error::{Error, ErrorKind, Result};
-use crate::inner::Inner;
+use crate::inner::{Inner, LOCK};
 use crate::rows::parse_id;
 use crate::{log, pack, recover};
 use serde::Serialize;
@@ -81,6 +81,7 @@ fn copy(inner: &Inner, from: &Path, to: &Path) -> Result<BackupReport> {
         report.log_bytes += std::io::copy(&mut part, &mut file).map_err(io(&to.join(&name)))?;
     }
     fs::copy(from.join(recover::STORE), to.join(recover::STORE)).map_err(io(&to.join(recover::STORE)))?;
+    File::create_new(to.join(LOCK)).map_err(io(&to.join(LOCK)))?;
     sync_all(to).map_err(io(to))?;
     Ok(report)
 }

@@ -21,6 +21,8 @@ use std::time::Duration;
 
 /// The file that keeps space back.
 const RESERVE: &str = "RESERVE";
+/// The file that is locked while a store is open.
+pub(crate) const LOCK: &str = "LOCK";
 
 /// How a store runs. None of it is remembered in the store.
 #[derive(Debug, Clone)]
@@ -177,7 +179,7 @@ impl Inner {
 
 /// Takes the lock that keeps other processes out of the store in `dir`.
 pub(crate) fn lock(dir: &Path) -> Result<nix::fcntl::Flock<std::fs::File>> {
-    let path = dir.join("LOCK");
+    let path = dir.join(LOCK);
     let file = std::fs::OpenOptions::new()
         .create(true)
         .truncate(false)
