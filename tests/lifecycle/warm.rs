@@ -73,6 +73,8 @@ async fn a_session_whose_state_is_of_no_use_boots() {
     let w = world(dir.path()).await;
     w.create("one").await;
     w.until_true(|| w.vmm.kept() == 1).await;
+    // Its machine starts from the state as well.
+    w.until_true(|| booted(&w) == 1).await;
     let damage = || std::fs::write(states(dir.path())[0].join("fake-state"), "damaged").unwrap();
     damage();
     assert_eq!(again(&w, "one").await, Cold);

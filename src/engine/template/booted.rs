@@ -146,9 +146,8 @@ pub(in crate::engine) fn want(shared: &Arc<Shared>, template: SnapshotId, spec: 
     let id = id_of(template, key);
     let mut making = shared.booted.making.lock();
     let is_there = shared.booted.all.lock().contains_key(&id);
-    let is_replaced = !shared.registry.templates().iter().any(|t| t.snapshot == template);
     if is_there
-        || is_replaced
+        || is_replaced(shared, template)
         || making.closed
         || making.task.is_some()
         || making.hopeless.contains(&id)
@@ -162,6 +161,8 @@ pub(in crate::engine) fn want(shared: &Arc<Shared>, template: SnapshotId, spec: 
         let began = Instant::now();
         let made = make(&shared, template, spec, key).await;
         match made {
+            // Who deleted it found nothing of this.
+            Ok(record) if is_replaced(&shared, template) => forget(&shared, record).await,
             Ok(record) => {
                 let (ms, data_bytes) = (began.elapsed().as_millis() as u64, record.memory.data_bytes);
                 tracing::info!(%template, ms, data_bytes, "sandboxes of this template begin where it has booted");
@@ -176,6 +177,11 @@ pub(in crate::engine) fn want(shared: &Arc<Shared>, template: SnapshotId, spec: 
         shared.booted.making.lock().task = None;
     });
     making.task = Some(task.abort_handle());
+}
+
+/// Whether no template is this state any more.
+pub(super) fn is_replaced(shared: &Shared, template: SnapshotId) -> bool {
+    !shared.registry.templates().iter().any(|t| t.snapshot == template)
 }
 
 /// Those beyond the most go.

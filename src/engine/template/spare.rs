@@ -122,7 +122,7 @@ pub(in crate::engine) fn want(shared: &Arc<Shared>, template: SnapshotId, like: 
             let mut state = shared.spares.0.lock();
             state.making = None;
             match made {
-                Ok(spare) if state.closed => gone.push(spare),
+                Ok(spare) if state.closed || booted::is_replaced(&shared, spare.kind.template) => gone.push(spare),
                 Ok(spare) => {
                     state.waiting.push(spare);
                     let beyond = state.waiting.len().saturating_sub(shared.settings.spare_machines);
