@@ -27,7 +27,7 @@ use super::memory::{self, Keep};
 use super::ports::CONNECTIONS;
 use super::records::{Record, SandboxRecord, put_all};
 use super::session::{Ending, Session};
-use super::template::spare::Given;
+use super::template::spare::{self, Given};
 use super::{Compute, SandboxView, Shared};
 
 /// Destroyed sandboxes are remembered, so that a late caller is told what happened, but not without bound.
@@ -199,6 +199,11 @@ impl Sandbox {
 
     pub(super) fn publish_deadline(&self, deadline: Option<Instant>) {
         self.face.write().deadline = deadline;
+    }
+
+    /// Whether it has a session.
+    pub(super) fn is_running(&self) -> bool {
+        self.face.read().running.is_some()
     }
 
     /// How long the present session has lasted.
@@ -456,6 +461,7 @@ impl Sandbox {
             face.record.vcpu_ms = compute.vcpu_ms;
             face.record.memory_mib_ms = compute.memory_mib_ms;
         }
+        spare::rest(&self.shared).await;
         ended
     }
 

@@ -293,6 +293,16 @@ async fn a_machine_waits_for_the_next_sandbox() {
     w.engine.create(CreateRequest { network_policy: denied, wait: true, ..wanted("alone") }).await.unwrap();
     assert_eq!(w.engine.spare_machines(), 1);
 
+    // Where nothing runs any more, it does not wait either.
+    for name in ["one", "two", "more", "alone", &unnamed.record.id] {
+        w.engine.stop(name).await.unwrap();
+    }
+    assert_eq!(w.engine.spare_machines(), 0);
+    assert!(sessions(&w).is_empty());
+    w.engine.resume("one").await.unwrap();
+    w.create("four").await;
+    w.until_true(|| w.engine.spare_machines() == 1).await;
+
     // It goes with its template, and with the daemon.
     w.import("base").await;
     assert_eq!(w.engine.spare_machines(), 0);

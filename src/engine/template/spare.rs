@@ -4,7 +4,8 @@
 //! disk of its own. Its guest takes a name that nobody has and runs a program, so that what a sandbox does first has been
 //! done once; then the machine is held, and takes no processor time. The next sandbox of this kind has it: its record names
 //! that disk from then on, durably, the machine goes on, and the guest is told who it is. Nobody's work is in a spare: what
-//! goes wrong with one is nothing to the sandbox, and a spare that nobody wants goes after [`PATIENCE`].
+//! goes wrong with one is nothing to the sandbox. A spare that nobody wants goes after [`PATIENCE`], and when the last sandbox comes
+//! to rest: a host on which nothing is to run runs nothing.
 //!
 //! No record tells of a spare. A daemon that dies leaves a machine and a disk that no record names, and both go at the next
 //! start.
@@ -122,7 +123,9 @@ pub(in crate::engine) fn want(shared: &Arc<Shared>, template: SnapshotId, like: 
             let mut state = shared.spares.0.lock();
             state.making = None;
             match made {
-                Ok(spare) if state.closed || booted::is_replaced(&shared, spare.kind.template) => gone.push(spare),
+                Ok(spare) if state.closed || at_rest(&shared) || booted::is_replaced(&shared, spare.kind.template) => {
+                    gone.push(spare);
+                }
                 Ok(spare) => {
                     state.waiting.push(spare);
                     let beyond = state.waiting.len().saturating_sub(shared.settings.spare_machines);
@@ -162,6 +165,17 @@ pub(in crate::engine) async fn take(shared: &Arc<Shared>, kind: &KindOf) -> Opti
 /// Ends those of a template's state that is gone.
 pub(super) async fn forget_of(shared: &Arc<Shared>, template: SnapshotId) {
     discard_those(shared, |spare| spare.kind.template == template).await;
+}
+
+/// Ends all if no sandbox runs.
+pub(in crate::engine) async fn rest(shared: &Arc<Shared>) {
+    if at_rest(shared) {
+        discard_those(shared, |_| true).await;
+    }
+}
+
+fn at_rest(shared: &Shared) -> bool {
+    !shared.registry.sandboxes().iter().any(|sandbox| sandbox.is_running())
 }
 
 /// None is made any more, and those that wait end.
