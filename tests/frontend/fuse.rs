@@ -8,7 +8,6 @@ use std::fs::{File, OpenOptions};
 use std::io::{self, Read};
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
-use vm_memory::{Bytes, FileOffset, MmapRegion, VolatileMemory};
 
 /// A store and a mount, both gone at the end of the test whatever happens.
 struct Setup {
@@ -196,15 +195,19 @@ fn fsync_and_synchronous_writes_reach_the_log_on_disk() {
 #[test]
 fn mapped_memory_works() {
     let setup = mounted();
-    let file = open(&setup.add("disk", MIB));
+    let path = setup.add("disk", MIB);
+    let file = open(&path);
     file.write_all_at(&pattern(1, 1 << 20), 0).unwrap();
-    // Shared and writable.
-    let map = MmapRegion::<()>::from_file(FileOffset::new(file.try_clone().unwrap(), 0), 1 << 20).unwrap();
-    let mut mapped = vec![0; 1 << 20];
-    map.as_volatile_slice().read_slice(&mut mapped, 0).unwrap();
-    assert!(mapped == pattern(1, 1 << 20));
-    map.as_volatile_slice().write_slice(&[9; 4000], 5000).unwrap();
-    drop(map);
+    // Shared and writable, by another process: one that waits for a page of its own file may be what its server waits for.
+    let script = "import mmap, sys\n\
+                  file = open(sys.argv[1], 'r+b')\n\
+                  memory = mmap.mmap(file.fileno(), 1 << 20)\n\
+                  sys.stdout.buffer.write(memory[:])\n\
+                  memory[5000:9000] = b'\\x09' * 4000\n\
+                  memory.flush()\n";
+    let done = std::process::Command::new("python3").args(["-c", script]).arg(&path).output().unwrap();
+    assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
+    assert!(done.stdout == pattern(1, 1 << 20));
     file.sync_all().unwrap();
     let mut back = [0; 4002];
     file.read_exact_at(&mut back, 4999).unwrap();
