@@ -10,25 +10,20 @@
 mod harness;
 
 use std::fs::File;
-use std::os::fd::AsRawFd;
 use std::os::linux::fs::MetadataExt;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Instant;
 
-use harness::Report;
 use harness::load::{GIB, MIB, forget_files, text};
-use harness::tools::{Mount, allocated, has, run};
+use harness::tools::{Mount, allocated, clone, has, run};
+use harness::{Report, argument};
 use storage::medium::sim::Random;
 use storage::{DiskId, Options, SnapshotId, Source, Store};
 
 const WORKERS: usize = 8;
 const DISK: u64 = 4 * GIB;
-
-mod ioctl {
-    nix::ioctl_write_int_bad!(ficlone, nix::request_code_write!(0x94, 9, std::mem::size_of::<i32>()));
-}
 
 /// How much of what.
 struct Load {
@@ -166,12 +161,8 @@ impl System for Reflink {
     }
 
     fn fork(&mut self, count: usize) {
-        let base = File::open(self.mount.path().join("base")).expect("the base");
-        for i in 0..count {
-            let child = File::create_new(self.path(i)).expect("a new file");
-            // SAFETY: FICLONE takes a descriptor by value, and both are open for the whole call.
-            unsafe { ioctl::ficlone(child.as_raw_fd(), base.as_raw_fd()) }.expect("a clone");
-        }
+        let base = self.mount.path().join("base");
+        (0..count).for_each(|i| drop(clone(&base, &self.path(i))));
         self.forks = count;
         run("sync", &[&"-f", &self.mount.path()]).expect("sync works");
     }
@@ -329,10 +320,8 @@ fn measure(report: &mut Report, system: &mut dyn System, forks: usize, load: &Lo
 
 fn main() {
     harness::tools::own_mounts();
-    let args: Vec<String> = std::env::args().collect();
-    let value = |name: &str| args.iter().position(|a| a == name).and_then(|at| args.get(at + 1)).cloned();
-    let number = |name: &str, usual: u64| value(name).map_or(usual, |n| n.parse().expect("a number"));
-    let counts = value("--forks").unwrap_or_else(|| "1,10,100,300".into());
+    let number = |name: &str, usual: u64| argument(name).map_or(usual, |n| n.parse().expect("a number"));
+    let counts = argument("--forks").unwrap_or_else(|| "1,10,100,300".into());
     let counts: Vec<usize> = counts.split(',').map(|n| n.parse().expect("a number")).collect();
     let load = Load {
         shared: number("--shared", 500) * MIB,

@@ -34,7 +34,7 @@ mod lanes;
 mod servers;
 
 use harness::load::{MIB, forget_files};
-use harness::{Report, Samples, median, tools};
+use harness::{Report, Samples, argument, median, tools};
 use images::Case;
 use jobs::{JOBS, Job, Lane, Limit, Outcome};
 use servers::{Export, Server, System};
@@ -53,16 +53,12 @@ struct Settings {
 
 impl Settings {
     fn read() -> Self {
-        let args: Vec<String> = std::env::args().collect();
-        let value = |name: &str, or: u64| {
-            let at = args.iter().position(|arg| arg == name);
-            at.and_then(|at| args.get(at + 1)).map_or(or, |value| value.parse().expect("a number"))
-        };
+        let value = |name: &str, or: u64| argument(name).map_or(or, |value| value.parse().expect("a number"));
         Self {
             rounds: value("--rounds", 3) as usize,
             size: value("--size", 192) * MIB,
             time: Duration::from_millis(value("--milliseconds", 300)),
-            alone: args.iter().any(|arg| arg == "--alone"),
+            alone: std::env::args().any(|arg| arg == "--alone"),
         }
     }
 }

@@ -201,8 +201,7 @@ impl Drop for Daemon {
 
 fn main() {
     let mut report = Report::new("lifecycle");
-    let args: Vec<String> = std::env::args().collect();
-    let rounds = args.iter().position(|a| a == "--rounds").and_then(|at| args.get(at + 1)?.parse().ok()).unwrap_or(5);
+    let rounds = harness::argument("--rounds").and_then(|rounds| rounds.parse().ok()).unwrap_or(5);
     store_alone(&mut report);
     // In turns, so that whatever else the host does meets them alike.
     let (cold, daemon) = (Daemon::with_parent(&["--no-warm-machines"]), Daemon::with_parent(&[]));

@@ -16,6 +16,7 @@ mod report;
 mod transfer;
 
 use std::collections::BTreeMap;
+use std::os::unix::fs::DirBuilderExt;
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -26,13 +27,13 @@ use storage::{DiskId, SnapshotId, Source, Store, Usage};
 use crate::config::StateDir;
 use crate::engine::error::{Error, Kind, Result};
 use crate::engine::lifecycle::State;
+use crate::engine::private_dir;
 use crate::engine::records::{
     BootedRecord, Record, SandboxRecord, SnapshotRecord, StepRecord, TemplateRecord, VolumeRecord,
     VolumeSnapshotRecord, check_name, is_own_name, load_all,
 };
 use crate::frontend::Traffic;
 pub use archive::ArchiveExport;
-use attach::private_dir;
 pub use attach::{Attachment, Frontend};
 pub use files::{Content, FileView, Listing, Still};
 pub use publish::PublishRequest;
@@ -222,11 +223,13 @@ impl Disks {
     pub fn back_up(&self, name: &str) -> Result<(PathBuf, storage::BackupReport)> {
         check_name("backup", name)?;
         let place = self.backups.join(name);
-        if place.exists() {
-            return Err(Error::invalid(format!("there is a backup {name:?} already"))
-                .hint(format!("choose another name, or remove {}", place.display())));
-        }
-        private_dir(&place).map_err(|e| Error::internal(format!("could not make {}: {e}", place.display())))?;
+        // Of two at once with one name, one makes it.
+        let made = private_dir(&self.backups).and_then(|()| std::fs::DirBuilder::new().mode(0o700).create(&place));
+        made.map_err(|e| match e.kind() {
+            std::io::ErrorKind::AlreadyExists => Error::invalid(format!("there is a backup {name:?} already"))
+                .hint(format!("choose another name, or remove {}", place.display())),
+            _ => Error::internal(format!("could not make {}: {e}", place.display())),
+        })?;
         let copied = self.store.backup(&place.join("store")).map_err(Error::from);
         let report = copied.inspect_err(|_| drop(std::fs::remove_dir(&place)))?;
         Ok((place, report))

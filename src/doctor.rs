@@ -10,6 +10,7 @@ use nix::sys::resource::{Resource, getrlimit};
 use nix::sys::statfs::statfs;
 use nix::unistd::{AccessFlags, access};
 use serde::Serialize;
+use vmm::process::find_program;
 
 use crate::config::{self, Config, ConfigError};
 use crate::units::show_bytes;
@@ -241,14 +242,14 @@ fn fuse() -> Check {
     if access("/dev/fuse", AccessFlags::R_OK | AccessFlags::W_OK).is_err() {
         return Check::warn(name, format!("/dev/fuse cannot be opened: {without}"), "load it: modprobe fuse");
     }
-    if !nix::unistd::geteuid().is_root() && find("fusermount3").is_none() {
+    if !nix::unistd::geteuid().is_root() && find_program("fusermount3".as_ref()).is_none() {
         return Check::warn(name, format!("fusermount3 was not found: {without}"), "install it: apt-get install fuse3");
     }
     Check::ok(name, "/dev/fuse can be opened")
 }
 
 fn tool(name: &'static str, program: &str, package: &str, why: &str) -> Check {
-    match find(program) {
+    match find_program(program.as_ref()) {
         Some(path) => Check::ok(name, path.display().to_string()),
         None => Check::warn(
             name,
@@ -256,13 +257,6 @@ fn tool(name: &'static str, program: &str, package: &str, why: &str) -> Check {
             format!("install it: apt-get install {package}"),
         ),
     }
-}
-
-/// In the path, or where a user's path does not lead.
-fn find(program: &str) -> Option<PathBuf> {
-    let path = std::env::var_os("PATH").unwrap_or_default();
-    let dirs = std::env::split_paths(&path).chain(["/usr/sbin".into(), "/sbin".into()]);
-    dirs.map(|dir| dir.join(program)).find(|file| access(file, AccessFlags::X_OK).is_ok())
 }
 
 fn state_dir(config: &Config) -> Check {

@@ -77,6 +77,7 @@ pub use memory::Keep;
 pub use ports::PortConnection;
 pub(crate) use previews::check_ports;
 pub use previews::{CreatePreview, PREFIX as PREVIEW_TOKEN_PREFIX, Preview, Scope, TOKEN as PREVIEW_TOKEN, token_end};
+pub(crate) use session::private_dir;
 pub use setup::{GuestFile, GuestSetup};
 pub use snapshots::{Deleted, LineageNode, NodeKind};
 pub use template::{
@@ -393,7 +394,9 @@ impl Engine {
             let reservation = shared.registry.reserve_names(std::slice::from_ref(&record.name))?;
             record.pristine = base.pristine.filter(|_| record.disk_size_bytes == base.disk_size_bytes);
             if let Some(template) = record.pristine
-                && (request.start, request.without_memory, request.volumes.is_empty()) == (true, false, true)
+                && request.start
+                && !request.without_memory
+                && request.volumes.is_empty()
                 && let Some(spare) = spare::take(&shared, &spare::KindOf::new(template, &record)).await
             {
                 let (record, given) = spare::give(&shared, spare, record).await?;

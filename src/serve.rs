@@ -12,7 +12,6 @@ mod proxy;
 
 use std::fs::File;
 use std::net::{Ipv4Addr, SocketAddr};
-use std::os::unix::fs::DirBuilderExt;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -227,7 +226,8 @@ async fn listen(
     let (end, ending) = watch::channel(false);
     let callers = Callers { users: config.socket_users.clone(), groups: config.socket_groups.clone() };
     let listener = listen::bind_unix(&socket, &callers).map_err(failed)?;
-    let local = Arc::new(Door::new(server::open(routes.clone()), config.max_connections, ending.clone()));
+    let local =
+        Arc::new(Door::new(server::open(routes.clone()), config.max_connections, ending.clone()));
     let mut doors = vec![local.clone()];
     let mut serving = JoinSet::new();
     serving.spawn(async move { local.serve_unix(listener, callers).await });
@@ -239,7 +239,8 @@ async fn listen(
         })?;
         // Told as it is: port 0 asks for any.
         let address = listener.local_addr().unwrap_or(address);
-        let remote = Arc::new(Door::new(server::locked(routes, keys), config.max_connections, ending.clone()));
+        let remote =
+            Arc::new(Door::new(server::locked(routes, keys), config.max_connections, ending.clone()));
         doors.push(remote.clone());
         serving.spawn(async move { remote.serve_tcp(listener).await });
         tracing::info!(%address, "listening");
@@ -302,11 +303,7 @@ fn keys(config: &Config, state: &StateDir) -> Result<Arc<Keys>, Error> {
 /// Makes the state directory ours alone.
 fn claim(state: &StateDir) -> Result<Flock<File>, Error> {
     let root = state.root();
-    std::fs::DirBuilder::new()
-        .recursive(true)
-        .mode(0o700)
-        .create(root)
-        .map_err(|e| Error::file("make the state directory", root, &e))?;
+    engine::private_dir(root).map_err(|e| Error::file("make the state directory", root, &e))?;
     let path = state.lock();
     let file = File::options()
         .create(true)

@@ -10,6 +10,8 @@
 mod driver;
 #[path = "frontend/fuse.rs"]
 mod fuse;
+#[path = "frontend/programs.rs"]
+mod programs;
 #[path = "frontend/support.rs"]
 mod support;
 #[path = "frontend/vhost_user.rs"]

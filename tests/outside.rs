@@ -29,6 +29,8 @@ mod ledger;
 mod limits;
 #[path = "outside/power.rs"]
 mod power;
+#[path = "frontend/programs.rs"]
+mod programs;
 #[path = "outside/ring.rs"]
 mod ring;
 #[path = "outside/suites.rs"]

@@ -1,21 +1,16 @@
 //! What others take for the same fork.
 
 use super::{GIB, Shape, make};
-use crate::harness::tools::{Mount, has, run};
+use crate::harness::tools::{Mount, clone, has, run};
 use crate::harness::{Report, Samples};
 use std::fs::File;
-use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use storage::Source;
 use storage::medium::sim::Random;
 
 const SIZE: u64 = 10 * GIB;
 const ROUNDS: usize = 9;
-
-mod ioctl {
-    nix::ioctl_write_int_bad!(ficlone, nix::request_code_write!(0x94, 9, std::mem::size_of::<i32>()));
-}
 
 /// A file in fragments on a file system that can clone it.
 struct Reflink {
@@ -47,14 +42,6 @@ impl Reflink {
         std::fs::remove_file(path).expect("the child is there");
         run("sync", &[&"-f", &self.mount.path()]).expect("sync works");
     }
-}
-
-fn clone(parent: &Path, child: &Path) -> File {
-    let from = File::open(parent).expect("the parent is there");
-    let to = File::create_new(child).expect("a new file");
-    // SAFETY: FICLONE takes a descriptor by value and both are open for the whole call.
-    unsafe { ioctl::ficlone(to.as_raw_fd(), from.as_raw_fd()) }.expect("a clone");
-    to
 }
 
 /// The same shape as a case of ours: 4 KiB pieces at random, never side by side.

@@ -42,6 +42,13 @@ pub fn cpu_seconds() -> f64 {
     Duration::from(used).as_secs_f64()
 }
 
+/// What follows an option on the command line.
+pub fn argument(name: &str) -> Option<String> {
+    let mut args = std::env::args();
+    args.find(|arg| arg == name)?;
+    args.next()
+}
+
 /// Collects rows and prints them.
 pub struct Report {
     bench: &'static str,
@@ -52,11 +59,9 @@ pub struct Report {
 impl Report {
     /// Reads the command line: `--json FILE`, `--only TEXT` for parts whose name has the text.
     pub fn new(bench: &'static str) -> Self {
-        let args: Vec<String> = std::env::args().collect();
-        let value = |name: &str| args.iter().position(|a| a == name).and_then(|at| args.get(at + 1)).cloned();
-        let json = value("--json").map(|path| std::fs::File::create(path).expect("the JSON file can be made"));
+        let json = argument("--json").map(|path| std::fs::File::create(path).expect("the JSON file can be made"));
         println!("{:<10} {:<34} {:<22} {:>12} unit", "system", "case", "metric", "value");
-        Self { bench, json, only: value("--only") }
+        Self { bench, json, only: argument("--only") }
     }
 
     /// Whether this part was asked for.

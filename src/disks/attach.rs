@@ -8,6 +8,7 @@ use storage::{Disk, Source};
 
 use super::Disks;
 use crate::engine::error::{Error, Kind, Result};
+use crate::engine::private_dir;
 use crate::frontend::{FUSE, FuseMount, VHOST_USER, VhostUserServer};
 
 /// How a disk is shown.
@@ -159,9 +160,4 @@ fn chain(error: &dyn std::error::Error) -> String {
         Some(source) => format!("{error}: {}", chain(source)),
         None => error.to_string(),
     }
-}
-
-pub(super) fn private_dir(dir: &std::path::Path) -> std::io::Result<()> {
-    use std::os::unix::fs::DirBuilderExt;
-    std::fs::DirBuilder::new().recursive(true).mode(0o700).create(dir)
 }

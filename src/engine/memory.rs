@@ -357,6 +357,17 @@ pub(super) fn discard(store: &Store, disk: DiskId) {
     }
 }
 
+/// The same, from where nothing may block.
+pub(super) async fn give_back(shared: &Shared, disk: DiskId) {
+    let discarded = shared.with_store(move |store| {
+        discard(store, disk);
+        Ok(())
+    });
+    if let Err(error) = discarded.await {
+        tracing::warn!(%disk, %error, "a disk that no record names stays until the store is opened again");
+    }
+}
+
 /// A machine's memory, if it is its own.
 pub(super) async fn own_memory(machine: &dyn Machine) -> Result<GuestMemory> {
     machine.memory().await.map_err(|error| {

@@ -28,6 +28,7 @@ use super::records::{
     VolumeSnapshotRecord, is_own_name, load_all, put_all,
 };
 use super::sandbox::Sandbox;
+use super::session::private_dir;
 use super::survivor::{LOST, NOT_STARTED, Survivor};
 use super::template::is_bench;
 use super::usage::{Compute, Ledgers};
@@ -182,8 +183,7 @@ fn put_right(
 
 /// Sockets and logs of sessions that are over. Only what is inside is removed, and links are not followed.
 fn empty_directory(dir: &std::path::Path, keep: &[PathBuf]) -> std::io::Result<()> {
-    use std::os::unix::fs::DirBuilderExt;
-    std::fs::DirBuilder::new().recursive(true).mode(0o700).create(dir)?;
+    private_dir(dir)?;
     for entry in std::fs::read_dir(dir)? {
         let entry = entry?;
         if keep.contains(&entry.path()) {

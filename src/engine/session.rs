@@ -1,6 +1,6 @@
 //! One run of a sandbox's machine: show it its disks, start, watch, end.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -91,7 +91,7 @@ impl Session {
             && booted::become_one(sandbox, template, key).await
         {
             // On another disk.
-            detach(devices).await;
+            hide(devices, &run_dir).await;
             devices = show(shared, &sandbox.record(), (began, timeout), accel).await?;
         }
         let wanted = pristine.map(|template| (template, spec.clone()));
@@ -102,7 +102,7 @@ impl Session {
         let started = match started.await {
             Ok(started) => started,
             Err(error) => {
-                detach(devices).await;
+                hide(devices, &run_dir).await;
                 return Err(error);
             }
         };
@@ -320,11 +320,7 @@ impl Session {
             (_, Ok(other)) => describe_loss(&other),
         };
         self.devices.withdraw().await?;
-        if let Err(error) = tokio::fs::remove_dir_all(&self.run_dir).await
-            && error.kind() != std::io::ErrorKind::NotFound
-        {
-            tracing::debug!(dir = %self.run_dir.display(), %error, "the session's directory stays until the next start");
-        }
+        let _ = tokio::task::spawn_blocking(move || remove_run_dir(&self.run_dir)).await;
         Ok(trouble)
     }
 }
@@ -353,14 +349,16 @@ pub(super) async fn show(
     let show = move |store: &Store| {
         private_dir(&dir)
             .map_err(|e| Error::internal(format!("could not make the directory {}: {e}", dir.display())))?;
-        let devices = Devices::show(store, &*front, (&id, &dir), root, volumes)?;
-        match SessionRecord::new(began, &devices, accel).and_then(|r| r.write(&dir, timeout)) {
-            Ok(()) => Ok(devices),
-            Err(error) => {
-                devices.detach();
-                Err(error)
+        let shown = Devices::show(store, &*front, (&id, &dir), root, volumes).and_then(|devices| {
+            match SessionRecord::new(began, &devices, accel).and_then(|r| r.write(&dir, timeout)) {
+                Ok(()) => Ok(devices),
+                Err(error) => {
+                    devices.detach();
+                    Err(error)
+                }
             }
-        }
+        });
+        shown.inspect_err(|_| remove_run_dir(&dir))
     };
     shared.with_store(show).await
 }
@@ -424,10 +422,23 @@ pub(super) async fn load(
     Ok((shared.vmm.load(spec, state, shared.settings.boot_deadline).await?, shares))
 }
 
-/// Ends the service of disks that no machine has written to.
-pub(super) async fn detach(devices: Devices) {
-    if let Err(error) = tokio::task::spawn_blocking(move || devices.detach()).await {
+/// Takes back what [`show`] did, for disks that no machine writes to any more.
+pub(super) async fn hide(devices: Devices, run_dir: &Path) {
+    let dir = run_dir.to_owned();
+    let hidden = tokio::task::spawn_blocking(move || {
+        devices.detach();
+        remove_run_dir(&dir);
+    });
+    if let Err(error) = hidden.await {
         tracing::error!(%error, "detaching disks did not end");
+    }
+}
+
+fn remove_run_dir(dir: &Path) {
+    if let Err(error) = std::fs::remove_dir_all(dir)
+        && error.kind() != std::io::ErrorKind::NotFound
+    {
+        tracing::debug!(dir = %dir.display(), %error, "the session's directory stays until the next start");
     }
 }
 
@@ -479,7 +490,7 @@ async fn make_host_keys(agent: Agent, id: String) {
 }
 
 /// Makes a directory that nobody else can look into.
-pub(super) fn private_dir(dir: &std::path::Path) -> std::io::Result<()> {
+pub(crate) fn private_dir(dir: &Path) -> std::io::Result<()> {
     use std::os::unix::fs::DirBuilderExt;
     std::fs::DirBuilder::new().recursive(true).mode(0o700).create(dir)
 }

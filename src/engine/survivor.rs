@@ -26,7 +26,7 @@ use super::error::{Error, Result};
 use super::lifecycle::{Request, State};
 use super::records::SandboxRecord;
 use super::sandbox::{OwnerGuard, Sandbox};
-use super::session::{Ending, Session, detach};
+use super::session::{Ending, Session, hide};
 
 const RECORD: &str = "session.json";
 const DEADLINE: &str = "deadline";
@@ -164,11 +164,11 @@ impl Session {
         let machine = match shared.vmm.adopt(&run_dir, shared.settings.boot_deadline).await {
             Ok(Some(machine)) => machine,
             Ok(None) => {
-                detach(devices).await;
+                hide(devices, &run_dir).await;
                 return Err(Error::internal("the machine ended"));
             }
             Err(error) => {
-                detach(devices).await;
+                hide(devices, &run_dir).await;
                 return Err(error.into());
             }
         };

@@ -6,7 +6,7 @@
 //! checkpoint) and the log are copied, the last up to its durable end. Guests write on.
 
 use crate::block::PackId;
-use crate::catalogue::Table;
+use crate::catalogue::{self, Table};
 use crate::error::{Error, ErrorKind, Result};
 use crate::inner::{Inner, LOCK};
 use crate::rows::parse_id;
@@ -74,7 +74,7 @@ fn copy(inner: &Inner, from: &Path, to: &Path) -> Result<BackupReport> {
     packs(inner, from, to, &mut there, &mut report)?;
     let _no_sealing = inner.sealer.running.lock();
     packs(inner, from, to, &mut there, &mut report)?;
-    inner.catalogue.copy_to(&to.join(CATALOGUE))?;
+    inner.catalogue.copy_to(&to.join(catalogue::DIR))?;
     for (name, bytes) in inner.log.durable_files()? {
         let mut part = File::open(from.join(&name)).map_err(io(&from.join(&name)))?.take(bytes);
         let mut file = File::create_new(to.join(&name)).map_err(io(&to.join(&name)))?;
@@ -85,9 +85,6 @@ fn copy(inner: &Inner, from: &Path, to: &Path) -> Result<BackupReport> {
     sync_all(to).map_err(io(to))?;
     Ok(report)
 }
-
-/// The catalogue's directory in a store's.
-pub(crate) const CATALOGUE: &str = "catalogue";
 
 /// Packs that the catalogue knows and that are not there yet.
 fn packs(inner: &Inner, from: &Path, to: &Path, there: &mut BTreeSet<PackId>, report: &mut BackupReport) -> Result<()> {
@@ -102,12 +99,11 @@ fn packs(inner: &Inner, from: &Path, to: &Path, there: &mut BTreeSet<PackId>, re
     for id in wanted {
         let name = pack::file_name(id);
         let (source, target) = (from.join(&name), to.join(&name));
-        let bytes = source.metadata().map(|m| m.len());
-        let shared = fs::hard_link(&source, &target).is_ok();
-        let copied = if shared { Ok(0) } else { fs::copy(&source, &target) };
         let failed = |e| Error::io(format!("cannot copy {}", source.display()), e);
-        (report.pack_bytes, report.copied_bytes) =
-            (report.pack_bytes + bytes.map_err(failed)?, report.copied_bytes + copied.map_err(failed)?);
+        if fs::hard_link(&source, &target).is_err() {
+            report.copied_bytes += fs::copy(&source, &target).map_err(failed)?;
+        }
+        report.pack_bytes += target.metadata().map_err(failed)?.len();
         report.packs += 1;
         there.insert(id);
     }

@@ -65,7 +65,7 @@ pub(crate) fn repair(dir: &Path) -> Result<RepairReport> {
     let mut report = RepairReport::default();
     let packs = list_packs(&*medium)?;
     let uuid = find_uuid(&medium, &packs, &mut report)?;
-    let place = dir.join(crate::backup::CATALOGUE);
+    let place = dir.join(crate::catalogue::DIR);
     if place.exists() {
         let aside = dir.join(format!("catalogue.old-{}", unix_ms()));
         std::fs::rename(&place, &aside).map_err(|e| Error::io("cannot move the old catalogue aside", e))?;

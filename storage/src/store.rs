@@ -84,7 +84,7 @@ impl Store {
         }
         let lock = lock(dir)?;
         let medium = Arc::new(FileMedium::new(dir, options.backend));
-        let place = dir.join(crate::backup::CATALOGUE);
+        let place = dir.join(crate::catalogue::DIR);
         let catalogue = move |create: bool| {
             if !create && !place.join("CURRENT").exists() {
                 let what =

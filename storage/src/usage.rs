@@ -178,7 +178,7 @@ pub(crate) fn stats(inner: &Inner) -> Result<Stats> {
     stats.unique_bytes = data_blocks * BLOCK_BYTES;
     stats.pack_bytes = packs - stats.map_bytes;
     stats.log_bytes = allocated(crate::log::DIR)?;
-    stats.index_bytes = if inner.dir.is_some() { allocated(crate::backup::CATALOGUE)? } else { 0 };
+    stats.index_bytes = if inner.dir.is_some() { allocated(crate::catalogue::DIR)? } else { 0 };
     stats.stored_bytes = allocated("")?;
     let ratio = |a: u64, b: u64| if b == 0 { 0.0 } else { a as f64 / b as f64 };
     stats.dedup_ratio = ratio(stats.logical_bytes, stats.unique_bytes);

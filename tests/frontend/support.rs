@@ -3,6 +3,8 @@
 use std::process::{Command, Output};
 use storage::{Disk, DiskId, Options, Store};
 
+pub use crate::programs::run;
+
 pub const MIB: u64 = 1 << 20;
 
 /// A store of its own for one test.
@@ -36,19 +38,6 @@ impl TestStore {
         transaction.commit_durable().expect("a snapshot");
         self.store.snapshot(id).expect("the snapshot just made")
     }
-}
-
-/// Runs a program to its end. Fails with its output unless it succeeds.
-pub fn run(program: &str, arguments: &[&str]) -> Output {
-    let output = attempt(program, arguments);
-    assert!(
-        output.status.success(),
-        "{program} {arguments:?}: {}\n{}{}",
-        output.status,
-        String::from_utf8_lossy(&output.stdout),
-        String::from_utf8_lossy(&output.stderr)
-    );
-    output
 }
 
 /// Runs a program to its end. Fails only if it cannot be started.

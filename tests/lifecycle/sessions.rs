@@ -143,6 +143,7 @@ async fn a_start_that_fails_can_be_tried_again() {
     assert!(error.hint_text().is_some_and(|h| h.starts_with("install it; sandbox sb-")), "{error:?}");
     let record = w.engine.show("one").unwrap().record;
     assert_eq!((record.state, record.last_error.as_deref()), (State::Error, Some("no qemu here")));
+    assert!(!w.run_dir(&record.id).exists());
     w.vmm.script(fail());
     assert_eq!(refused(w.sh("one", "true").await), Kind::MachineUnavailable);
     assert_eq!(w.state("one"), State::Error);

@@ -102,6 +102,23 @@ async fn machines_of_nobody_are_ended_and_no_others() {
     assert_eq!(w.state("paused"), State::Paused);
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn of_a_machine_that_ends_before_it_is_taken_over_nothing_is_left() {
+    let w = World::new().await;
+    let id = w.create("one").await.record.id;
+    let machine = w.vmm.machine(&id).unwrap();
+    w.vmm.on_step(Arc::new(move |step| {
+        if step == "adopt" {
+            machine.die("just now");
+        }
+    }));
+    let w = w.replace().await;
+    w.until("one", State::Paused).await;
+    assert!(w.engine.show("one").unwrap().record.last_error.unwrap().contains("the machine ended"));
+    assert!(!w.run_dir(&id).exists());
+    assert!(w.front.shown.lock().unwrap().is_empty());
+}
+
 /// Stops at one step: whoever gets there stays until the end of the test.
 #[derive(Default)]
 struct Gate {

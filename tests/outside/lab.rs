@@ -12,6 +12,8 @@ use std::time::{Duration, Instant};
 use nix::mount::{MntFlags, umount2};
 use serde_json::Value;
 
+pub use crate::programs::{done, run};
+
 pub const MIB: u64 = 1 << 20;
 /// After this long something hangs. Only ever reached by a failure.
 pub const PATIENCE: Duration = Duration::from_secs(120);
@@ -72,24 +74,6 @@ pub fn noise(seed: u64, len: usize) -> Vec<u8> {
 /// A directory that is not on a file system in memory: loop devices and direct I/O need one.
 pub fn work_dir() -> tempfile::TempDir {
     tempfile::Builder::new().prefix("miosa-o").tempdir().unwrap()
-}
-
-/// Runs a program to its end. Fails with its output unless it succeeds.
-pub fn run(program: &str, args: &[&str]) -> Output {
-    done(program, Command::new(program).args(args))
-}
-
-/// The same of a command.
-pub fn done(what: &str, command: &mut Command) -> Output {
-    let output = command.stdin(Stdio::null()).output().unwrap_or_else(|e| panic!("this test needs {what}: {e}"));
-    assert!(
-        output.status.success(),
-        "{what}: {}\n{command:?}\n{}{}",
-        output.status,
-        String::from_utf8_lossy(&output.stdout),
-        String::from_utf8_lossy(&output.stderr)
-    );
-    output
 }
 
 /// What a program printed.
@@ -170,7 +154,8 @@ impl Daemon {
         let began = Instant::now();
         let child = command.spawn().unwrap_or_else(|e| panic!("this test needs {}: {e}", words[0]));
         let mut daemon = Daemon { state: state.to_owned(), log_at, start, child, took: Duration::ZERO };
-        while daemon.call("GET", "/store/stats", Value::Null).is_err() {
+        // An answer is one also when it is a refusal.
+        while daemon.call("GET", "/store/stats", Value::Null).is_err_and(|refused| refused.status == 0) {
             if daemon.has_ended() || began.elapsed() > PATIENCE {
                 assert!(began.elapsed() < PATIENCE, "the daemon hangs at its start: {}", daemon.log());
                 return Err(daemon.log());

@@ -231,6 +231,8 @@ impl Vmm for FakeVmm {
 
     async fn adopt(&self, run_dir: &Path, deadline: Duration) -> Result<Option<Arc<dyn Machine>>> {
         let id = run_dir.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        let hook = self.state.lock().hook.clone();
+        step(&hook, "adopt").await;
         let guest = self.state.lock().guests.get(&id).cloned().filter(|guest| guest.exit.told().is_none());
         let Some(guest) = guest else { return Ok(None) };
         // A real guest's one server does this when it is greeted.

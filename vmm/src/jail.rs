@@ -27,6 +27,7 @@ use landlock::{
 };
 use parking_lot::{Mutex, MutexGuard, RwLock};
 
+use crate::process::find_program;
 use crate::{Error, ErrorKind, Result};
 
 /// The rights that are asked for; of those that the kernel does not know, it is not asked. Paths of Unix sockets (ABI 9) are
@@ -470,9 +471,7 @@ pub(crate) fn find(program: &Path) -> PathBuf {
     if program.components().count() != 1 {
         return std::path::absolute(program).unwrap_or_else(|_| program.to_owned());
     }
-    let path = std::env::var_os("PATH").unwrap_or_default();
-    let dirs = std::env::split_paths(&path).chain(["/usr/sbin".into(), "/sbin".into()]);
-    dirs.map(|dir| dir.join(program)).find(|file| file.is_file()).unwrap_or_else(|| program.to_owned())
+    find_program(program).unwrap_or_else(|| program.to_owned())
 }
 
 #[cfg(test)]
@@ -541,28 +540,22 @@ mod tests {
     #[test]
     fn each_process_is_another_user_without_privileges() {
         let script = "while read -r line; do echo \"$line\"; done < /proc/self/status";
-        // Its own directory is another's to every process.
-        let status = || {
-            let files = vec![("/proc".into(), Use::Read)];
-            let needs = Needs { files, ..Needs::default() };
-            let text = told(script, needs);
-            let field = |name: &str| text.lines().find_map(|l| l.strip_prefix(name)?.strip_prefix(':')).map(str::trim);
-            let text = |name: &str| field(name).unwrap_or_else(|| panic!("no {name} in {text}")).to_owned();
-            assert_eq!(text("NoNewPrivs"), "1");
-            let ids: Vec<u32> = text("Uid").split_whitespace().map(|id| id.parse().unwrap()).collect();
-            assert!(ids.iter().all(|id| *id == ids[0]), "{ids:?}");
-            if nix::unistd::geteuid().is_root() {
-                for set in ["CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"] {
-                    assert_eq!(text(set), "0000000000000000", "{set}");
-                }
-                assert_eq!(text("Groups"), "");
-                assert_eq!(text("Uid"), text("Gid"));
-                assert!(Users::DEFAULT.first <= ids[0], "{ids:?}");
-            } else {
-                assert_eq!(ids[0], nix::unistd::geteuid().as_raw());
+        let told = told(script, Needs { files: vec![("/proc".into(), Use::Read)], ..Needs::default() });
+        let field = |name: &str| told.lines().find_map(|l| l.strip_prefix(name)?.strip_prefix(':')).map(str::trim);
+        let text = |name: &str| field(name).unwrap_or_else(|| panic!("no {name} in {told}")).to_owned();
+        assert_eq!(text("NoNewPrivs"), "1");
+        let ids: Vec<u32> = text("Uid").split_whitespace().map(|id| id.parse().unwrap()).collect();
+        assert!(ids.iter().all(|id| *id == ids[0]), "{ids:?}");
+        if nix::unistd::geteuid().is_root() {
+            for set in ["CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"] {
+                assert_eq!(text(set), "0000000000000000", "{set}");
             }
-        };
-        status();
+            assert_eq!(text("Groups"), "");
+            assert_eq!(text("Uid"), text("Gid"));
+            assert!(Users::DEFAULT.first <= ids[0], "{ids:?}");
+        } else {
+            assert_eq!(ids[0], nix::unistd::geteuid().as_raw());
+        }
     }
 
     #[test]

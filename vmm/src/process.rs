@@ -13,6 +13,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::unistd::{AccessFlags, access};
 
 use crate::{Error, ErrorKind, Reaped, Result};
 
@@ -25,6 +26,13 @@ pub const RECORD: &str = "pid";
 pub const SOCKET_PATH_MAX: usize = 107;
 /// The longest a killed process may take to be gone.
 const KILL_PATIENCE: Duration = Duration::from_secs(10);
+
+/// Where a program of this name is that can be run: in the path, or where a user's path does not lead.
+pub fn find_program(name: &Path) -> Option<PathBuf> {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let dirs = std::env::split_paths(&path).chain(["/usr/sbin".into(), "/sbin".into()]);
+    dirs.map(|dir| dir.join(name)).find(|file| access(file, AccessFlags::X_OK).is_ok())
+}
 
 /// Whether a socket can be at this path.
 ///

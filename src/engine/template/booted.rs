@@ -218,11 +218,7 @@ async fn make(shared: &Arc<Shared>, template: SnapshotId, spec: MachineSpec, key
         Ok(state) => shared.with_store(move |store| keep(store, (template, disk), shape, &state, key)).await,
         Err(error) => Err(error),
     };
-    let discarded = shared.with_store(move |store| {
-        memory::discard(store, disk);
-        Ok(())
-    });
-    discarded.await?;
+    memory::give_back(shared, disk).await;
     let record = kept?;
     shared.booted.all.lock().insert(record.id.clone(), record.clone());
     Ok(record)

@@ -18,15 +18,18 @@ use parking_lot::Mutex;
 use storage::{DiskId, SnapshotId, Source};
 use tokio::task::AbortHandle;
 use tokio::time::Instant;
-use vmm::{Agent, ExecRequest, MachineSpec};
+use vmm::{Accel, Agent, ExecRequest, MachineSpec};
 
-use super::booted;
+use super::{BootFiles, booted};
 use crate::engine::Shared;
 use crate::engine::error::{Error, Result};
 use crate::engine::memory;
-use crate::engine::records::{BootedRecord, NetworkPolicy, SandboxRecord, new_id, new_machine_id, put_all};
+use crate::engine::records::{
+    BootedRecord, MemoryRecord, NetworkPolicy, SandboxRecord, new_id, new_machine_id, put_all,
+};
 use crate::engine::sandbox::Sandbox;
-use crate::engine::session::{Session, detach, identity, load, show, spec_of, state_key};
+use crate::engine::session::{Session, hide, identity, load, show, spec_of, state_key, within};
+use crate::engine::survivor::write_state_key;
 
 /// How long a spare waits for a sandbox.
 const PATIENCE: Duration = Duration::from_secs(600);
@@ -139,8 +142,12 @@ pub(in crate::engine) fn want(shared: &Arc<Shared>, template: SnapshotId, like: 
         for spare in gone {
             discard(&shared, spare).await;
         }
+        // An engine that is gone by then is not kept for this.
+        let shared = Arc::downgrade(&{ shared });
         tokio::time::sleep(PATIENCE).await;
-        discard_those(&shared, |spare| spare.made.elapsed() >= PATIENCE).await;
+        if let Some(shared) = shared.upgrade() {
+            discard_those(&shared, |spare| spare.made.elapsed() >= PATIENCE).await;
+        }
     });
     state.making = Some(task.abort_handle());
 }
@@ -169,7 +176,7 @@ pub(super) async fn forget_of(shared: &Arc<Shared>, template: SnapshotId) {
 
 /// Ends all if no sandbox runs.
 pub(in crate::engine) async fn rest(shared: &Arc<Shared>) {
-    if at_rest(shared) {
+    if shared.spares.waiting() > 0 && at_rest(shared) {
         discard_those(shared, |_| true).await;
     }
 }
@@ -178,9 +185,15 @@ fn at_rest(shared: &Shared) -> bool {
     !shared.registry.sandboxes().iter().any(|sandbox| sandbox.is_running())
 }
 
-/// None is made any more, and those that wait end.
+/// None is made any more, what is being made is given up, and those that wait end.
 pub(in crate::engine) async fn end(shared: &Arc<Shared>) {
-    shared.spares.0.lock().closed = true;
+    {
+        let mut state = shared.spares.0.lock();
+        state.closed = true;
+        if let Some(making) = state.making.take() {
+            making.abort();
+        }
+    }
     discard_those(shared, |_| true).await;
 }
 
@@ -194,24 +207,14 @@ async fn discard_those(shared: &Arc<Shared>, which: impl Fn(&Spare) -> bool) {
 /// Ends one that no record names.
 pub(in crate::engine) async fn discard(shared: &Arc<Shared>, spare: Spare) {
     spare.session.discard(shared).await;
-    discard_disk(shared, spare.disk).await;
-}
-
-async fn discard_disk(shared: &Arc<Shared>, disk: DiskId) {
-    let discarded = shared.with_store(move |store| {
-        memory::discard(store, disk);
-        Ok(())
-    });
-    if let Err(error) = discarded.await {
-        tracing::warn!(%error, "the disk of a spare machine stays until the next start");
-    }
+    memory::give_back(shared, spare.disk).await;
 }
 
 async fn make(shared: &Arc<Shared>, (kind, like): (KindOf, SandboxRecord), booted: BootedRecord) -> Result<Spare> {
     let boot_files = shared.templates.boot_files().await?;
     let accel = shared.acceleration(&boot_files).await.accel;
     let _slot = shared.boots.acquire().await.map_err(|_| Error::internal("no machine can be started any more"))?;
-    let (id, machine_id, began) = (new_id("sb"), new_machine_id(), Instant::now());
+    let (id, machine_id) = (new_id("sb"), new_machine_id());
     let (from, name) = (booted.disk, id.clone());
     let forked = shared.with_store(move |store| {
         let mut tx = store.begin();
@@ -222,49 +225,55 @@ async fn make(shared: &Arc<Shared>, (kind, like): (KindOf, SandboxRecord), boote
     let disk = forked.await?;
     // Of the one that it is like, a machine depends on the kind alone.
     let record = SandboxRecord { id: id.clone(), name: id.clone(), machine_id: machine_id.clone(), disk, ..like };
-    let made = async {
-        let devices = show(shared, &record, (began, None), accel).await?;
-        let spec = spec_of(shared, &record, boot_files, &devices, accel);
-        let key = state_key(shared, &spec, kind.disk_bytes).await;
-        if key.as_ref() != Some(&booted.memory.key) {
-            detach(devices).await;
-            return Err(Error::internal("its template has booted on another kind of machine"));
-        }
-        let run_dir = spec.run_dir.clone();
-        let started = async {
-            crate::engine::survivor::write_state_key(&run_dir, key.as_deref())?;
-            let (loaded, _) = load(shared, spec.clone(), &booted.memory).await?;
-            Ok::<_, Error>(loaded.go_on().await?)
-        };
-        let machine = match started.await {
-            Ok(machine) => machine,
-            Err(error) => {
-                detach(devices).await;
-                return Err(error);
-            }
-        };
-        let session = Session::of(0, machine, devices, run_dir, (began, None), began.elapsed(), accel);
-        let rehearsed = tokio::time::timeout(shared.settings.agent_deadline, rehearse(&session.agent())).await;
-        let ready = match rehearsed {
-            Ok(Ok(())) => session.machine.hold().await.map_err(Error::from),
-            Ok(Err(error)) => Err(error),
-            Err(_) => Err(Error::internal("the guest did not answer in time")),
-        };
-        match ready {
-            Ok(()) => Ok((session, spec)),
-            Err(error) => {
-                session.discard(shared).await;
-                Err(error)
-            }
-        }
-    };
-    match made.await {
+    match start(shared, &record, boot_files, accel, &booted.memory).await {
         Ok((session, spec)) => {
             let (booted, made) = (booted.id, Instant::now());
             Ok(Spare { kind, spec, booted, made, id, machine_id, disk, session })
         }
         Err(error) => {
-            discard_disk(shared, disk).await;
+            memory::give_back(shared, disk).await;
+            Err(error)
+        }
+    }
+}
+
+/// Starts the machine, and holds it once its guest is ready. On failure nothing is left of it.
+async fn start(
+    shared: &Arc<Shared>,
+    record: &SandboxRecord,
+    boot_files: BootFiles,
+    accel: Accel,
+    memory: &MemoryRecord,
+) -> Result<(Session, MachineSpec)> {
+    let began = Instant::now();
+    let devices = show(shared, record, (began, None), accel).await?;
+    let spec = spec_of(shared, record, boot_files, &devices, accel);
+    let run_dir = spec.run_dir.clone();
+    let started = async {
+        let key = state_key(shared, &spec, record.disk_size_bytes).await;
+        if key.as_ref() != Some(&memory.key) {
+            return Err(Error::internal("its template has booted on another kind of machine"));
+        }
+        write_state_key(&run_dir, key.as_deref())?;
+        let (loaded, _) = load(shared, spec.clone(), memory).await?;
+        Ok(loaded.go_on().await?)
+    };
+    let machine = match started.await {
+        Ok(machine) => machine,
+        Err(error) => {
+            hide(devices, &run_dir).await;
+            return Err(error);
+        }
+    };
+    let session = Session::of(0, machine, devices, run_dir, (began, None), began.elapsed(), accel);
+    let ready = async {
+        within(shared.settings.agent_deadline, "a first program", rehearse(&session.agent())).await?;
+        Ok(session.machine.hold().await?)
+    };
+    match ready.await {
+        Ok(()) => Ok((session, spec)),
+        Err(error) => {
+            session.discard(shared).await;
             Err(error)
         }
     }
