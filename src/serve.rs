@@ -227,7 +227,7 @@ async fn listen(
     let callers = Callers { users: config.socket_users.clone(), groups: config.socket_groups.clone() };
     let listener = listen::bind_unix(&socket, &callers).map_err(failed)?;
     let local =
-        Arc::new(Door::new(server::open(routes.clone()), config.max_connections, ending.clone()));
+        Arc::new(Door::new(server::open(routes.clone()), config.max_connections, ending.clone()).map_err(failed)?);
     let mut doors = vec![local.clone()];
     let mut serving = JoinSet::new();
     serving.spawn(async move { local.serve_unix(listener, callers).await });
@@ -240,7 +240,7 @@ async fn listen(
         // Told as it is: port 0 asks for any.
         let address = listener.local_addr().unwrap_or(address);
         let remote =
-            Arc::new(Door::new(server::locked(routes, keys), config.max_connections, ending.clone()));
+            Arc::new(Door::new(server::locked(routes, keys), config.max_connections, ending.clone()).map_err(failed)?);
         doors.push(remote.clone());
         serving.spawn(async move { remote.serve_tcp(listener).await });
         tracing::info!(%address, "listening");
@@ -249,7 +249,7 @@ async fn listen(
         if let Ok(address) = listener.local_addr() {
             tracing::info!(%address, "previews are served");
         }
-        let door = Arc::new(Door::new(proxy::routes(engine.clone()), config.max_connections, ending));
+        let door = Arc::new(Door::new(proxy::routes(engine.clone()), config.max_connections, ending).map_err(failed)?);
         doors.push(door.clone());
         serving.spawn(async move { door.serve_tcp(listener).await });
     }

@@ -18,14 +18,16 @@ mod filesystem;
 
 use super::{Device, Error, Result};
 use filesystem::{DiskDirectory, Exports};
-use fuser::{BackgroundSession, Config, Session, SessionACL};
+use fuser::{Config, Session, SessionACL};
 use nix::errno::Errno;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use nix::sys::statfs::statfs;
 use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::thread::JoinHandle;
 
 /// Requests that can be carried out at the same time. A waiting fsync occupies one for milliseconds.
 const THREADS: usize = 16;
@@ -36,7 +38,7 @@ const NAME_BYTES_MAX: usize = 255;
 pub struct FuseMount {
     dir: PathBuf,
     exports: Arc<Exports>,
-    session: Option<BackgroundSession>,
+    session: Option<JoinHandle<io::Result<()>>>,
 }
 
 impl FuseMount {
@@ -50,11 +52,20 @@ impl FuseMount {
         let device = File::options().read(true).write(true).open("/dev/fuse").map_err(failed)?;
         attach(&device, &dir).map_err(failed)?;
         let exports = Arc::new(Exports::default());
-        let session = serve(device, exports.clone()).map_err(|source| {
-            let _ = umount2(&dir, MntFlags::MNT_DETACH);
-            Error::Mount { dir: dir.clone(), source }
-        })?;
-        Ok(Self { dir, exports, session: Some(session) })
+        let served = serve(device, exports.clone()).and_then(|session| {
+            // Answered by the threads, or an error because they could not be had.
+            match statfs(&dir) {
+                Ok(_) => Ok(session),
+                Err(errno) => Err(end_of(session).err().unwrap_or_else(|| errno.into())),
+            }
+        });
+        match served {
+            Ok(session) => Ok(Self { dir, exports, session: Some(session) }),
+            Err(source) => {
+                let _ = umount2(&dir, MntFlags::MNT_DETACH);
+                Err(Error::Mount { dir, source })
+            }
+        }
     }
 
     /// The mounted directory.
@@ -108,7 +119,7 @@ impl FuseMount {
             }
             Err(error) => return Err(error.into()),
         }
-        session.join()
+        end_of(session)
     }
 }
 
@@ -137,12 +148,19 @@ fn attach(device: &File, dir: &Path) -> io::Result<()> {
     Ok(mount(Some("miosa"), dir, Some("fuse.miosa"), flags, Some(options.as_str()))?)
 }
 
-/// Starts the threads.
-fn serve(device: File, exports: Arc<Exports>) -> io::Result<BackgroundSession> {
+/// Starts the threads. In one of ours, because the crate's way keeps the device open, and who waits for an answer waiting,
+/// also when no thread serves it.
+fn serve(device: File, exports: Arc<Exports>) -> io::Result<JoinHandle<io::Result<()>>> {
     let mut config = Config::default();
     config.n_threads = Some(THREADS);
     config.clone_fd = true;
-    Session::from_fd(DiskDirectory::new(exports), device.into(), SessionACL::All, config)?.spawn()
+    let session = Session::from_fd(DiskDirectory::new(exports), device.into(), SessionACL::All, config)?;
+    std::thread::Builder::new().name("fuse".into()).spawn(move || session.run())
+}
+
+/// What the threads end with, when they have.
+fn end_of(session: JoinHandle<io::Result<()>>) -> io::Result<()> {
+    session.join().unwrap_or_else(|_| Err(io::Error::other("a thread that served files panicked")))
 }
 
 impl Drop for FuseMount {

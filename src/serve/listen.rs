@@ -2,12 +2,16 @@
 //! requests with a key only.
 //!
 //! A caller cannot hold the daemon up: a request's head has a size and a time, and connections have a number. One too
-//! many is told so and closed.
+//! many is told so and closed; so is one for which the daemon has no file descriptor left, but for the one it keeps for that.
 
+use std::fs::File;
+use std::future::poll_fn;
 use std::net::SocketAddr;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::path::Path;
 use std::sync::Arc;
+use std::task::{Context, Poll};
 use std::time::Duration;
 
 use axum::Router;
@@ -16,9 +20,12 @@ use hyper::server::conn::http1;
 use hyper::service::{Service, service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::unistd::{Gid, Uid, User};
+use parking_lot::Mutex;
 use tokio::io::{AsyncRead, AsyncWrite};
-use tokio::net::{TcpListener, UnixListener};
+use tokio::net::{TcpListener, UnixListener, UnixStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 
 use crate::api::server;
@@ -31,6 +38,10 @@ const HEAD_BYTES: usize = 64 << 10;
 const HEADERS: usize = 100;
 /// Connections that are told that there are too many.
 const TURNED_AWAY: usize = 64;
+/// How long one that is told that no more files can be opened may take to hear it.
+const LAST_WORD: Duration = Duration::from_secs(1);
+/// How long listening rests after a connection that could not be taken.
+const REST: Duration = Duration::from_millis(20);
 
 /// Whom the Unix socket serves, beside root and the daemon's own user.
 #[derive(Debug, Clone, Default)]
@@ -82,17 +93,25 @@ pub(super) struct Door {
     connections: usize,
     crowd: Arc<Semaphore>,
     full: Router,
+    /// A descriptor to give up for a connection that there would be none for.
+    spare: Mutex<Option<File>>,
+    no_files: Router,
     ending: watch::Receiver<bool>,
 }
 
 impl Door {
-    /// `ending` turns true when connections are to end after what they are at.
-    pub(super) fn new(routes: Router, connections: usize, ending: watch::Receiver<bool>) -> Self {
+    /// `ending` turns true when connections are to end after what they are at. An error if no file can be opened.
+    pub(super) fn new(routes: Router, connections: usize, ending: watch::Receiver<bool>) -> std::io::Result<Self> {
         let full = server::refusing(503, "too_many_connections", "the daemon serves as many connections as it may")
             .retryable()
             .into_router();
-        let room = Arc::new(Semaphore::new(connections));
-        Self { routes, room, connections, crowd: Arc::new(Semaphore::new(TURNED_AWAY)), full, ending }
+        let no_files = server::refusing(503, "too_many_open_files", "the daemon can open no more files")
+            .hint("stop what you do not need, or raise its limit: LimitNOFILE= in its unit, or ulimit -n before it starts")
+            .retryable()
+            .into_router();
+        let (room, crowd) = (Arc::new(Semaphore::new(connections)), Arc::new(Semaphore::new(TURNED_AWAY)));
+        let spare = Mutex::new(Some(spare()?));
+        Ok(Self { routes, room, connections, crowd, full, spare, no_files, ending })
     }
 
     /// Serves a Unix socket, for ever.
@@ -100,28 +119,85 @@ impl Door {
         let stranger = server::refusing(403, "permission_denied", "the daemon's socket is not yours to use")
             .hint("run this as the user that runs the daemon, or have it let you in: miosa daemon --socket-user UID")
             .into_router();
-        loop {
-            match listener.accept().await {
-                Ok((stream, _)) => {
-                    let known = stream.peer_cred().is_ok_and(|c| callers.may_call(c.uid(), c.gid()));
-                    self.enter(stream, if known { &self.routes } else { &stranger });
-                }
-                Err(error) => not_accepted(&error).await,
-            }
-        }
+        let accept = |cx: &mut Context<'_>| listener.poll_accept(cx).map_ok(|(stream, _)| stream);
+        let may_call = |stream: &UnixStream| stream.peer_cred().is_ok_and(|c| callers.may_call(c.uid(), c.gid()));
+        self.serve(listener.as_fd(), accept, |stream| if may_call(stream) { &self.routes } else { &stranger }).await;
     }
 
     /// Serves a TCP address, for ever.
     pub(super) async fn serve_tcp(&self, listener: TcpListener) {
+        let accept = |cx: &mut Context<'_>| {
+            listener.poll_accept(cx).map_ok(|(stream, _)| {
+                let _ = stream.set_nodelay(true);
+                stream
+            })
+        };
+        self.serve(listener.as_fd(), accept, |_| &self.routes).await;
+    }
+
+    async fn serve<'a, S: AsyncRead + AsyncWrite + Send + Unpin + 'static>(
+        &self,
+        listener: BorrowedFd<'_>,
+        accept: impl Fn(&mut Context<'_>) -> Poll<std::io::Result<S>>,
+        routes_of: impl Fn(&S) -> &'a Router,
+    ) {
         loop {
-            match listener.accept().await {
-                Ok((stream, _)) => {
-                    let _ = stream.set_nodelay(true);
-                    self.enter(stream, &self.routes);
+            let taken = match poll_fn(&accept).await {
+                Ok(stream) => Some(stream),
+                // The kernel looks for a descriptor before it looks for a connection.
+                Err(error) if is_for_want_of_files(&error) && is_called(listener) => {
+                    tracing::warn!(%error, "a connection is taken with the last file descriptor");
+                    self.take_with_the_spare(&accept).await
                 }
-                Err(error) => not_accepted(&error).await,
+                Err(error) => {
+                    if !is_for_want_of_files(&error) {
+                        tracing::warn!(%error, "a connection could not be taken");
+                    }
+                    // It takes a while to be better.
+                    tokio::time::sleep(REST).await;
+                    None
+                }
+            };
+            if let Some(stream) = taken {
+                let routes = routes_of(&stream);
+                self.enter(stream, routes);
             }
         }
+    }
+
+    /// Takes a connection that is there by giving up the spare descriptor. If there is no other one after that, it is told
+    /// so and ended.
+    async fn take_with_the_spare<S: AsyncRead + AsyncWrite + Send + Unpin + 'static>(
+        &self,
+        accept: impl Fn(&mut Context<'_>) -> Poll<std::io::Result<S>>,
+    ) -> Option<S> {
+        drop(self.spare.lock().take());
+        // Its caller may be gone, and somebody else may have the descriptor by now.
+        let taken = tokio::time::timeout(REST, poll_fn(accept)).await.ok().and_then(Result::ok);
+        let is_back = self.open_spare();
+        let Some(stream) = taken else {
+            tokio::time::sleep(REST).await;
+            return None;
+        };
+        if is_back {
+            return Some(stream);
+        }
+        match self.crowd.clone().try_acquire_owned() {
+            Ok(permit) => {
+                let last_word = converse(stream, self.no_files.clone(), permit, self.ending.clone());
+                let _ = tokio::time::timeout(LAST_WORD, last_word).await;
+            }
+            Err(_) => drop(stream),
+        }
+        self.open_spare();
+        None
+    }
+
+    fn open_spare(&self) -> bool {
+        let opened = spare().ok();
+        let is_open = opened.is_some();
+        *self.spare.lock() = opened;
+        is_open
     }
 
     fn enter(&self, stream: impl AsyncRead + AsyncWrite + Send + Unpin + 'static, routes: &Router) {
@@ -142,10 +218,18 @@ impl Door {
     }
 }
 
-async fn not_accepted(error: &std::io::Error) {
-    tracing::warn!(%error, "a connection could not be taken");
-    // Such as too many open files: it takes a while to be better.
-    tokio::time::sleep(Duration::from_millis(100)).await;
+fn is_for_want_of_files(error: &std::io::Error) -> bool {
+    matches!(Errno::from_raw(error.raw_os_error().unwrap_or(0)), Errno::EMFILE | Errno::ENFILE)
+}
+
+/// Whether a connection waits to be taken.
+fn is_called(listener: BorrowedFd<'_>) -> bool {
+    let mut fds = [PollFd::new(listener, PollFlags::POLLIN)];
+    poll(&mut fds, PollTimeout::ZERO).is_ok_and(|ready| ready > 0)
+}
+
+fn spare() -> std::io::Result<File> {
+    File::open("/dev/null")
 }
 
 async fn converse(

@@ -4,6 +4,8 @@ use std::io::{Read, Write};
 use std::net::TcpStream;
 use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 use crate::support::{Daemon, miosa, run};
@@ -82,6 +84,30 @@ fn another_address_than_this_machines_own_has_to_be_insisted_on() {
     let said = run(miosa(dir.path(), &open), b"");
     assert_eq!(said.code, 1);
     assert!(said.err.contains("chmod 600"), "{said:?}");
+}
+
+#[test]
+fn a_daemon_that_can_open_no_more_files_says_so() {
+    let d = Daemon::start();
+    let limit = |nofile: &str| {
+        let set =
+            Command::new("prlimit").args(["--pid", &d.pid().to_string(), &format!("--nofile={nofile}:")]).status();
+        assert!(set.expect("this test needs prlimit").success());
+    };
+    // Every number below the first free one is in use: again and again, because a connection from before may still be ending.
+    let is_open = |fd: &u32| Path::new(&format!("/proc/{}/fd/{fd}", d.pid())).is_symlink();
+    let began = Instant::now();
+    while d.run(&["sandbox", "list"]).code == 0 {
+        assert!(began.elapsed() < Duration::from_secs(180));
+        limit(&(0..).find(|fd| !is_open(fd)).unwrap().to_string());
+    }
+    for _ in 0..3 {
+        let refused = d.run(&["sandbox", "list", "--json"]).error(4);
+        assert_eq!((&refused["code"], &refused["retryable"]), (&"too_many_open_files".into(), &true.into()));
+        assert!(refused["hint"].as_str().unwrap().contains("LimitNOFILE"), "{refused}");
+    }
+    limit("1000");
+    assert_eq!(d.run(&["sandbox", "list"]).code, 0);
 }
 
 #[test]

@@ -112,6 +112,10 @@ impl Daemon {
         }
     }
 
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
     pub fn run(&self, args: &[&str]) -> Ran {
         self.run_with(args, b"")
     }

@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 use crate::death::nothing_is_left;
 use crate::driver::{Driver, Settings};
 use crate::faults::{Prepared, check_store, preload};
-use crate::lab::{Chance, Daemon, MIB, Mounted, Start, amount, is_long, noise, seed, text, work_dir};
+use crate::lab::{Chance, Daemon, MIB, Mounted, Start, amount, is_long, noise, run, seed, text, work_dir};
 use crate::ledger::{Load, Stop};
 
 /// A small file system with a file that takes what space is wanted taken.
@@ -147,9 +147,10 @@ fn few_descriptors_are_an_error_and_lose_nothing() {
     let seed = seed();
     let prepared = Prepared::new(seed, 60);
     let at = work_dir();
-    let limits: &[u64] = if is_long() { &[8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 128, 256] } else { &[24, 64, 128] };
+    let step = if is_long() { 2 } else { 6 };
+    let limits: Vec<u64> = (8..100).step_by(step).chain([128]).collect();
     let (mut started, mut failures) = (0, 0);
-    for limit in limits {
+    for &limit in &limits {
         let state = prepared.copy(&at.path().join("s"));
         let mut start = Start::busy();
         start.before = vec!["prlimit".to_owned(), format!("--nofile={limit}:{limit}")];
@@ -171,6 +172,38 @@ fn few_descriptors_are_an_error_and_lose_nothing() {
         check_store(&state, &load.ledger).unwrap_or_else(|e| panic!("limit {limit}: {e}"));
     }
     println!("descriptors: limits {limits:?}, {started} daemons started, {failures} steps refused, nothing lost");
+}
+
+#[test]
+fn a_mount_for_which_there_are_too_few_descriptors_is_refused_and_nobody_waits_for_it() {
+    let dir = work_dir();
+    let (mut refused, mut served) = (0, 0);
+    for more in 0.. {
+        let state = dir.path().join(format!("s{more}"));
+        let mut daemon = Daemon::start(&state, Start::default());
+        daemon.create("d", MIB);
+        let held = std::fs::read_dir(format!("/proc/{}/fd", daemon.pid())).unwrap().count() as u64;
+        run("prlimit", &["--pid", &daemon.pid().to_string(), &format!("--nofile={}:", held + more)]);
+        match daemon.try_attach("d", "fuse") {
+            Err(why) => {
+                assert!(why.code == "too_many_open_files" || why.message.contains("Too many open files"), "{why:?}");
+                refused += 1;
+            }
+            Ok(path) => {
+                run("timeout", &["--signal=KILL", "60", "cmp", "--bytes=1048576", text(&path), "/dev/zero"]);
+                daemon.detach("d");
+                served += 1;
+            }
+        }
+        run("prlimit", &["--pid", &daemon.pid().to_string(), "--nofile=1000:"]);
+        let path = daemon.attach("d", "fuse");
+        run("timeout", &["--signal=KILL", "60", "cmp", "--bytes=1048576", text(&path), "/dev/zero"]);
+        daemon.kill();
+        if served > 2 {
+            break;
+        }
+    }
+    assert!(refused > 10, "{refused} refused, {served} served");
 }
 
 #[test]
