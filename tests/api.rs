@@ -616,6 +616,7 @@ fn figures_are_for_prometheus() {
     post(&d, &format!("/sandboxes/{id}/snapshots"), &json!({})).data();
     get(&d, "/sandboxes/none");
     get(&d, "/no/such/route");
+    assert_eq!(post(&d, "/store/check", &json!({})).data()["damage"], json!([]));
     let mut stream = UnixStream::connect(d.dir.path().join("miosa.sock")).unwrap();
     stream.write_all(b"GET /metrics HTTP/1.0\r\nhost: x\r\n\r\n").unwrap();
     let mut text = String::new();
@@ -636,11 +637,14 @@ fn figures_are_for_prometheus() {
         "miosa_disk_errors_total{front_end=\"vhost-user\",operation=\"read\"} 0",
         "# TYPE miosa_store_stored_bytes gauge",
         "# TYPE miosa_store_collections counter",
+        "miosa_store_damage 0",
         "miosa_process_open_fds ",
         "# EOF",
     ] {
         assert!(text.contains(line), "{line} is missing in {text}");
     }
     assert!(!text.contains(&id) && !text.contains("no/such"), "{text}");
+    let checked = text.lines().find_map(|line| line.strip_prefix("miosa_store_checked_timestamp_seconds ")).unwrap();
+    assert!(checked.parse::<u64>().unwrap() > 1_700_000_000, "{checked}");
     assert!(get(&d, "/openapi.json").json()["paths"]["/metrics"].is_object());
 }

@@ -134,6 +134,10 @@ fn numbers(out: &Out, value: &Value) -> String {
         .iter()
         .filter(|(_, value)| !value.is_array())
         .map(|(key, value)| {
+            if let Some(what) = key.strip_suffix("_unix_seconds") {
+                let at = value.as_i64().filter(|at| *at > 0).and_then(|at| jiff::Timestamp::from_second(at).ok());
+                return (what, at.map_or("never".to_owned(), |at| at.to_string()));
+            }
             let shown = match (key.strip_suffix("_bytes"), value.as_u64(), value.as_f64()) {
                 (Some(_), Some(bytes), _) => show_bytes(bytes),
                 (None, None, Some(ratio)) => format!("{ratio:.2}"),

@@ -9,11 +9,13 @@ use crate::format::GroupEntry;
 use crate::inner::Inner;
 use crate::map;
 use crate::pack::{self, Digest, GroupPlace, PackFacts};
-use crate::rows::parse_id;
+use crate::rows::{Checked, decode, encode, parse_id};
 use crate::seal;
 use serde::Serialize;
 use std::collections::{BTreeMap, HashMap, HashSet};
 
+/// The row of the last check.
+const CHECKED: &str = "checked";
 /// Sentences about single blocks that a report has at most; beyond that it counts.
 const SENTENCES: usize = 200;
 
@@ -70,7 +72,19 @@ pub(crate) fn check(inner: &Inner, heal: bool) -> Result<CheckReport> {
         lost.extend(entry.slots().map(|slot| BlockId::new(*group, slot)));
     }
     walk_maps(inner, &lost, &mut report);
+    let checked = Checked { unix_seconds: pack::unix_ms() / 1_000, damage: report.damage.len() as u64 };
+    let mut batch = Batch::default();
+    batch.put(Table::Meta, CHECKED, encode(&checked)?);
+    if let Err(e) = inner.catalogue.commit(batch) {
+        tracing::warn!("the time of a check is not noted: {e}");
+    }
     Ok(report)
+}
+
+/// When everything was last checked; all 0 if it never was.
+pub(crate) fn last_check(inner: &Inner) -> Result<Checked> {
+    let row = inner.catalogue.get(Table::Meta, CHECKED.as_bytes())?;
+    row.map_or(Ok(Checked::default()), |row| decode("the time of the last check", &row))
 }
 
 /// Reads every group of every pack.

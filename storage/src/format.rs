@@ -12,6 +12,7 @@ use std::sync::Arc;
 pub const VERSION: u32 = 1;
 
 const STORE_MAGIC: [u8; 8] = *b"MIOSASTO";
+const CHECKPOINT_MAGIC: [u8; 8] = *b"MIOSACHK";
 const SEGMENT_MAGIC: [u8; 8] = *b"MIOSALOG";
 const PACK_MAGIC: [u8; 8] = *b"MIOSAPAK";
 const FOOTER_MAGIC: [u8; 8] = *b"MIOSAEND";
@@ -78,6 +79,26 @@ impl StoreHeader {
         })?;
         refuse_other_version("the store", u32_at(bytes, 8))?;
         Ok(Self { uuid: std::array::from_fn(|i| bytes[12 + i]) })
+    }
+}
+
+/// The file `CHECKPOINT`: which checkpoint the catalogue has had at least, so that an older catalogue is known for one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct CheckpointNote {
+    pub store: StoreUuid,
+    /// Number of the next pack, as the checkpoint has it: it grows with each.
+    pub next_pack: u64,
+}
+
+impl CheckpointNote {
+    pub fn encode(&self) -> [u8; 64] {
+        sealed_64(CHECKPOINT_MAGIC, &[&VERSION.to_le_bytes(), &self.store, &self.next_pack.to_le_bytes()])
+    }
+
+    /// None if there is no such note, as a crash may leave behind.
+    pub fn decode(bytes: &[u8; 64]) -> Option<Self> {
+        let bytes = open_64(CHECKPOINT_MAGIC, bytes).filter(|bytes| u32_at(*bytes, 8) == VERSION)?;
+        Some(Self { store: std::array::from_fn(|i| bytes[12 + i]), next_pack: u64_at(bytes, 28) })
     }
 }
 

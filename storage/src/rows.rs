@@ -30,6 +30,14 @@ pub(crate) struct Checkpoint {
     pub next_pack: u64,
 }
 
+/// The last check of everything: the catalogue's row `checked`.
+#[derive(Debug, Clone, Copy, Default, Serialize, Deserialize)]
+pub(crate) struct Checked {
+    pub unix_seconds: u64,
+    /// Things that were damaged and not healed.
+    pub damage: u64,
+}
+
 impl Default for Checkpoint {
     /// A store in which nothing was sealed yet. Number 0 is left out: block 0 is no block.
     fn default() -> Self {

@@ -22,6 +22,7 @@ use crate::map::{self, Change, NodeSink, NodeSource, push_change};
 use crate::overlay::{Content, Extent};
 use crate::pack::{Digest, PackWriter, digest};
 use crate::priority::Background;
+use crate::recover::note_checkpoint;
 use crate::registry::Registry;
 use crate::repack::{self, RepackReport};
 use crate::rows::{Checkpoint, DeviceRow, Manifest, RecordKey, encode};
@@ -186,6 +187,10 @@ fn execute(inner: &Inner, plan: &Plan) -> Result<SealReport> {
     manifest.add_to(&mut batch)?;
     batch.put(Table::Meta, "checkpoint", encode(&manifest.checkpoint)?);
     inner.catalogue.commit(batch)?;
+    if let Err(e) = note_checkpoint(&*inner.medium, inner.uuid, manifest.checkpoint.next_pack) {
+        // Nothing is lost by it: an older catalogue would be found out by the log only.
+        tracing::warn!("a checkpoint is not noted: {e}");
+    }
 
     for (layer, root) in roots.values() {
         // Each is set once: what was sealed before is not sealed again.

@@ -155,6 +155,10 @@ pub struct Stats {
     pub dedup_ratio: f64,
     /// `unique_bytes / pack_bytes`; 0 when nothing is sealed.
     pub compression_ratio: f64,
+    /// When everything was last checked, in seconds since 1970; 0 if it never was.
+    pub checked_unix_seconds: u64,
+    /// What that check found damaged and not healed.
+    pub damage: u64,
 }
 
 /// See [`crate::Store::stats`].
@@ -183,6 +187,8 @@ pub(crate) fn stats(inner: &Inner) -> Result<Stats> {
     let ratio = |a: u64, b: u64| if b == 0 { 0.0 } else { a as f64 / b as f64 };
     stats.dedup_ratio = ratio(stats.logical_bytes, stats.unique_bytes);
     stats.compression_ratio = ratio(stats.unique_bytes, stats.pack_bytes);
+    let checked = crate::check::last_check(inner)?;
+    (stats.checked_unix_seconds, stats.damage) = (checked.unix_seconds, checked.damage);
     Ok(stats)
 }
 

@@ -30,6 +30,8 @@ fn a_disk_has_the_promised_fields() {
             "stored_bytes",
             "dedup_ratio",
             "compression_ratio",
+            "checked_unix_seconds",
+            "damage",
         ] {
             assert!(stats.get(field).is_some(), "{field} is missing: {stats}");
         }

@@ -142,7 +142,7 @@ type Read = fn(&storage::Stats) -> u64;
 
 type Figure = (&'static str, &'static str, Read);
 
-const STORE: [Figure; 9] = [
+const STORE: [Figure; 11] = [
     ("store_disks", "Disks in the store", |s| s.disks),
     ("store_snapshots", "Snapshots in the store", |s| s.snapshots),
     ("store_logical_bytes", "What disks and snapshots hold, each counted in full", |s| s.logical_bytes),
@@ -152,6 +152,10 @@ const STORE: [Figure; 9] = [
     ("store_index_bytes", "The catalogue and index", |s| s.index_bytes),
     ("store_log_bytes", "The log: what waits to be packed", |s| s.log_bytes),
     ("store_stored_bytes", "All that the store occupies", |s| s.stored_bytes),
+    ("store_checked_timestamp_seconds", "When everything was last checked, in seconds since 1970; 0: never", |s| {
+        s.checked_unix_seconds
+    }),
+    ("store_damage", "What the last check found damaged and not healed", |s| s.damage),
 ];
 
 /// Takes a sum out of the store's.

@@ -177,7 +177,7 @@ fn a_lost_catalogue_is_made_again_from_packs_and_log() {
 /// RocksDB takes a damaged end of its own log for one that was not written, so the catalogue may be as it was earlier.
 #[test]
 fn an_older_catalogue_is_refused_and_what_a_repair_needs_is_left() {
-    for collected in [false, true] {
+    for (collected, sealed) in [(false, false), (true, false), (false, true), (true, true)] {
         let dir = tempfile::tempdir().unwrap();
         let (catalogue, older) = (dir.path().join("catalogue"), dir.path().join("older"));
         let store = open(dir.path());
@@ -199,8 +199,11 @@ fn an_older_catalogue_is_refused_and_what_a_repair_needs_is_left() {
             tx.commit_durable().unwrap();
             store.gc(false).unwrap();
         }
-        // The log goes on behind what was sealed, and that is what tells.
+        // The log goes on behind what was sealed, and that is what tells; or there is no log, and the file CHECKPOINT does.
         store.disk(first).unwrap().write(0, &noise(4)[..9 * BLOCK_SIZE]).unwrap();
+        if sealed {
+            store.seal().unwrap();
+        }
         store.close().unwrap();
         let sources = [first, second].map(Source::Disk);
         let before = sources.map(|s| read(&store, s).unwrap());
@@ -213,8 +216,26 @@ fn an_older_catalogue_is_refused_and_what_a_repair_needs_is_left() {
         let report = Store::repair(dir.path()).unwrap();
         assert_eq!(report.damage, [""; 0]);
         let store = open(dir.path());
-        assert!(before == sources.map(|s| read(&store, s).unwrap()), "collected: {collected}");
+        assert!(before == sources.map(|s| read(&store, s).unwrap()), "collected: {collected}, sealed: {sealed}");
     }
+}
+
+#[test]
+fn a_damaged_note_of_the_checkpoint_says_nothing_and_is_written_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let note = dir.path().join("CHECKPOINT");
+    let store = open(dir.path());
+    let disk = create(&store, "disk", &noise(1));
+    store.seal().unwrap();
+    drop(store);
+    for damage in [Vec::new(), vec![0; 64], vec![7; 64], fs::read(&note).unwrap()[..40].to_vec()] {
+        fs::write(&note, damage).unwrap();
+        let store = open(dir.path());
+        assert!(read(&store, Source::Disk(disk)).unwrap() == noise(1));
+        store.disk(disk).unwrap().write(0, &noise(1)).unwrap();
+        store.seal().unwrap();
+    }
+    assert!(fs::read(&note).unwrap().starts_with(b"MIOSACHK"));
 }
 
 #[test]
