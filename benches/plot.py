@@ -138,7 +138,7 @@ def fanout(rows):
 
 def frontend(rows):
     groups = {}
-    for part in ["vhost-user, fresh", "fuse, fresh", "vhost-user, sealed warm", "fuse, sealed warm"]:
+    for part in ["vhost-user, fresh", "fuse, fresh", "vhost-user, sealed, warm", "fuse, sealed, warm"]:
         for job, figures in grouped(rows, "operations", rf"{part}, (.*)").items():
             if "4 KiB" in job and "flush" not in job:
                 groups[f"{part}: {job}"] = [(system, value / 1000) for system, value in figures]

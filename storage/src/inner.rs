@@ -89,7 +89,7 @@ pub(crate) struct Inner {
     pub catalogue: Arc<dyn Catalogue>,
     pub blocks: Arc<Blocks>,
     pub index: Index,
-    pub workers: Workers,
+    pub workers: Arc<Workers>,
     pub log: Log,
     pub registry: Mutex<Registry>,
     pub counters: Arc<Counters>,

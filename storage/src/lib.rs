@@ -4,7 +4,7 @@
 //! Snapshots and forks are O(1): a [`Transaction`] clones a map root and a persistent overlay and writes one record.
 //!
 //! Layers, none of which knows one above it: `store` → `recover`, `repair`, `check`, `gc`, `repack`, `usage`, `diff`, `archive` → `seal` →
-//! `disk`, `registry`, `priority` → `inner` (what is open) → `index`, `live`, `blocks`, `workers`, `readahead`, `state`, `overlay`, `map`, `pack`, `log`, `rows`,
+//! `disk`, `registry`, `priority` → `inner` (what is open) → `index`, `live`, `blocks`, `workers`, `readahead`, `state`, `overlay`, `map`, `pack`, `log`, `note`, `rows`,
 //! `catalogue` → `format`, `block` → `medium`. `docs/ARCHITECTURE.md` follows a write and a fork through them;
 //! `docs/format.md` has every byte on disk.
 
@@ -25,6 +25,7 @@ mod live;
 mod log;
 mod map;
 pub mod medium;
+mod note;
 mod overlay;
 mod pack;
 mod priority;

@@ -11,7 +11,10 @@ use crate::format::{
 };
 use crate::medium::{File, Medium, Mode};
 use crate::rows::encode;
+use crate::workers::Workers;
+use parking_lot::{Condvar, Mutex};
 use serde::{Deserialize, Serialize};
+use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -22,6 +25,8 @@ pub(crate) const DIR: &str = "packs";
 const PACK_BYTES: u64 = 64 << 20;
 /// Blocks of the largest frame, which has at most 256 groups: they may have a block each.
 const FRAME_BLOCKS_MAX: u64 = 256;
+/// Full frames that wait for being compressed, or for their place, for each thread that compresses.
+const FRAMES_AHEAD: usize = 4;
 /// Bytes handed to the file at a time.
 const WRITE_BYTES: usize = 128 << 10;
 
@@ -115,6 +120,67 @@ struct Filling {
     digests: Vec<Digest>,
 }
 
+/// A full frame whose compression may be somebody else's.
+struct Closed {
+    kind: GroupKind,
+    groups: Vec<GroupEntry>,
+    digests: Vec<Digest>,
+    job: Arc<Job>,
+}
+
+/// The compression of a frame: done by whoever begins first, and once.
+struct Job {
+    level: i32,
+    /// See [`PackWriter::or_at_level`].
+    lower_level: Option<i32>,
+    state: Mutex<JobState>,
+    done: Condvar,
+}
+
+enum JobState {
+    Waiting(Vec<u8>),
+    Running,
+    Done(Result<(Codec, Vec<u8>)>),
+}
+
+impl Job {
+    /// Does it, unless it was begun.
+    fn run(&self) {
+        let mut state = self.state.lock();
+        let JobState::Waiting(bytes) = &mut *state else { return };
+        let bytes = std::mem::take(bytes);
+        *state = JobState::Running;
+        drop(state);
+        let done = self.compress(bytes);
+        *self.state.lock() = JobState::Done(done);
+        self.done.notify_all();
+    }
+
+    fn compress(&self, bytes: Vec<u8>) -> Result<(Codec, Vec<u8>)> {
+        let at = |level| zstd::bulk::compress(&bytes, level).map_err(|e| Error::io("cannot compress a frame", e));
+        let mut compressed = at(self.level)?;
+        if let Some(level) = self.lower_level {
+            let lower = at(level)?;
+            if lower.len() < compressed.len() {
+                compressed = lower;
+            }
+        }
+        Ok(if compressed.len() < bytes.len() { (Codec::Zstd, compressed) } else { (Codec::Raw, bytes) })
+    }
+
+    /// What came of it; it is done here if nobody has begun.
+    fn finish(&self) -> Result<(Codec, Vec<u8>)> {
+        self.run();
+        let mut state = self.state.lock();
+        loop {
+            match std::mem::replace(&mut *state, JobState::Running) {
+                JobState::Done(done) => return done,
+                _ => self.done.wait(&mut state),
+            }
+        }
+    }
+}
+
 /// One pack file that is being written.
 struct Writing {
     pack: PackId,
@@ -138,6 +204,10 @@ pub(crate) struct PackWriter {
     /// Blocks of data at which a frame is full.
     frame_blocks: u64,
     filling: [Filling; 2],
+    /// Who else compresses.
+    helpers: Option<Arc<Workers>>,
+    /// Full frames that are not in a pack yet, the oldest first.
+    closed: VecDeque<Closed>,
     current: Option<Writing>,
     done: Vec<Finished>,
     /// Files made so far; they go when the writer is dropped before it has finished.
@@ -155,6 +225,8 @@ impl PackWriter {
             lower_level: None,
             frame_blocks: GROUP_BLOCKS,
             filling: Default::default(),
+            helpers: None,
+            closed: VecDeque::new(),
             current: None,
             done: Vec::new(),
             made: Vec::new(),
@@ -172,6 +244,11 @@ impl PackWriter {
     pub fn or_at_level(mut self, level: i32) -> Self {
         self.lower_level = Some(level);
         self
+    }
+
+    /// Has other threads compress, too, from here on; or no longer.
+    pub fn have_help(&mut self, helpers: Option<Arc<Workers>>) {
+        self.helpers = helpers;
     }
 
     /// Takes a new block and gives it its address.
@@ -210,27 +287,38 @@ impl PackWriter {
         Ok(())
     }
 
-    /// Compresses what has been collected and appends it to the pack.
+    /// Has what has been collected compressed and appended to the pack.
     fn close_frame(&mut self, kind: GroupKind) -> Result<()> {
         let Filling { groups, bytes, digests } = std::mem::take(&mut self.filling[kind as usize]);
         if groups.is_empty() {
             return Ok(());
         }
-        let compress = |level| zstd::bulk::compress(&bytes, level).map_err(|e| Error::io("cannot compress a frame", e));
-        let mut compressed = compress(self.level)?;
-        if let Some(level) = self.lower_level {
-            let lower = compress(level)?;
-            if lower.len() < compressed.len() {
-                compressed = lower;
-            }
+        let (state, done) = (Mutex::new(JobState::Waiting(bytes)), Condvar::new());
+        let job = Arc::new(Job { level: self.level, lower_level: self.lower_level, state, done });
+        self.closed.push_back(Closed { kind, groups, digests, job: job.clone() });
+        let ahead = self.helpers.as_ref().map_or(0, |helpers| {
+            helpers.offer(move || job.run());
+            FRAMES_AHEAD * helpers.count()
+        });
+        self.append_closed(ahead)
+    }
+
+    /// Appends frames to the pack until so many are left.
+    fn append_closed(&mut self, left: usize) -> Result<()> {
+        while self.closed.len() > left {
+            let Some(closed) = self.closed.pop_front() else { break };
+            self.append_frame(closed)?;
         }
-        let (codec, payload) =
-            if compressed.len() < bytes.len() { (Codec::Zstd, &compressed) } else { (Codec::Raw, &bytes) };
+        Ok(())
+    }
+
+    fn append_frame(&mut self, Closed { kind, groups, digests, job }: Closed) -> Result<()> {
+        let (codec, payload) = job.finish()?;
         let header = FrameHeader { codec, stored: payload.len() as u32, groups };
 
         let out = self.writing()?;
         let offset = out.written + out.buffer.len() as u64;
-        header.encode(payload, &mut out.buffer);
+        header.encode(&payload, &mut out.buffer);
         let frame_bytes = (header.bytes() + payload.len()) as u32;
         let mut digest = (out.digests.len() / size_of::<Digest>()) as u32;
         let mut first = 0;
@@ -316,7 +404,8 @@ impl PackWriter {
     /// Ends the frames that are being filled: from here on no more ids are taken.
     pub fn end_frames(&mut self) -> Result<()> {
         self.close_frame(GroupKind::Data)?;
-        self.close_frame(GroupKind::Node)
+        self.close_frame(GroupKind::Node)?;
+        self.append_closed(0)
     }
 
     /// Ends all packs, the last with `manifest`, and makes them and their names durable. Without a manifest there may be
@@ -382,4 +471,47 @@ fn cannot_write(pack: PackId, e: std::io::Error) -> Error {
 pub(crate) fn digest(block: &[u8]) -> Digest {
     debug_assert_eq!(block.len(), BLOCK_SIZE);
     *blake3::hash(block).as_bytes()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::medium::sim::{Random, SimMedium};
+
+    /// What a writer makes of the same blocks: the addresses, and the packs from behind their headers, which have the time.
+    fn packed(helpers: Option<&Arc<Workers>>) -> (Vec<BlockId>, Vec<Vec<u8>>) {
+        let medium = SimMedium::new();
+        medium.create_dir(DIR).unwrap();
+        let mut writer = PackWriter::new(Arc::new(medium.clone()), [7; 16], Arc::default(), 1);
+        let mut random = Random(1);
+        let mut ids = Vec::new();
+        for i in 0..3_000 {
+            // Now with help, now without.
+            writer.have_help(helpers.filter(|_| i % 1_000 < 900).cloned());
+            let mut block = vec![i as u8; BLOCK_SIZE];
+            if i % 3 > 0 {
+                block.iter_mut().step_by(2).for_each(|byte| *byte = random.bits() as u8);
+            }
+            let kind = if i % 50 == 0 { GroupKind::Node } else { GroupKind::Data };
+            ids.push(writer.put(kind, &block, [i as u8; 32]).unwrap());
+        }
+        let finished = writer.finish(b"manifest").unwrap();
+        let read = |pack: &Finished| {
+            let mut bytes = vec![0; pack.facts.bytes as usize];
+            medium.open(&file_name(pack.pack), Mode::Read).unwrap().read_at(&mut bytes, 0).unwrap();
+            bytes.split_off(64)
+        };
+        (ids, finished.iter().map(read).collect())
+    }
+
+    #[test]
+    fn packs_are_the_same_whoever_compresses() {
+        let alone = packed(None);
+        assert!(alone.1.iter().map(Vec::len).sum::<usize>() > 1 << 20);
+        let workers = Arc::new(Workers::default());
+        assert!(packed(Some(&workers)) == alone);
+        // From here on they refuse.
+        workers.stop();
+        assert!(packed(Some(&workers)) == alone);
+    }
 }

@@ -4,9 +4,10 @@ use crate::block::{DiskId, PackId, SnapshotId, Source};
 use crate::catalogue::{Batch, Catalogue, Table};
 use crate::disk::Device;
 use crate::error::{Error, ErrorKind, Result};
-use crate::format::{CheckpointNote, RecordKind, StoreHeader, StoreUuid};
+use crate::format::{RecordKind, StoreHeader, StoreUuid};
 use crate::log::{self, Log, Replayed};
 use crate::medium::{Medium, Mode};
+use crate::note;
 use crate::overlay::{Content, Extent};
 use crate::pack::{self, Counters};
 use crate::registry::{Op, Registry};
@@ -19,7 +20,6 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 
 pub(crate) const STORE: &str = "STORE";
-const CHECKPOINT: &str = "CHECKPOINT";
 
 /// What opening found.
 pub(crate) struct Recovered {
@@ -116,7 +116,7 @@ fn load(
         Some(row) => rows::decode("the checkpoint", &row)?,
         None => Checkpoint::default(),
     };
-    if noted_checkpoint(&*medium, uuid)?.is_some_and(|next_pack| checkpoint.next_pack < next_pack) {
+    if note::read(&*medium, uuid)?.is_some_and(|next_pack| checkpoint.next_pack < next_pack) {
         return Err(Error::damaged(
             "the catalogue is older than the store's last checkpoint: `miosa store repair` makes it again",
         ));
@@ -151,48 +151,6 @@ fn load(
     let next_pack = packs.next.max(checkpoint.next_pack);
     let counters = Counters { group: AtomicU64::new(checkpoint.next_group), pack: AtomicU64::new(next_pack) };
     Ok(Recovered { uuid, catalogue, registry, log, counters, next_id })
-}
-
-/// Notes, durably, that the catalogue has this checkpoint. The log tells the same as long as it has anything. For the first one
-/// also the name is made durable.
-pub(crate) fn note_checkpoint(medium: &dyn Medium, uuid: StoreUuid, next_pack: u64) -> Result<()> {
-    let cannot = |e| Error::io("cannot write the file CHECKPOINT", e);
-    let note = CheckpointNote { store: uuid, next_pack }.encode();
-    let (file, is_new) = match medium.open(CHECKPOINT, Mode::Modify) {
-        Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
-            (medium.open(CHECKPOINT, Mode::Create).map_err(cannot)?, true)
-        }
-        opened => (opened.map_err(cannot)?, false),
-    };
-    file.write_at(&note, 0).map_err(cannot)?;
-    file.sync().map_err(cannot)?;
-    if is_new { medium.sync_dir("").map_err(cannot) } else { Ok(()) }
-}
-
-/// The last note, if there is one. One that cannot be understood says nothing: it is written anew at the next checkpoint.
-fn noted_checkpoint(medium: &dyn Medium, uuid: StoreUuid) -> Result<Option<u64>> {
-    let mut bytes = [0; 64];
-    match medium.open(CHECKPOINT, Mode::Read).and_then(|file| file.read_at(&mut bytes, 0)) {
-        Ok(()) => {}
-        Err(e) if matches!(e.kind(), std::io::ErrorKind::NotFound | std::io::ErrorKind::UnexpectedEof) => {
-            return Ok(None);
-        }
-        Err(e) => return Err(Error::io("cannot read the file CHECKPOINT", e)),
-    }
-    let note = CheckpointNote::decode(&bytes).filter(|note| note.store == uuid);
-    if note.is_none() {
-        tracing::warn!("the file CHECKPOINT is damaged; the next checkpoint writes it again");
-    }
-    Ok(note.map(|note| note.next_pack))
-}
-
-/// For a catalogue that is made anew.
-pub(crate) fn forget_checkpoint(medium: &dyn Medium) -> Result<()> {
-    let cannot = |e| Error::io("cannot remove the file CHECKPOINT", e);
-    match medium.remove(CHECKPOINT) {
-        Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(()),
-        removed => removed.and_then(|()| medium.sync_dir("")).map_err(cannot),
-    }
 }
 
 /// One record of the log.

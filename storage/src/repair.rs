@@ -13,8 +13,8 @@ use crate::index;
 use crate::inner::{Options, lock};
 use crate::medium::file::{Backend, FileMedium};
 use crate::medium::{File, Medium, Mode};
+use crate::note;
 use crate::pack::{self, Counters, Digest, GroupPlace, PackFacts, PackWriter};
-use crate::recover::forget_checkpoint;
 use crate::rows::{Checkpoint, Manifest, encode};
 use crate::store::Store;
 use serde::Serialize;
@@ -72,7 +72,7 @@ pub(crate) fn repair(dir: &Path) -> Result<RepairReport> {
         std::fs::rename(&place, &aside).map_err(|e| Error::io("cannot move the old catalogue aside", e))?;
         report.old_catalogue = Some(aside);
     }
-    forget_checkpoint(&*medium)?;
+    note::remove(&*medium)?;
     let catalogue = RocksCatalogue::open(&place, true)?;
     let checkpoint = Checkpoint::default();
     let mut repair = Repair { medium, uuid, catalogue, groups: BTreeSet::new(), checkpoint, report };

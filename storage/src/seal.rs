@@ -19,10 +19,10 @@ use crate::format::{GroupKind, Node, NodeRef};
 use crate::index::{self, Index};
 use crate::inner::Inner;
 use crate::map::{self, Change, NodeSink, NodeSource, push_change};
+use crate::note;
 use crate::overlay::{Content, Extent};
 use crate::pack::{Digest, PackWriter, digest};
 use crate::priority::Background;
-use crate::recover::note_checkpoint;
 use crate::registry::Registry;
 use crate::repack::{self, RepackReport};
 use crate::rows::{Checkpoint, DeviceRow, Manifest, RecordKey, encode};
@@ -187,7 +187,7 @@ fn execute(inner: &Inner, plan: &Plan) -> Result<SealReport> {
     manifest.add_to(&mut batch)?;
     batch.put(Table::Meta, "checkpoint", encode(&manifest.checkpoint)?);
     inner.catalogue.commit(batch)?;
-    if let Err(e) = note_checkpoint(&*inner.medium, inner.uuid, manifest.checkpoint.next_pack) {
+    if let Err(e) = note::write(&*inner.medium, inner.uuid, manifest.checkpoint.next_pack) {
         // Nothing is lost by it: an older catalogue would be found out by the log only.
         tracing::warn!("a checkpoint is not noted: {e}");
     }
@@ -309,6 +309,8 @@ impl Sealing<'_> {
 
     fn store_batch(&mut self, batch: &mut Blocks, changes: &mut Vec<Change>) -> Result<()> {
         self.background.pace();
+        // While there is room, what is written and read comes first.
+        self.writer.have_help(self.inner.pressed().then(|| self.inner.workers.clone()));
         let index: &Index = &self.inner.index;
         let blocks = || batch.bytes.chunks_exact(BLOCK_SIZE);
         // Zero blocks are not stored, so they need no digest.

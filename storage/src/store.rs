@@ -119,7 +119,7 @@ impl Store {
             catalogue,
             blocks,
             index,
-            workers: Workers::default(),
+            workers: Arc::new(Workers::default()),
             log: recovered.log,
             registry: Mutex::new(recovered.registry),
             counters: Arc::new(recovered.counters),

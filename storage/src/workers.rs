@@ -1,7 +1,7 @@
-//! A few threads that help readers: they read ahead, and decode parts of large reads.
+//! A few threads that help: they read ahead, decode parts of large reads, and compress when writers would soon have to wait.
 //!
-//! Help is never waited for. A job that is refused, or has not begun yet, is work that its reader does itself when it
-//! gets there; so a reader whose helpers are all busy is as fast as one without any.
+//! Help is not relied upon. A job that is refused, or has not begun yet, is work that whoever wants it does himself when he
+//! gets there; so one whose helpers are all busy is as fast as one without any.
 
 use parking_lot::{Condvar, Mutex};
 use std::collections::VecDeque;
@@ -56,9 +56,9 @@ impl Workers {
         state.jobs.push_back(Box::new(job));
         if state.idle < state.jobs.len() && state.threads.len() < self.threads_max {
             let shared = self.shared.clone();
-            match std::thread::Builder::new().name("read".into()).spawn(move || run(&shared)) {
+            match std::thread::Builder::new().name("help".into()).spawn(move || run(&shared)) {
                 Ok(thread) => state.threads.push(thread),
-                Err(e) => tracing::warn!("cannot start a thread that reads ahead: {e}"),
+                Err(e) => tracing::warn!("cannot start a thread that helps: {e}"),
             }
         }
         self.shared.offered.notify_one();
