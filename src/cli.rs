@@ -53,7 +53,7 @@ pub fn main() -> ExitCode {
     let (config, broken) = match (configuration(&cli), &cli.command) {
         (Ok(config), _) => (config, None),
         // These need none, or say so among the rest.
-        (Err(error), Command::Doctor | Command::Completion { .. } | Command::Man { .. }) => {
+        (Err(error), Command::Doctor { .. } | Command::Completion { .. } | Command::Man { .. }) => {
             (Config::default(), Some(error))
         }
         (Err(error), _) => return fail(json, &Failure::from(error)),
@@ -147,7 +147,9 @@ async fn run(cli: Cli, config: Config, broken: Option<ConfigError>) -> output::R
         Command::Disk(command) => disk::run(&place, out, command).await.map(|()| ExitCode::SUCCESS),
         Command::Completion { shell } => examples::completion(shell).map(|()| ExitCode::SUCCESS),
         Command::Man { dir } => examples::man(&dir).map(|()| ExitCode::SUCCESS),
-        Command::Doctor => doctor::run(&place, out, &config, broken.as_ref()).await.map(|()| ExitCode::SUCCESS),
+        Command::Doctor { fix } => {
+            doctor::run(&place, out, (&config, broken.as_ref()), fix).await.map(|()| ExitCode::SUCCESS)
+        }
         Command::Store(command) => store::run(&place, out, command).await.map(|()| ExitCode::SUCCESS),
     }
 }

@@ -1,6 +1,7 @@
 //! `miosa doctor`: whether this machine has what the daemon needs, and what to do where not.
 //!
-//! Every check looks for itself and changes nothing. None of them needs a daemon.
+//! Every check looks for itself and changes nothing. None of them needs a daemon. Where a single command that only adds something
+//! puts it right, the check names that, and [`fix`] runs it.
 
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -14,6 +15,8 @@ use vmm::process::find_program;
 
 use crate::config::{self, Config, ConfigError};
 use crate::units::show_bytes;
+
+const QEMU_PACKAGE: &str = "qemu-system-x86";
 
 /// How a check went.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
@@ -39,23 +42,61 @@ pub struct Check {
     /// What to do about it.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub hint: Option<String>,
+    /// The command that does it, for root.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub fix: Option<Vec<&'static str>>,
 }
 
 impl Check {
     /// As it should be.
     pub fn ok(name: &'static str, message: impl Into<String>) -> Self {
-        Self { name, status: Verdict::Ok, message: message.into(), hint: None }
+        Self { name, status: Verdict::Ok, message: message.into(), hint: None, fix: None }
     }
 
     /// Not as it should be, with what to do.
     pub fn warn(name: &'static str, message: impl Into<String>, hint: impl Into<String>) -> Self {
-        Self { name, status: Verdict::Warn, message: message.into(), hint: Some(hint.into()) }
+        Self { name, status: Verdict::Warn, message: message.into(), hint: Some(hint.into()), fix: None }
     }
 
     /// Nothing works without it.
     pub fn fail(name: &'static str, message: impl Into<String>, hint: impl Into<String>) -> Self {
-        Self { name, status: Verdict::Fail, message: message.into(), hint: Some(hint.into()) }
+        Self { name, status: Verdict::Fail, message: message.into(), hint: Some(hint.into()), fix: None }
     }
+}
+
+impl Check {
+    /// The same, with the command that puts it right.
+    fn with_fix(self, command: &[&'static str]) -> Self {
+        Self { fix: Some(command.to_vec()), ..self }
+    }
+
+    /// The same, with the Debian package that it needs.
+    fn with_package(self, package: &'static str) -> Self {
+        let hint = Some(format!("install it: apt-get install {package}"));
+        Self { hint, ..self.with_fix(&["apt-get", "install", "--yes", "--no-install-recommends", package]) }
+    }
+}
+
+/// Runs the commands that the checks name, each once, with `tell` told of each before. What they say goes to stderr.
+///
+/// Errors: one that cannot be run, or fails; those after it are not run.
+pub fn fix(checks: &[Check], mut tell: impl FnMut(&str)) -> std::result::Result<(), String> {
+    let mut done: Vec<&[&str]> = Vec::new();
+    for command in checks.iter().filter_map(|check| check.fix.as_deref()) {
+        if done.contains(&command) {
+            continue;
+        }
+        let shown = command.join(" ");
+        tell(&shown);
+        let mut run = Command::new(command[0]);
+        run.args(&command[1..]).env("DEBIAN_FRONTEND", "noninteractive").stdin(std::process::Stdio::null());
+        match run.stdout(std::io::stderr()).status() {
+            Ok(status) if status.success() => done.push(command),
+            Ok(status) => return Err(format!("{shown}: {status}")),
+            Err(error) => return Err(format!("{shown}: {error}")),
+        }
+    }
+    Ok(())
 }
 
 /// All checks of this machine.
@@ -157,10 +198,9 @@ fn qemu_version() -> std::result::Result<String, String> {
 }
 
 fn qemu() -> Check {
-    let hint = "install it: apt-get install qemu-system-x86";
     let line = match qemu_version() {
         Ok(line) => line,
-        Err(why) => return Check::fail("qemu", why, hint),
+        Err(why) => return Check::fail("qemu", why, "").with_package(QEMU_PACKAGE),
     };
     let major = line.split_whitespace().find_map(|word| word.split('.').next()?.parse::<u32>().ok());
     match major {
@@ -180,7 +220,7 @@ fn seccomp() -> Check {
             let said = said.lines().next().unwrap_or("no reason given").to_owned();
             Check::fail(name, said, "use a QEMU that is built with seccomp, such as Debian's")
         }
-        Err(_) => Check::fail(name, "there is no QEMU to ask", "install it: apt-get install qemu-system-x86"),
+        Err(_) => Check::fail(name, "there is no QEMU to ask", "").with_package(QEMU_PACKAGE),
     }
 }
 
@@ -240,22 +280,19 @@ fn fuse() -> Check {
     let name = "fuse";
     let without = "disks cannot be shown as files; --disk-frontend vhost-user does without";
     if access("/dev/fuse", AccessFlags::R_OK | AccessFlags::W_OK).is_err() {
-        return Check::warn(name, format!("/dev/fuse cannot be opened: {without}"), "load it: modprobe fuse");
+        let found = Check::warn(name, format!("/dev/fuse cannot be opened: {without}"), "load it: modprobe fuse");
+        return found.with_fix(&["modprobe", "fuse"]);
     }
     if !nix::unistd::geteuid().is_root() && find_program("fusermount3".as_ref()).is_none() {
-        return Check::warn(name, format!("fusermount3 was not found: {without}"), "install it: apt-get install fuse3");
+        return Check::warn(name, format!("fusermount3 was not found: {without}"), "").with_package("fuse3");
     }
     Check::ok(name, "/dev/fuse can be opened")
 }
 
-fn tool(name: &'static str, program: &str, package: &str, why: &str) -> Check {
+fn tool(name: &'static str, program: &str, package: &'static str, why: &str) -> Check {
     match find_program(program.as_ref()) {
         Some(path) => Check::ok(name, path.display().to_string()),
-        None => Check::warn(
-            name,
-            format!("{program} was not found: {why}"),
-            format!("install it: apt-get install {package}"),
-        ),
+        None => Check::warn(name, format!("{program} was not found: {why}"), "").with_package(package),
     }
 }
 

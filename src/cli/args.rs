@@ -87,7 +87,11 @@ pub enum Command {
         period: PeriodArgs,
     },
     /// See whether this machine has what the daemon needs, and what to do where not
-    Doctor,
+    Doctor {
+        /// Install packages and load modules that are missing, as root, and look again
+        #[arg(long)]
+        fix: bool,
+    },
     /// Print a script that completes commands, for a shell to read
     Completion {
         /// The shell

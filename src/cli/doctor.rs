@@ -9,8 +9,18 @@ use crate::api::types::HealthBody;
 use crate::config::{Config, ConfigError};
 use crate::doctor::{self, Check, Verdict};
 
-pub(super) async fn run(place: &Place, out: Out, config: &Config, broken: Option<&ConfigError>) -> Result<()> {
+pub(super) async fn run(
+    place: &Place,
+    out: Out,
+    (config, broken): (&Config, Option<&ConfigError>),
+    fix: bool,
+) -> Result<()> {
     let mut checks = doctor::examine(config, broken);
+    if fix {
+        doctor::fix(&checks, |command| eprintln!("+ {command}"))
+            .map_err(|why| Failure::new(1, "fix_failed", why).hint("as root: sudo miosa doctor --fix"))?;
+        checks = doctor::examine(config, broken);
+    }
     checks.push(daemon(place).await);
     let failed = checks.iter().filter(|c| c.status == Verdict::Fail).count();
     let document = json!({ "ok": failed == 0, "checks": checks });

@@ -124,6 +124,47 @@ fn the_socket_and_the_state_are_nobody_elses() {
 }
 
 #[test]
+fn the_doctor_installs_what_is_missing_and_looks_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let script = |name: &str, text: &str| {
+        let path = dir.path().join(name);
+        std::fs::write(&path, format!("#!/bin/sh\n{text}\n")).unwrap();
+        std::fs::set_permissions(&path, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+    };
+    let fix = |args: &[&str]| {
+        let mut command = miosa(dir.path(), &[&["doctor", "--json"], args].concat());
+        command.env("PATH", dir.path());
+        run(command, b"")
+    };
+    let check = |document: &serde_json::Value| {
+        let checks = document["checks"].as_array().unwrap();
+        checks.iter().find(|check| check["name"] == "qemu-img").unwrap().clone()
+    };
+    // One that fails changes nothing, and says so.
+    script("apt-get", "exit 100");
+    assert_eq!(check(&fix(&[]).document())["status"], "warn");
+    let failed = fix(&["--fix"]);
+    assert!(failed.code == 1 && failed.out.is_empty() && failed.err.contains("\"fix_failed\""), "{failed:?}");
+    // One that installs.
+    let place = dir.path().display();
+    let install = format!(
+        "for package; do :; done
+        echo $package >> {place}/installed
+        [ $package != qemu-utils ] || {{ : > {place}/qemu-img; /bin/chmod 755 {place}/qemu-img; }}"
+    );
+    script("apt-get", &install);
+    let fixed = fix(&["--fix"]);
+    assert!(fixed.err.contains("+ apt-get install --yes --no-install-recommends qemu-utils"), "{fixed:?}");
+    assert_eq!(check(&fixed.document())["status"], "ok");
+    let installed = std::fs::read_to_string(dir.path().join("installed")).unwrap();
+    let mut packages: Vec<&str> = installed.lines().collect();
+    let all = packages.len();
+    packages.dedup();
+    assert_eq!(packages.len(), all, "each once: {installed}");
+    assert!(packages.contains(&"qemu-system-x86"), "{installed}");
+}
+
+#[test]
 fn the_doctor_looks_without_a_daemon_and_with_one() {
     let d = Daemon::start();
     let named = |document: &serde_json::Value, name: &str| {
