@@ -39,7 +39,7 @@ def frame(title, what, width, height, body):
 
 def lines(title, what, axis, series):
     """Lines over what was told, in order; values are logarithmic. `series`: name -> [(x, y)]."""
-    width, height, left, top, right, bottom = 760, 400, 70, 66, 130, 46
+    width, height, left, top, right, bottom = 780, 400, 90, 66, 130, 46
     xs = sorted({x for points in series.values() for x, _ in points})
     ys = [y for points in series.values() for _, y in points if y > 0]
     low, high = 10 ** math.floor(math.log10(min(ys))), 10 ** math.ceil(math.log10(max(ys)))
@@ -73,7 +73,8 @@ def lines(title, what, axis, series):
 
 def bars(title, what, groups, mark=None):
     """Horizontal bars, one scale. `groups`: label -> [(system, value)]. `mark`: a line at this value, and its words."""
-    width, left, row, gap, top = 820, 310, 17, 12, 66
+    left, row, gap, top = 24 + max(7 * len(label) for label in groups), 17, 12, 66
+    width = left + 510
     values = [value for group in groups.values() for _, value in group] + ([mark[0]] if mark else [])
     scale = (width - left - 90) / max(values)
     out, y = [], top
