@@ -13,6 +13,8 @@ use storage::{Disk, Source, Store};
 
 const BLOCK: u64 = 4096;
 const FORKS: u64 = 8;
+/// What each disk has whose number grows.
+const GROWTH: u64 = 256 * MIB;
 /// What each fork has for itself.
 const OWN: u64 = 48 * MIB;
 
@@ -155,8 +157,37 @@ fn reclaims(report: &mut Report) {
     });
 }
 
+/// How long finding out what is dead takes, by how many blocks live: disks of their own, which share nothing.
+fn growth(report: &mut Report) {
+    let (store, _dir) = quiet_store();
+    let mut random = Random(1);
+    let mut first = None;
+    for disks in 1..=8u64 {
+        let (_, disk) = new_disk(&store, &format!("disk-{disks}"), GROWTH);
+        let mut piece = vec![0; MIB as usize];
+        for i in 0..GROWTH / MIB {
+            piece.chunks_exact_mut(8).for_each(|word| word.copy_from_slice(&random.bits().to_le_bytes()));
+            disk.write(i * MIB, &piece).expect("a write");
+        }
+        store.seal().expect("sealing");
+        if !disks.is_power_of_two() {
+            continue;
+        }
+        let mut takes = Samples::default();
+        (0..9).for_each(|_| takes.time(|| store.gc(true).expect("a look")));
+        let ms = takes.quantile_us(0.5) / 1e3;
+        let case = format!("growth, {} live blocks", disks * GROWTH / BLOCK);
+        report.row("miosa", &case, "looking for what is dead takes", ms, "ms");
+        let of_first = *first.get_or_insert(ms);
+        report.row("miosa", &case, "a block, to the smallest", ms / of_first / disks as f64, "times");
+    }
+}
+
 fn main() {
     let mut report = Report::new("gc");
+    if report.wants("growth") {
+        growth(&mut report);
+    }
     if report.wants("reclaim") {
         reclaims(&mut report);
     }

@@ -11,7 +11,7 @@ use super::output::{Failure, Result};
 /// A command, and how it is used.
 const EXAMPLES: &[(&str, &str)] = &[
     ("daemon", "miosa daemon --listen 127.0.0.1:7070\nmiosa daemon --print-config"),
-    ("doctor", "miosa doctor\nsudo miosa doctor --fix"),
+    ("doctor", "miosa doctor\nmiosa doctor --fix"),
     ("completion", "miosa completion bash > /etc/bash_completion.d/miosa\nmiosa completion zsh > ~/.zfunc/_miosa"),
     ("man", "miosa man /usr/local/share/man/man1"),
     ("sandbox", "miosa sandbox create --template base --name web --wait\nmiosa sandbox exec web -- ls /"),

@@ -404,7 +404,7 @@ pub fn tool(name: &str, version: &str) -> Option<PathBuf> {
         if !built.status.success() {
             let why = String::from_utf8_lossy(&built.stderr).into_owned();
             // Past the capture of the tests' output.
-            let _ = writeln!(std::io::stderr(), "{name} {version} cannot be installed, its suite is left out: {why}");
+            let _ = writeln!(std::io::stderr(), "left out: {name} {version}, which cannot be installed: {why}");
             assert!(!is_long(), "{name} {version} cannot be installed: {why}");
             return None;
         }
