@@ -174,7 +174,9 @@ fn growth(report: &mut Report) {
             continue;
         }
         let mut takes = Samples::default();
-        (0..9).for_each(|_| takes.time(|| store.gc(true).expect("a look")));
+        for _ in 0..9 {
+            takes.time(|| store.gc(true).expect("a look"));
+        }
         let ms = takes.quantile_us(0.5) / 1e3;
         let case = format!("growth, {} live blocks", disks * GROWTH / BLOCK);
         report.row("miosa", &case, "looking for what is dead takes", ms, "ms");
