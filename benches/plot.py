@@ -74,9 +74,9 @@ def lines(title, what, axis, series):
 def bars(title, what, groups, mark=None):
     """Horizontal bars, one scale. `groups`: label -> [(system, value)]. `mark`: a line at this value, and its words."""
     left, row, gap, top = 24 + max(7 * len(label) for label in groups), 17, 12, 66
-    width = left + 510
+    width = left + 550
     values = [value for group in groups.values() for _, value in group] + ([mark[0]] if mark else [])
-    scale = (width - left - 90) / max(values)
+    scale = (width - left - 130) / max(values)
     out, y = [], top
     for label, group in groups.items():
         out.append(f'<text x="{left - 12}" y="{y + row * len(group) / 2 + 4:.1f}" {FONT} font-size="12" fill="#222" '
