@@ -1,7 +1,7 @@
 //! Sessions that begin from a kept state of a machine that had booted.
 
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Barrier};
 
 use miosa::engine::lifecycle::State;
 use miosa::engine::{CreateRequest, Settings};
@@ -29,6 +29,19 @@ async fn again(w: &World, name: &str) -> vmm::BootPath {
     w.engine.stop(name).await.unwrap();
     w.engine.resume(name).await.unwrap();
     way(w, name)
+}
+
+/// Whoever gets to this step passes the first barrier, and stays until the second is passed.
+fn stop_at(w: &World, step: &'static str) -> (Arc<Barrier>, Arc<Barrier>) {
+    let (stuck, freed) = (Arc::new(Barrier::new(2)), Arc::new(Barrier::new(2)));
+    let (entered, left) = (stuck.clone(), freed.clone());
+    w.vmm.on_step(Arc::new(move |name| {
+        if name == step {
+            entered.wait();
+            left.wait();
+        }
+    }));
+    (stuck, freed)
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -122,14 +135,7 @@ async fn a_state_that_cannot_be_kept_is_nobodys_trouble() {
     // Nor one that is being made when the daemon ends.
     let dir = tempfile::tempdir().unwrap();
     let w = world(dir.path()).await;
-    let (stuck, freed) = (Arc::new(std::sync::Barrier::new(2)), Arc::new(std::sync::Barrier::new(2)));
-    let (entered, left) = (stuck.clone(), freed.clone());
-    w.vmm.on_step(Arc::new(move |name| {
-        if name == "warm" {
-            entered.wait();
-            left.wait();
-        }
-    }));
+    let (stuck, freed) = stop_at(&w, "warm");
     w.create("one").await;
     tokio::task::spawn_blocking(move || stuck.wait()).await.unwrap();
     assert_eq!(again(&w, "one").await, Cold, "nobody waits for it");
@@ -331,14 +337,7 @@ async fn a_spare_machine_that_is_of_no_use_costs_nobody_anything() {
     // One that is being made when the daemon ends is given up: machines outlive a daemon, and nobody would know of it.
     let w = with_spare(dir.path()).await;
     let known = sessions(&w);
-    let (stuck, freed) = (Arc::new(std::sync::Barrier::new(2)), Arc::new(std::sync::Barrier::new(2)));
-    let (entered, left) = (stuck.clone(), freed.clone());
-    w.vmm.on_step(Arc::new(move |name| {
-        if name == "hold" {
-            entered.wait();
-            left.wait();
-        }
-    }));
+    let (stuck, freed) = stop_at(&w, "hold");
     w.create("three").await;
     tokio::task::spawn_blocking(move || stuck.wait()).await.unwrap();
     let three = w.engine.show("three").unwrap().record.id;
