@@ -29,6 +29,10 @@ type Id = [u8; 48];
 /// # Errors
 /// When the kernel cannot do it, or not for one of them: the first error of those; the others are ended.
 pub(crate) fn end_those_to_the_outside() -> Result<()> {
+    // What ends them is loaded and asked for tens of milliseconds where instructions are translated; mostly there are none.
+    if !["/proc/net/tcp", "/proc/net/tcp6"].iter().any(|table| may_have_connections(table)) {
+        return Ok(());
+    }
     boot::load_later()?;
     let kernel = Diagnosis::open()?;
     let mut outside = Vec::new();
@@ -42,6 +46,21 @@ pub(crate) fn end_those_to_the_outside() -> Result<()> {
         ended => ended,
     });
     ended.fold(Ok(()), Result::and)
+}
+
+/// Whether a table of the kernel's names a connection, or cannot be read. Without a protocol there is no table.
+fn may_have_connections(table: &str) -> bool {
+    match std::fs::read_to_string(table) {
+        Ok(text) => text.lines().skip(1).any(is_connection),
+        Err(error) => error.kind() != ErrorKind::NotFound,
+    }
+}
+
+/// Whether a line of such a table is of a connection, and not of a socket that listens or has been closed: `sl`, own address,
+/// other's, state in hexadecimal, …
+fn is_connection(line: &str) -> bool {
+    let state = line.split_ascii_whitespace().nth(3).and_then(|state| u32::from_str_radix(state, 16).ok());
+    state.is_none_or(|state| state >= u32::BITS || CONNECTIONS >> state & 1 == 1)
 }
 
 /// Whether both ends are in the guest: on its loopback, or on one address.
@@ -150,6 +169,17 @@ mod tests {
         assert!(!four([10, 0, 2, 15], [10, 0, 2, 2]));
         assert!(six("::1", "::1") && six("::ffff:127.0.0.1", "::ffff:127.0.0.1"));
         assert!(!six("fec0::15", "fec0::2") && !six("::ffff:10.0.2.15", "::ffff:10.0.2.2"));
+    }
+
+    #[test]
+    fn the_kernels_table_tells_whether_there_is_any() {
+        let line =
+            |state: &str| format!("   0: 0F02000A:A3F2 0202000A:0050 {state} 00000000:00000000 00:00000000 00000000");
+        assert!(["01", "02", "04", "08", "0B"].iter().all(|state| is_connection(&line(state))));
+        assert!(["0A", "06", "07"].iter().all(|state| !is_connection(&line(state))));
+        // What is not understood may be one.
+        assert!(["", "xy", "FF"].iter().all(|state| is_connection(&line(state))));
+        assert!(may_have_connections("/proc/self/mem") && !may_have_connections("/nonexistent"));
     }
 
     #[test]
