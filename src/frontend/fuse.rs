@@ -158,6 +158,19 @@ fn serve(device: File, exports: Arc<Exports>) -> io::Result<JoinHandle<io::Resul
     std::thread::Builder::new().name("fuse".into()).spawn(move || session.run())
 }
 
+/// Serves disks by name to whoever is at the other end of `connection`, in one thread until that goes. The first message there
+/// is a kernel's greeting. For those who are no kernel.
+#[cfg(fuzzing)]
+pub fn serve_connection(
+    connection: std::os::fd::OwnedFd,
+    disks: Vec<(String, Device)>,
+) -> io::Result<JoinHandle<io::Result<()>>> {
+    let exports = Arc::new(Exports::default());
+    disks.into_iter().for_each(|(name, disk)| assert!(exports.add(&name, disk)));
+    let session = Session::from_fd(DiskDirectory::new(exports), connection, SessionACL::All, Config::default())?;
+    std::thread::Builder::new().name("fuse".into()).spawn(move || session.run())
+}
+
 /// What the threads end with, when they have.
 fn end_of(session: JoinHandle<io::Result<()>>) -> io::Result<()> {
     session.join().unwrap_or_else(|_| Err(io::Error::other("a thread that served files panicked")))

@@ -192,6 +192,18 @@ impl Driver {
         result.map(|()| base)
     }
 
+    /// Starts the first queue anew on memory of zeroes, as a guest that boots does.
+    pub fn reset(&mut self) -> io::Result<()> {
+        self.frontend.get_vring_base(0).map_err(protocol)?;
+        let base = self.queues[0].raw.descriptors;
+        let len = (self.queues[0].raw.scratch - base) as usize + self.settings.slot_bytes;
+        self.queues[0].raw.put(base, &vec![0; len]);
+        let fresh = Queue::new(self.memory.clone(), base, self.settings)?;
+        self.start(0, &fresh, 0)?;
+        self.queues[0] = fresh;
+        Ok(())
+    }
+
     pub fn capacity_sectors(&self) -> u64 {
         u64::from_le_bytes(self.config[..8].try_into().expect("8 bytes"))
     }

@@ -18,6 +18,8 @@ use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 
+#[cfg(fuzzing)]
+pub use import::lay_out;
 pub use import::{ImageFormat, ReadyImage, convert_qcow2, prepare};
 pub use oci::ImageConfig;
 

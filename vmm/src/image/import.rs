@@ -128,6 +128,31 @@ fn unpack(
         return Err(Error::new(ErrorKind::Invalid, "only root can import archives, for files keep their owners")
             .hint("run the daemon as root, or import a raw ext4 image"));
     }
+    let (tree, root, origin, config) = gather(file, format, disk_bytes, work, progress)?;
+    let raw = work.join("raw");
+    let image = File::create_new(&raw).map_err(|e| Error::io(raw.display(), e))?;
+    image.set_len(disk_bytes).map_err(|e| Error::io(raw.display(), e))?;
+    let uuid = fresh_uuid();
+    make_ext4(&root, &raw, &uuid, &uuid, Some(tree.len() as u64)).map_err(|e| {
+        let full = ["Could not allocate", "No space", "no space", "not enough", "No free space"];
+        if full.iter().any(|words| e.message.contains(words)) {
+            let message =
+                format!("the content ({} MiB) does not fit a disk of {} MiB", tree.bytes() >> 20, disk_bytes >> 20);
+            return Error::new(ErrorKind::Invalid, message).hint("ask for a larger disk: --disk SIZE");
+        }
+        e
+    })?;
+    Ok((raw, origin, config))
+}
+
+/// An archive's files, laid down below `work` as they are to be, with where, what they came from and how it wants to be run.
+fn gather(
+    file: &Path,
+    format: ImageFormat,
+    disk_bytes: u64,
+    work: &Path,
+    progress: &mut dyn FnMut(&str),
+) -> Result<(Tree, PathBuf, String, ImageConfig)> {
     let dir = |name: &str| {
         let path = work.join(name);
         std::fs::create_dir(&path).map(|()| path.clone()).map_err(|e| Error::io(path.display(), e))
@@ -154,20 +179,21 @@ fn unpack(
     progress(&format!("making the ext4 image: {} entries, {} MiB", tree.len(), tree.bytes() >> 20));
     let root = dir("root")?;
     tree.lay_down(&root)?;
-    let raw = work.join("raw");
-    let image = File::create_new(&raw).map_err(|e| Error::io(raw.display(), e))?;
-    image.set_len(disk_bytes).map_err(|e| Error::io(raw.display(), e))?;
-    let uuid = fresh_uuid();
-    make_ext4(&root, &raw, &uuid, &uuid, Some(tree.len() as u64)).map_err(|e| {
-        let full = ["Could not allocate", "No space", "no space", "not enough", "No free space"];
-        if full.iter().any(|words| e.message.contains(words)) {
-            let message =
-                format!("the content ({} MiB) does not fit a disk of {} MiB", tree.bytes() >> 20, disk_bytes >> 20);
-            return Error::new(ErrorKind::Invalid, message).hint("ask for a larger disk: --disk SIZE");
-        }
-        e
-    })?;
-    Ok((raw, origin, config))
+    Ok((tree, root, origin, config))
+}
+
+/// What is done with an archive of others before a file system is made of it: seen for what it is, read and laid down below
+/// `work`, an empty directory.
+///
+/// # Errors
+/// As of [`prepare`].
+#[cfg(fuzzing)]
+pub fn lay_out(file: &Path, disk_bytes: u64, work: &Path) -> Result<()> {
+    match detect(file)? {
+        ImageFormat::Raw => find_ext4(file).map(drop),
+        ImageFormat::Qcow2 => Ok(()),
+        archive => gather(file, archive, disk_bytes, work, &mut |_| {}).map(drop),
+    }
 }
 
 fn fresh_uuid() -> String {
