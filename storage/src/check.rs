@@ -149,7 +149,8 @@ fn check_group(inner: &Inner, group: GroupId, place: &GroupPlace, digests: Optio
 fn heal_all(inner: &Inner, found: &mut Found, report: &mut CheckReport) -> Result<()> {
     let copies = find_copies(inner, found)?;
     let _no_sealing = inner.sealer.running.lock();
-    let mut writer = inner.pack_writer(inner.options.level);
+    let level = inner.options.level;
+    let mut writers = inner.pack_writers();
     let mut batch = Batch::default();
     let mut healed = Vec::new();
     for (group, bad) in &found.groups {
@@ -172,7 +173,8 @@ fn heal_all(inner: &Inner, found: &mut Found, report: &mut CheckReport) -> Resul
         }
         let made_whole = kept.2.len() as u64 - whole;
         if made_whole > 0 {
-            writer.put_group(GroupEntry { slots: kept.0, ..entry }, &kept.1, &kept.2)?;
+            let domain = inner.blocks.facts(bad.place.pack)?.origin.domain;
+            writers.at(level, domain)?.put_group(GroupEntry { slots: kept.0, ..entry }, &kept.1, &kept.2)?;
             report.healed += made_whole;
             healed.push((*group, kept.0));
         }
@@ -187,15 +189,17 @@ fn heal_all(inner: &Inner, found: &mut Found, report: &mut CheckReport) -> Resul
     let mut goes = Vec::new();
     for (pack, (_, groups)) in found.packs.iter().filter(|(pack, _)| !lost(found, **pack)) {
         goes.push(*pack);
+        let domain = inner.blocks.facts(*pack)?.origin.domain;
         for (group, place) in groups.iter().filter(|(group, _)| !found.groups.contains_key(group)) {
             // Its frame's checksum holds, so the digests can be made again.
             let bytes = inner.blocks.read_group_uncached(*group, place)?;
             let digests: Vec<Digest> = bytes.chunks(BLOCK_SIZE).map(pack::digest).collect();
-            writer.put_group(GroupEntry { group: *group, slots: place.slots, kind: place.kind }, &bytes, &digests)?;
+            let entry = GroupEntry { group: *group, slots: place.slots, kind: place.kind };
+            writers.at(level, domain)?.put_group(entry, &bytes, &digests)?;
         }
         batch.delete(Table::Packs, pack.0.to_be_bytes());
     }
-    for new in writer.finish(&[])? {
+    for new in writers.finish(&[])? {
         new.add_to(&mut batch)?;
     }
     inner.catalogue.commit(batch)?;

@@ -8,7 +8,7 @@ use crate::log::Record;
 use crate::map;
 use crate::overlay::{Content, Extent};
 use crate::readahead::Streams;
-use crate::state::State;
+use crate::state::{Layer, State};
 use parking_lot::{Mutex, MutexGuard, RwLock};
 use std::ops::Range;
 use std::sync::Arc;
@@ -66,6 +66,11 @@ impl Device {
     /// Changes the state. Call with writers stopped.
     pub fn with_state<T>(&self, f: impl FnOnce(&mut State) -> T) -> T {
         f(&mut self.state.write())
+    }
+
+    /// Makes the present contents a fork point; see [`State::freeze`]. Call with writers stopped.
+    pub fn freeze(&self, end: LogPos) -> Option<Arc<Layer>> {
+        self.with_state(|state| state.freeze(end, self.level()))
     }
 
     /// Level of the map's root.

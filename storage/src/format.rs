@@ -4,6 +4,7 @@
 //! panics on what a disk can hold.
 
 use crate::block::{BLOCK_BYTES, BLOCK_SIZE, BlockId, GroupId, LogPos, PackId};
+use crate::domain::Domain;
 use crate::error::{Error, ErrorKind, Result};
 use serde::{Deserialize, Serialize};
 use std::sync::Arc;
@@ -268,28 +269,33 @@ pub struct PackHeader {
     pub origin: Origin,
 }
 
-/// How and when a pack was written; all zero in packs from before this was noted.
+/// How, when and for whom a pack was written; all zero in packs from before this was noted.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Origin {
     /// zstd's level.
     pub level: i8,
     /// Milliseconds since 1970.
     pub made_unix_ms: u64,
+    /// Of all its blocks. Behind the others in a row: rows from before it was noted end without it.
+    #[serde(skip)]
+    pub domain: Domain,
 }
 
 impl PackHeader {
     pub const BYTES: u64 = 64;
 
     pub fn encode(&self) -> [u8; 64] {
-        let Origin { level, made_unix_ms } = self.origin;
-        let [level, made] = [u64::from(level as u8), made_unix_ms].map(u64::to_le_bytes);
-        sealed_64(PACK_MAGIC, &[&VERSION.to_le_bytes(), &self.store, &self.pack.0.to_le_bytes(), &level, &made])
+        let Origin { level, made_unix_ms, domain } = self.origin;
+        let [pack, level, made, domain] =
+            [self.pack.0, u64::from(level as u8), made_unix_ms, domain.0].map(u64::to_le_bytes);
+        sealed_64(PACK_MAGIC, &[&VERSION.to_le_bytes(), &self.store, &pack, &level, &made, &domain])
     }
 
     pub fn decode(bytes: &[u8; 64]) -> Result<Option<Self>> {
         let Some(bytes) = open_64(PACK_MAGIC, bytes) else { return Ok(None) };
         refuse_other_version("a pack", u32_at(bytes, 8))?;
-        let origin = Origin { level: bytes[36] as i8, made_unix_ms: u64_at(bytes, 44) };
+        let domain = Domain(u64_at(bytes, 52));
+        let origin = Origin { level: bytes[36] as i8, made_unix_ms: u64_at(bytes, 44), domain };
         Ok(Some(Self { store: std::array::from_fn(|i| bytes[12 + i]), pack: PackId(u64_at(bytes, 28)), origin }))
     }
 }

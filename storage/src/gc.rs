@@ -14,12 +14,13 @@
 use crate::block::{BLOCK_SIZE, BlockId, GroupId, PackId};
 use crate::blocks::Blocks;
 use crate::catalogue::{Batch, Table};
+use crate::domain::Domain;
 use crate::error::{Error, ErrorKind, Result};
-use crate::format::{GroupEntry, NodeRef};
-use crate::index;
+use crate::format::{GroupEntry, NodeRef, Origin};
+use crate::index::IndexKey;
 use crate::inner::Inner;
 use crate::live::{Live, mark};
-use crate::pack::{self, Digest, GroupPlace, PackFacts, PackWriter};
+use crate::pack::{self, Digest, GroupPlace, PackFacts, PackWriters};
 use crate::priority::Background;
 use crate::rows::parse_id;
 use crate::seal;
@@ -31,7 +32,7 @@ use std::sync::atomic::Ordering;
 
 /// A pack is rewritten when at least this share of its blocks is dead.
 const DEAD_SHARE: f64 = 0.04;
-/// Packs below this size are small; when there are this many of them they are merged.
+/// Packs below this size are small; when a domain has this many of them they are merged.
 const SMALL_BYTES: u64 = 4 << 20;
 const SMALL_PACKS: usize = 16;
 /// Live bytes rewritten before the old packs go: what a collection needs as free space at a time.
@@ -141,13 +142,17 @@ fn plan(inner: &Inner, live: &Live, dry_run: bool) -> Result<(GcReport, Vec<Cand
     })?;
     let mut report = GcReport { dry_run, packs: packs.len() as u64, ..GcReport::default() };
     let newest = packs.values().rfind(|p| p.facts.has_manifest()).map(|p| p.pack);
-    let small = packs.values().filter(|p| p.facts.bytes < SMALL_BYTES).count();
+    let mut small: BTreeMap<Domain, usize> = BTreeMap::new();
+    for pack in packs.values().filter(|p| p.facts.bytes < SMALL_BYTES) {
+        *small.entry(pack.facts.origin.domain).or_default() += 1;
+    }
     let mut candidates = Vec::new();
     for pack in packs.into_values() {
         report.live_blocks += pack.live;
         report.dead_blocks += pack.dead;
         let dead_share = pack.dead as f64 / (pack.live + pack.dead).max(1) as f64;
-        let merge = small >= SMALL_PACKS && pack.facts.bytes < SMALL_BYTES;
+        let small = small.get(&pack.facts.origin.domain).is_some_and(|packs| *packs >= SMALL_PACKS);
+        let merge = small && pack.facts.bytes < SMALL_BYTES;
         // A pack may hold nothing but the newest manifest.
         let empty = pack.live == 0 && (pack.dead > 0 || Some(pack.pack) != newest);
         if empty || dead_share >= DEAD_SHARE || merge {
@@ -195,20 +200,14 @@ fn apply(inner: &Inner, live: &Live, candidates: &[Candidate], report: &mut GcRe
 fn move_packs(inner: &Inner, live: &Live, packs: &[Candidate], report: &mut GcReport) -> Result<()> {
     let _no_sealing = inner.sealer.running.lock();
     let background = Background::begin(inner);
-    // What was packed again keeps its level.
-    let mut writers: BTreeMap<i8, PackWriter> = BTreeMap::new();
+    let mut writers = inner.pack_writers();
     let mut batch = Batch::default();
     for candidate in packs {
-        let level = candidate.facts.origin.level;
-        let writer = writers.entry(level).or_insert_with(|| inner.pack_writer(level.into()));
-        move_pack(inner, live, candidate, writer, &mut batch)?;
+        move_pack(inner, live, candidate, &mut writers, &mut batch)?;
         background.pace();
         batch.delete(Table::Packs, candidate.pack.0.to_be_bytes());
     }
-    let mut new = Vec::new();
-    for writer in writers.into_values() {
-        new.extend(writer.finish(&[])?);
-    }
+    let new = writers.finish(&[])?;
     new.iter().try_for_each(|finished| finished.add_to(&mut batch))?;
     inner.catalogue.commit(batch)?;
     let freed: u64 = packs.iter().map(|p| p.facts.bytes).sum();
@@ -221,14 +220,17 @@ fn move_packs(inner: &Inner, live: &Live, packs: &[Candidate], report: &mut GcRe
     Ok(())
 }
 
-/// Copies what is live in a pack to `writer`, and takes what is dead out of the tables.
+/// Copies what is live in a pack to one of `writers`, and takes what is dead out of the tables.
 fn move_pack(
     inner: &Inner,
     live: &Live,
     candidate: &Candidate,
-    writer: &mut PackWriter,
+    writers: &mut PackWriters<'_>,
     batch: &mut Batch,
 ) -> Result<()> {
+    // What was packed again keeps its level.
+    let Origin { level, domain, .. } = candidate.facts.origin;
+    let keys = inner.index.keys(domain);
     let (contents, all_digests) = inner.blocks.contents(inner.uuid, candidate.pack, &candidate.facts)?;
     for frame in &contents.frames {
         for entry in &frame.groups {
@@ -241,14 +243,15 @@ fn move_pack(
             let digests = digests.ok_or_else(|| Error::damaged(format!("{} has too few digests", place.pack)))?;
             let kept = live.slots(group, entry.slots);
             for (slot, digest) in entry.slots().zip(digests).filter(|(slot, _)| kept >> slot & 1 == 0) {
-                forget_digest(inner, BlockId::new(group, slot), digest, batch)?;
+                forget_block(inner, BlockId::new(group, slot), &keys.of(digest), batch)?;
             }
             if kept == 0 {
                 batch.delete(Table::Groups, group.0.to_be_bytes());
                 continue;
             }
             let (blocks, digests) = pick(&inner.blocks, group, &place, kept, digests)?;
-            writer.put_group(GroupEntry { group, slots: kept, kind: entry.kind }, &blocks, &digests)?;
+            let entry = GroupEntry { group, slots: kept, kind: entry.kind };
+            writers.at(level.into(), domain)?.put_group(entry, &blocks, &digests)?;
         }
     }
     Ok(())
@@ -280,11 +283,9 @@ pub(crate) fn pick(
 }
 
 /// Takes a dead block out of the index, unless the entry has gone over to another block with the same content.
-fn forget_digest(inner: &Inner, id: BlockId, digest: &Digest, batch: &mut Batch) -> Result<()> {
-    if index::sampled(digest)
-        && inner.catalogue.get(Table::Index, index::key(digest))?.as_deref() == Some(&id.0.to_be_bytes()[..])
-    {
-        batch.delete(Table::Index, index::key(digest));
+fn forget_block(inner: &Inner, id: BlockId, key: &IndexKey, batch: &mut Batch) -> Result<()> {
+    if key.is_sampled() && inner.catalogue.get(Table::Index, key.row())?.as_deref() == Some(&id.0.to_be_bytes()[..]) {
+        batch.delete(Table::Index, key.row());
     }
     Ok(())
 }

@@ -3,13 +3,14 @@
 use crate::block::BLOCK_BYTES;
 use crate::blocks::Blocks;
 use crate::catalogue::Catalogue;
+use crate::domain::Domain;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::StoreUuid;
 use crate::index::Index;
 use crate::log::Log;
 use crate::medium::file::Backend;
 use crate::medium::{Medium, Mode};
-use crate::pack::{Counters, PackWriter};
+use crate::pack::{Counters, PackWriter, PackWriters};
 use crate::registry::Registry;
 use crate::seal::Sealer;
 use crate::workers::Workers;
@@ -121,11 +122,15 @@ impl Inner {
         }
     }
 
-    /// Writes packs at a level, or at that of sealing if that is higher. What is packed harder than by sealing has larger
-    /// frames.
-    pub fn pack_writer(&self, level: i32) -> PackWriter {
+    /// Writes packs at the levels that are asked for, or at that of sealing where that is higher. What is packed harder than
+    /// by sealing has larger frames.
+    pub fn pack_writers(&self) -> PackWriters<'_> {
+        PackWriters::new(|level, domain| self.pack_writer(level, domain))
+    }
+
+    fn pack_writer(&self, level: i32, domain: Domain) -> PackWriter {
         let Options { level: sealing, repack_frame_bytes, .. } = self.options;
-        let new = |level| PackWriter::new(self.medium.clone(), self.uuid, self.counters.clone(), level);
+        let new = |level| PackWriter::new(self.medium.clone(), self.uuid, self.counters.clone(), level, domain);
         if level <= sealing {
             return new(sealing);
         }

@@ -5,7 +5,7 @@
 //!
 //! Layers, none of which knows one above it: `store` → `recover`, `repair`, `check`, `gc`, `repack`, `usage`, `diff`, `archive` → `seal` →
 //! `disk`, `registry`, `priority` → `inner` (what is open) → `index`, `live`, `blocks`, `workers`, `readahead`, `state`, `overlay`, `map`, `pack`, `log`, `note`, `rows`,
-//! `catalogue` → `format`, `block` → `medium`. `docs/ARCHITECTURE.md` follows a write and a fork through them;
+//! `catalogue` → `domain`, `format`, `block` → `medium`. `docs/ARCHITECTURE.md` follows a write and a fork through them;
 //! `docs/format.md` has every byte on disk.
 
 mod archive;
@@ -16,6 +16,7 @@ pub mod catalogue;
 mod check;
 mod diff;
 mod disk;
+mod domain;
 mod error;
 mod format;
 mod gc;

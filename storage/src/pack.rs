@@ -5,6 +5,7 @@
 
 use crate::block::{BLOCK_SIZE, BlockId, GROUP_BLOCKS, GroupId, PackId};
 use crate::catalogue::{Batch, Table};
+use crate::domain::Domain;
 use crate::error::{Error, Result};
 use crate::format::{
     Codec, FrameEntry, FrameHeader, GroupEntry, GroupKind, Origin, PackContents, PackFooter, PackHeader, StoreUuid,
@@ -14,7 +15,7 @@ use crate::rows::encode;
 use crate::workers::Workers;
 use parking_lot::{Condvar, Mutex};
 use serde::{Deserialize, Serialize};
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -29,6 +30,8 @@ const FRAME_BLOCKS_MAX: u64 = 256;
 const FRAMES_AHEAD: usize = 4;
 /// Bytes handed to the file at a time.
 const WRITE_BYTES: usize = 128 << 10;
+/// Packs that [`PackWriters`] write at the same time: each is an open file, with frames in memory.
+const OPEN_PACKS: usize = 16;
 
 /// A block's BLAKE3 hash.
 pub(crate) type Digest = [u8; 32];
@@ -71,15 +74,20 @@ impl PackFacts {
 
     /// The value of the table of packs.
     pub fn to_row(self) -> Result<Vec<u8>> {
-        Ok([encode(&self)?, encode(&self.origin)?].concat())
+        Ok([encode(&self)?, encode(&self.origin)?, encode(&self.origin.domain)?].concat())
     }
 
     /// See [`PackFacts::to_row`].
     pub fn from_row(row: &[u8]) -> Result<Self> {
         let damaged = |e| Error::damaged(format!("a pack in the catalogue cannot be read: {e}"));
         let (mut facts, rest) = postcard::take_from_bytes::<Self>(row).map_err(damaged)?;
+        if rest.is_empty() {
+            return Ok(facts);
+        }
+        let (origin, rest) = postcard::take_from_bytes(rest).map_err(damaged)?;
+        facts.origin = origin;
         if !rest.is_empty() {
-            facts.origin = postcard::from_bytes(rest).map_err(damaged)?;
+            facts.origin.domain = postcard::from_bytes(rest).map_err(damaged)?;
         }
         Ok(facts)
     }
@@ -193,12 +201,14 @@ struct Writing {
     finished: Finished,
 }
 
-/// Writes as many packs as it takes. Dropping it without [`PackWriter::finish`] removes what it wrote.
+/// Writes as many packs as it takes, all of one domain. Dropped before [`PackWriters::finish`] is done, it removes what it
+/// wrote.
 pub(crate) struct PackWriter {
     medium: Arc<dyn Medium>,
     store: StoreUuid,
     counters: Arc<Counters>,
     level: i32,
+    domain: Domain,
     /// A level that is tried as well, for contents that a higher one makes larger.
     lower_level: Option<i32>,
     /// Blocks of data at which a frame is full.
@@ -216,12 +226,13 @@ pub(crate) struct PackWriter {
 
 impl PackWriter {
     /// `level` is zstd's.
-    pub fn new(medium: Arc<dyn Medium>, store: StoreUuid, counters: Arc<Counters>, level: i32) -> Self {
+    pub fn new(medium: Arc<dyn Medium>, store: StoreUuid, counters: Arc<Counters>, level: i32, domain: Domain) -> Self {
         Self {
             medium,
             store,
             counters,
             level,
+            domain,
             lower_level: None,
             frame_blocks: GROUP_BLOCKS,
             filling: Default::default(),
@@ -359,7 +370,7 @@ impl PackWriter {
                 let pack = PackId(self.counters.pack.fetch_add(1, Ordering::Relaxed));
                 let file = self.medium.open(&file_name(pack), Mode::Create).map_err(|e| cannot_write(pack, e))?;
                 self.made.push(pack);
-                let origin = Origin { level: self.level as i8, made_unix_ms: unix_ms() };
+                let origin = Origin { level: self.level as i8, made_unix_ms: unix_ms(), domain: self.domain };
                 let header = PackHeader { store: self.store, pack, origin }.encode();
                 let facts = PackFacts { origin, ..PackFacts::default() };
                 Ok(empty.insert(Writing {
@@ -408,17 +419,72 @@ impl PackWriter {
         self.append_closed(0)
     }
 
-    /// Ends all packs, the last with `manifest`, and makes them and their names durable. Without a manifest there may be
-    /// no pack at all.
-    pub fn finish(mut self, manifest: &[u8]) -> Result<Vec<Finished>> {
+    /// Ends the pack that is being written, with `manifest`. Without a manifest there may be none.
+    fn end_pack(&mut self, manifest: &[u8]) -> Result<()> {
         self.end_frames()?;
         if !manifest.is_empty() {
             self.writing()?;
         }
-        self.finish_current(manifest)?;
-        self.medium.sync_dir(DIR).map_err(|e| Error::io("cannot make a pack's name durable", e))?;
+        self.finish_current(manifest)
+    }
+
+    /// Is there anything that has to be ended?
+    fn is_open(&self) -> bool {
+        let filling = self.filling.iter().any(|filling| !filling.groups.is_empty());
+        self.current.is_some() || !self.closed.is_empty() || filling
+    }
+
+    fn sync_names(&self) -> Result<()> {
+        self.medium.sync_dir(DIR).map_err(|e| Error::io("cannot make a pack's name durable", e))
+    }
+
+    /// What it wrote, which stays.
+    fn keep(mut self) -> Vec<Finished> {
         self.made.clear();
-        Ok(std::mem::take(&mut self.done))
+        std::mem::take(&mut self.done)
+    }
+}
+
+/// A writer for each level and domain, made when it is needed.
+pub(crate) struct PackWriters<'a> {
+    make: Box<dyn Fn(i32, Domain) -> PackWriter + 'a>,
+    writers: BTreeMap<(i32, Domain), PackWriter>,
+}
+
+impl<'a> PackWriters<'a> {
+    pub fn new(make: impl Fn(i32, Domain) -> PackWriter + 'a) -> Self {
+        Self { make: Box::new(make), writers: BTreeMap::new() }
+    }
+
+    /// The writer of a level, which is zstd's, and a domain.
+    pub fn at(&mut self, level: i32, domain: Domain) -> Result<&mut PackWriter> {
+        let key = (level, domain);
+        if !self.writers.get(&key).is_some_and(PackWriter::is_open)
+            && self.writers.values().filter(|writer| writer.is_open()).count() >= OPEN_PACKS
+        {
+            self.writers.values_mut().try_for_each(|writer| writer.end_pack(&[]))?;
+        }
+        Ok(self.writers.entry(key).or_insert_with(|| (self.make)(level, domain)))
+    }
+
+    /// See [`PackWriter::end_frames`].
+    pub fn end_frames(&mut self) -> Result<()> {
+        self.writers.values_mut().try_for_each(PackWriter::end_frames)
+    }
+
+    /// Ends all packs and makes them and their names durable. `manifest`, if it is not empty, is in the one that is durable
+    /// last; there has to be a writer then.
+    pub fn finish(self, manifest: &[u8]) -> Result<Vec<Finished>> {
+        let mut writers: Vec<_> = self.writers.into_values().collect();
+        if let Some((last, others)) = writers.split_last_mut() {
+            others.iter_mut().try_for_each(|writer| writer.end_pack(&[]))?;
+            if others.iter().any(|writer| !writer.made.is_empty()) {
+                last.sync_names()?;
+            }
+            last.end_pack(manifest)?;
+            last.sync_names()?;
+        }
+        Ok(writers.into_iter().flat_map(PackWriter::keep).collect())
     }
 }
 
@@ -482,7 +548,10 @@ mod tests {
     fn packed(helpers: Option<&Arc<Workers>>) -> (Vec<BlockId>, Vec<Vec<u8>>) {
         let medium = SimMedium::new();
         medium.create_dir(DIR).unwrap();
-        let mut writer = PackWriter::new(Arc::new(medium.clone()), [7; 16], Arc::default(), 1);
+        let (shared, counters) = (Arc::new(medium.clone()), Arc::new(Counters::default()));
+        let make = |level, domain| PackWriter::new(shared.clone(), [7; 16], counters.clone(), level, domain);
+        let mut writers = PackWriters::new(make);
+        let writer = writers.at(1, Domain::SHARED).unwrap();
         let mut random = Random(1);
         let mut ids = Vec::new();
         for i in 0..3_000 {
@@ -495,13 +564,49 @@ mod tests {
             let kind = if i % 50 == 0 { GroupKind::Node } else { GroupKind::Data };
             ids.push(writer.put(kind, &block, [i as u8; 32]).unwrap());
         }
-        let finished = writer.finish(b"manifest").unwrap();
+        let finished = writers.finish(b"manifest").unwrap();
         let read = |pack: &Finished| {
             let mut bytes = vec![0; pack.facts.bytes as usize];
             medium.open(&file_name(pack.pack), Mode::Read).unwrap().read_at(&mut bytes, 0).unwrap();
             bytes.split_off(64)
         };
         (ids, finished.iter().map(read).collect())
+    }
+
+    /// Rows and headers as programs wrote them before a pack's level and time, and before its domain, were noted.
+    #[test]
+    fn packs_of_earlier_programs_are_read() {
+        let facts = PackFacts { bytes: 9_000, digests_at: 5_000, data_blocks: 16, ..PackFacts::default() };
+        let (first, with_origin) = (encode(&facts).unwrap(), [9, 0xac, 0x02]);
+        assert_eq!(PackFacts::from_row(&first).unwrap(), facts);
+        let mut want = PackFacts { origin: Origin { level: 9, made_unix_ms: 300, domain: Domain::SHARED }, ..facts };
+        assert_eq!(PackFacts::from_row(&[&first[..], &with_origin].concat()).unwrap(), want);
+        for domain in [Domain::SHARED, Domain(300), Domain::UNKNOWN] {
+            want.origin.domain = domain;
+            assert_eq!(PackFacts::from_row(&want.to_row().unwrap()).unwrap(), want);
+        }
+        assert!(want.to_row().unwrap().starts_with(&[&first[..], &with_origin].concat()));
+
+        let header = |level: u8, made: u64, domain: u64| {
+            let mut bytes = [0; 64];
+            bytes[..8].copy_from_slice(b"MIOSAPAK");
+            bytes[8] = 1;
+            bytes[12..28].fill(7);
+            bytes[28] = 3;
+            bytes[36] = level;
+            bytes[44..52].copy_from_slice(&made.to_le_bytes());
+            bytes[52..60].copy_from_slice(&domain.to_le_bytes());
+            let crc = crc32c::crc32c(&bytes[..60]);
+            bytes[60..].copy_from_slice(&crc.to_le_bytes());
+            bytes
+        };
+        for (level, made, domain) in [(0, 0, 0), (9, 300, 0), (9, 300, 1 << 60)] {
+            let bytes = header(level, made, domain);
+            let origin = Origin { level: level as i8, made_unix_ms: made, domain: Domain(domain) };
+            let want = PackHeader { store: [7; 16], pack: PackId(3), origin };
+            assert_eq!(PackHeader::decode(&bytes).unwrap(), Some(want));
+            assert_eq!(want.encode(), bytes);
+        }
     }
 
     #[test]

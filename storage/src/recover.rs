@@ -122,17 +122,6 @@ fn load(
         ));
     }
     let mut registry = Registry::default();
-    for table in [Table::Disks, Table::Snapshots] {
-        catalogue.scan(table, &mut |key, row| {
-            let id = parse_id(key)?;
-            let source =
-                if table == Table::Disks { Source::Disk(DiskId(id)) } else { Source::Snapshot(SnapshotId(id)) };
-            let row: DeviceRow = rows::decode("a disk or snapshot", row)?;
-            let state = State { root: row.root, ..State::default() };
-            registry.load(Device::new(source, row.name, row.size_blocks, row.parent, row.unix_ms, state));
-            Ok(())
-        })?;
-    }
     catalogue.scan(Table::Records, &mut |key, value| {
         let split = key.iter().position(|b| *b == 0).map(|at| (&key[..at], &key[at + 1..]));
         let (kind, key) = split.ok_or_else(|| Error::damaged("a record's key in the catalogue has no kind"))?;
@@ -140,6 +129,17 @@ fn load(
         registry.records.insert((text(kind), text(key)), Bytes::copy_from_slice(value));
         Ok(())
     })?;
+    for table in [Table::Disks, Table::Snapshots] {
+        catalogue.scan(table, &mut |key, row| {
+            let id = parse_id(key)?;
+            let source =
+                if table == Table::Disks { Source::Disk(DiskId(id)) } else { Source::Snapshot(SnapshotId(id)) };
+            let row: DeviceRow = rows::decode("a disk or snapshot", row)?;
+            let state = State { root: row.root, domain: registry.domain(source), ..State::default() };
+            registry.load(Device::new(source, row.name, row.size_blocks, row.parent, row.unix_ms, state));
+            Ok(())
+        })?;
+    }
     let packs = Packs::list(&*medium, &*catalogue)?;
     let mut next_id = checkpoint.next_id;
     let start = (checkpoint.log_start, checkpoint.next_segment);

@@ -5,6 +5,7 @@
 
 use crate::block::{BLOCK_BYTES, DiskId, LogPos, SnapshotId, Source};
 use crate::disk::Device;
+use crate::domain::{self, Domain};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::MAX_DISK_BLOCKS;
 use crate::rows::RecordKey;
@@ -85,6 +86,11 @@ impl Registry {
         self.devices.get(&Source::Disk(*self.names.get(name)?))
     }
 
+    /// The domain of a disk or snapshot, as its record has it.
+    pub fn domain(&self, source: Source) -> Domain {
+        Domain::of(self.records.get(&domain::record(source)).map(|name| &name[..]))
+    }
+
     /// Puts a disk or snapshot in that the catalogue tells of.
     pub fn load(&mut self, device: Device) {
         if let Source::Disk(id) = device.source {
@@ -157,9 +163,17 @@ impl Registry {
                     size_of(&Source::Snapshot(*id))?;
                     gone.insert(Source::Snapshot(*id));
                 }
-                Op::PutRecord { kind, .. } | Op::DeleteRecord { kind, .. } => {
+                Op::PutRecord { kind, key, .. } | Op::DeleteRecord { kind, key } => {
                     if kind.contains('\0') {
                         return Err(Error::new(ErrorKind::InvalidInput, "a record's kind must not contain NUL"));
+                    }
+                    if kind == domain::KIND {
+                        let no_source = || format!("{key:?} is neither a disk's id nor a snapshot's");
+                        let source = domain::source(kind, key);
+                        size_of(&source.ok_or_else(|| Error::new(ErrorKind::InvalidInput, no_source()))?)?;
+                        if let Op::PutRecord { value, .. } = op {
+                            domain::check_name(value)?;
+                        }
                     }
                 }
             }
@@ -167,7 +181,7 @@ impl Registry {
         Ok(())
     }
 
-    /// The existing devices whose state the steps read or end. Their writers have to be stopped from before the record
+    /// The existing devices whose state the steps read, change or end. Their writers have to be stopped from before the record
     /// is appended until [`Registry::apply`] is done.
     pub fn involved(&self, ops: &[Op]) -> Vec<Arc<Device>> {
         let sources: BTreeSet<Source> = ops
@@ -177,7 +191,8 @@ impl Registry {
                 Op::Snapshot { disk, .. } => Some(Source::Disk(*disk)),
                 Op::DeleteDisk { id } => Some(Source::Disk(*id)),
                 Op::DeleteSnapshot { id } => Some(Source::Snapshot(*id)),
-                _ => None,
+                Op::PutRecord { kind, key, .. } | Op::DeleteRecord { kind, key } => domain::source(kind, key),
+                Op::CreateDisk { .. } => None,
             })
             .collect();
         sources.iter().filter_map(|s| self.devices.get(s).cloned()).collect()
@@ -192,48 +207,55 @@ impl Registry {
                     self.add(Device::new(Source::Disk(id), name, size_blocks, None, unix_ms, State::default()));
                 }
                 Op::Fork { id, name, source, unix_ms } => {
-                    let device = self.grow(source, Source::Disk(id), name, None, unix_ms, end)?;
-                    self.add(device);
+                    self.grow(source, Source::Disk(id), name, None, unix_ms, end)?;
                 }
                 Op::ForkLarger { id, name, source, size_blocks, unix_ms } => {
-                    let device = self.grow(source, Source::Disk(id), name, Some(size_blocks), unix_ms, end)?;
-                    self.add(device);
+                    self.grow(source, Source::Disk(id), name, Some(size_blocks), unix_ms, end)?;
                 }
                 Op::Snapshot { id, name, disk, unix_ms } => {
-                    let device = self.grow(Source::Disk(disk), Source::Snapshot(id), name, None, unix_ms, end)?;
-                    self.add(device);
+                    self.grow(Source::Disk(disk), Source::Snapshot(id), name, None, unix_ms, end)?;
                 }
                 Op::DeleteDisk { id } => self.remove(Source::Disk(id))?,
                 Op::DeleteSnapshot { id } => self.remove(Source::Snapshot(id))?,
-                Op::PutRecord { kind, key, value } => {
-                    self.touched_records.insert((kind.clone(), key.clone()));
-                    self.records.insert((kind, key), value);
-                }
-                Op::DeleteRecord { kind, key } => {
-                    self.records.remove(&(kind.clone(), key.clone()));
-                    self.touched_records.insert((kind, key));
-                }
+                Op::PutRecord { kind, key, value } => self.set_record((kind, key), Some(value), end),
+                Op::DeleteRecord { kind, key } => self.set_record((kind, key), None, end),
             }
         }
         Ok(())
     }
 
-    /// A device that starts with what another holds now: the O(1) heart of snapshot and fork.
+    /// Sets a record, or removes it. One that tells a domain tells it of what is written from now on.
+    fn set_record(&mut self, record: RecordKey, value: Option<Bytes>, end: LogPos) {
+        let source = domain::source(&record.0, &record.1);
+        if let Some(device) = source.and_then(|source| self.devices.get(&source)) {
+            device.freeze(end);
+            device.with_state(|state| state.domain = Domain::of(value.as_deref()));
+        }
+        match value {
+            Some(value) => self.records.insert(record.clone(), value),
+            None => self.records.remove(&record),
+        };
+        self.touched_records.insert(record);
+    }
+
+    /// Adds a device that starts with what another holds now, in its domain: the O(1) heart of snapshot and fork.
     fn grow(
-        &self,
+        &mut self,
         from: Source,
         to: Source,
         name: String,
         larger: Option<u64>,
         unix_ms: u64,
         end: LogPos,
-    ) -> Result<Device> {
+    ) -> Result<()> {
         let parent = self.device(from)?;
-        let state = parent.with_state(|state| {
-            state.freeze(end, parent.level());
-            state.clone()
-        });
-        Ok(Device::new(to, name, larger.unwrap_or(parent.size_blocks), Some(from), unix_ms, state))
+        parent.freeze(end);
+        let (size_blocks, state) = (larger.unwrap_or(parent.size_blocks), parent.state());
+        self.add(Device::new(to, name, size_blocks, Some(from), unix_ms, state));
+        if let Some(domain) = self.records.get(&domain::record(from)).cloned() {
+            self.set_record(domain::record(to), Some(domain), end);
+        }
+        Ok(())
     }
 
     fn add(&mut self, device: Device) {
@@ -251,6 +273,10 @@ impl Registry {
             self.names.remove(&device.name);
         }
         self.touched.insert(source);
+        let domain = domain::record(source);
+        if self.records.remove(&domain).is_some() {
+            self.touched_records.insert(domain);
+        }
         Ok(())
     }
 }

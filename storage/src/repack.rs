@@ -14,7 +14,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::format::GroupEntry;
 use crate::gc::pick;
 use crate::inner::Inner;
-use crate::pack::{self, GroupPlace, PackFacts, PackWriter};
+use crate::pack::{self, GroupPlace, PackFacts, PackWriters};
 use crate::priority::Background;
 use crate::seal;
 use serde::Serialize;
@@ -118,14 +118,14 @@ fn repack_some(inner: &Inner, packs: &[Pack], rest: &mut Rest<'_>, report: &mut 
 
 fn try_repack(inner: &Inner, packs: &[Pack], rest: &mut Rest<'_>, report: &mut RepackReport) -> Result<bool> {
     let _background = Background::begin(inner);
-    let mut writer = inner.pack_writer(inner.options.repack_level);
+    let mut writers = inner.pack_writers();
     let mut moved = Vec::new();
     for (pack, facts) in packs {
-        if !copy_pack(inner, *pack, facts, &mut writer, &mut moved, rest)? {
+        if !copy_pack(inner, *pack, facts, &mut writers, &mut moved, rest)? {
             return Ok(false);
         }
     }
-    let new = writer.finish(&[])?;
+    let new = writers.finish(&[])?;
     let mut batch = Batch::default();
     new.iter().try_for_each(|finished| finished.add_to(&mut batch))?;
     packs.iter().for_each(|(pack, _)| batch.delete(Table::Packs, pack.0.to_be_bytes()));
@@ -150,12 +150,12 @@ fn try_repack(inner: &Inner, packs: &[Pack], rest: &mut Rest<'_>, report: &mut R
     Ok(true)
 }
 
-/// Copies what a pack holds to `writer`, and notes what it copied. `false`: interrupted.
+/// Copies what a pack holds to one of `writers`, and notes what it copied. `false`: interrupted.
 fn copy_pack(
     inner: &Inner,
     pack: PackId,
     facts: &PackFacts,
-    writer: &mut PackWriter,
+    writers: &mut PackWriters<'_>,
     moved: &mut Vec<(GroupId, GroupPlace)>,
     rest: &mut Rest<'_>,
 ) -> Result<bool> {
@@ -168,6 +168,7 @@ fn copy_pack(
         let digests = all_digests.get(first..first + place.slots.count_ones() as usize);
         let digests = digests.ok_or_else(|| Error::damaged(format!("{pack} has too few digests")))?;
         let (blocks, digests) = pick(&inner.blocks, entry.group, &place, place.slots, digests)?;
+        let writer = writers.at(inner.options.repack_level, facts.origin.domain)?;
         writer.put_group(GroupEntry { slots: place.slots, ..*entry }, &blocks, &digests)?;
         moved.push((entry.group, place));
         if i as u64 % GROUP_BLOCKS == GROUP_BLOCKS - 1 {

@@ -7,14 +7,15 @@
 use crate::block::{BLOCK_SIZE, BlockId, GroupId, PackId};
 use crate::blocks::decode_frame;
 use crate::catalogue::{Batch, Catalogue, RocksCatalogue, Table};
+use crate::domain::Domain;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::{FrameHeader, GroupEntry, GroupKind, PackContents, PackFooter, PackHeader, StoreHeader, StoreUuid};
-use crate::index;
+use crate::index::Keys;
 use crate::inner::{Options, lock};
 use crate::medium::file::{Backend, FileMedium};
 use crate::medium::{File, Medium, Mode};
 use crate::note;
-use crate::pack::{self, Counters, Digest, GroupPlace, PackFacts, PackWriter};
+use crate::pack::{self, Counters, Digest, GroupPlace, PackFacts, PackWriter, PackWriters};
 use crate::rows::{Checkpoint, Manifest, encode};
 use crate::store::Store;
 use serde::Serialize;
@@ -137,9 +138,7 @@ impl Repair {
             self.medium.open(&pack::file_name(pack), Mode::Read).map_err(|e| Error::io("cannot be opened", e))?;
         let bytes = file.file_bytes().map_err(|e| Error::io("has no length", e))?;
         let unfinished = || Error::damaged("the footer is missing or damaged");
-        let head = read(&*file, 0, PackHeader::BYTES.min(bytes))?;
-        let head = head.as_array().map(PackHeader::decode).transpose()?.flatten();
-        let head = head.filter(|head| (head.store, head.pack) == (self.uuid, pack));
+        let head = self.header(pack, &read(&*file, 0, PackHeader::BYTES.min(bytes))?)?;
         let origin = head.ok_or_else(|| Error::damaged("the header is damaged, or another store's"))?.origin;
         let foot_at = bytes.checked_sub(PackFooter::BYTES).ok_or_else(unfinished)?;
         let foot = read(&*file, foot_at, PackFooter::BYTES)?;
@@ -178,6 +177,12 @@ impl Repair {
         Ok(())
     }
 
+    /// The header with which a pack begins; `None` if it is damaged or another's.
+    fn header(&self, pack: PackId, head: &[u8]) -> Result<Option<PackHeader>> {
+        let head = head.as_array().map(PackHeader::decode).transpose()?.flatten();
+        Ok(head.filter(|head| (head.store, head.pack) == (self.uuid, pack)))
+    }
+
     fn take_contents(
         &mut self,
         pack: PackId,
@@ -186,6 +191,7 @@ impl Repair {
         digests: &[Digest],
     ) -> Result<()> {
         let mut batch = Batch::default();
+        let keys = Keys::new(&self.uuid, facts.origin.domain);
         let mut digest = 0;
         for frame in &contents.frames {
             let all: u32 = frame.groups.iter().map(GroupEntry::blocks).sum();
@@ -200,9 +206,9 @@ impl Repair {
                     GroupKind::Data => {
                         facts.data_blocks += u64::from(entry.blocks());
                         let own = digests.get(digest as usize..).unwrap_or_default();
-                        for (slot, digest) in entry.slots().zip(own).filter(|(_, digest)| index::sampled(digest)) {
-                            let id = BlockId::new(group, slot).0.to_be_bytes();
-                            batch.put(Table::Index, index::key(digest), id);
+                        let own = own.iter().map(|digest| keys.of(digest));
+                        for (slot, key) in entry.slots().zip(own).filter(|(_, key)| key.is_sampled()) {
+                            batch.put(Table::Index, key.row(), BlockId::new(group, slot).0.to_be_bytes());
                         }
                     }
                 }
@@ -234,14 +240,18 @@ impl Repair {
     }
 
     /// Copies the frames of broken packs that are whole, and that nothing intact has, to new packs; the broken files stay
-    /// under another name.
+    /// under another name. What was in a pack without a header is in no known domain from then on.
     fn salvage(&mut self, broken: &[PackId], next_pack: u64) -> Result<()> {
         let counters = Arc::new(Counters { group: AtomicU64::new(0), pack: AtomicU64::new(next_pack) });
-        let mut writer = PackWriter::new(self.medium.clone(), self.uuid, counters.clone(), 1);
+        let (medium, uuid) = (self.medium.clone(), self.uuid);
+        let new = |level, domain| PackWriter::new(medium.clone(), uuid, counters.clone(), level, domain);
+        let mut writers = PackWriters::new(new);
         for pack in broken {
             let name = pack::file_name(*pack);
             let Ok(file) = self.medium.open(&name, Mode::Read) else { continue };
             let data = read(&*file, 0, file.file_bytes().unwrap_or(0)).unwrap_or_default();
+            let head = self.header(*pack, data.get(..PackHeader::BYTES as usize).unwrap_or_default())?;
+            let domain = head.map_or(Domain::UNKNOWN, |head| head.origin.domain);
             let mut at = PackHeader::BYTES as usize;
             while let Some(frame) = data.get(at..).and_then(FrameHeader::whole) {
                 at += frame.len();
@@ -252,12 +262,12 @@ impl Repair {
                     from += bytes.len();
                     if self.groups.insert(entry.group) {
                         let digests: Vec<Digest> = bytes.chunks(BLOCK_SIZE).map(pack::digest).collect();
-                        writer.put_group(entry, bytes, &digests)?;
+                        writers.at(1, domain)?.put_group(entry, bytes, &digests)?;
                     }
                 }
             }
         }
-        let new: Vec<PackId> = writer.finish(&[])?.iter().map(|finished| finished.pack).collect();
+        let new: Vec<PackId> = writers.finish(&[])?.iter().map(|finished| finished.pack).collect();
         for pack in new {
             self.take_pack(pack)?;
         }

@@ -14,14 +14,15 @@
 use crate::block::{BLOCK_SIZE, BlockId, LogPos, Source, is_zero};
 use crate::catalogue::{Batch, Table};
 use crate::disk::{Device, verify};
+use crate::domain::Domain;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::{GroupKind, Node, NodeRef};
-use crate::index::{self, Index};
+use crate::index::{Index, Keys};
 use crate::inner::Inner;
 use crate::map::{self, Change, NodeSink, NodeSource, push_change};
 use crate::note;
 use crate::overlay::{Content, Extent};
-use crate::pack::{Digest, PackWriter, digest};
+use crate::pack::{Digest, PackWriters, digest};
 use crate::priority::Background;
 use crate::registry::Registry;
 use crate::repack::{self, RepackReport};
@@ -113,7 +114,7 @@ fn plan(inner: &Inner, whole: bool) -> Result<Option<Plan>> {
         let _still = device.stop_writes();
         // Behind every record of this device, since its writers stand still.
         let end = inner.log.end();
-        if let Some(layer) = device.with_state(|state| state.freeze(end, device.level())) {
+        if let Some(layer) = device.freeze(end) {
             sources.insert(device.source);
             layers.insert(device.source, layer);
         }
@@ -137,17 +138,15 @@ fn plan(inner: &Inner, whole: bool) -> Result<Option<Plan>> {
 
 /// Steps 2 to 6.
 fn execute(inner: &Inner, plan: &Plan) -> Result<SealReport> {
-    let writer = PackWriter::new(inner.medium.clone(), inner.uuid, inner.counters.clone(), inner.options.level);
-    let background = Background::begin(inner);
-    let (fresh, roots, report) = (HashMap::new(), HashMap::new(), SealReport::default());
-    let mut sealing = Sealing { inner, background, writer, fresh, roots, report };
-    for (source, device) in &plan.devices {
-        if let (Some(layer), Some(_)) = (plan.layers.get(source), device) {
-            sealing.seal_with_bases(layer)?;
-        }
+    let mut sealing = Sealing::begin(inner)?;
+    let mut layers: Vec<_> = plan.devices.iter().filter_map(|(source, _)| plan.layers.get(source)).collect();
+    // The shared domain first, so that the others find what it has.
+    layers.sort_by_key(|layer| layer.frozen.read().domain);
+    for layer in layers {
+        sealing.seal_with_bases(layer)?;
     }
-    let Sealing { background, mut writer, roots, mut report, .. } = sealing;
-    writer.end_frames()?;
+    let Sealing { background, mut writers, roots, mut report, .. } = sealing;
+    writers.end_frames()?;
 
     let mut manifest = Manifest {
         whole: plan.whole,
@@ -174,14 +173,16 @@ fn execute(inner: &Inner, plan: &Plan) -> Result<SealReport> {
         });
         manifest.devices.push((*source, row));
     }
-    let packs = writer.finish(&encode(&manifest)?)?;
+    let packs = writers.finish(&encode(&manifest)?)?;
 
     let mut batch = Batch::default();
     for pack in &packs {
         report.pack_bytes += pack.facts.bytes;
         pack.add_to(&mut batch)?;
-        for (digest, id) in pack.data.iter().filter(|(digest, _)| index::sampled(digest)) {
-            batch.put(Table::Index, index::key(digest), id.0.to_be_bytes());
+        let keys = inner.index.keys(pack.facts.origin.domain);
+        let known = pack.data.iter().map(|(digest, id)| (keys.of(digest), id));
+        for (key, id) in known.filter(|(key, _)| key.is_sampled()) {
+            batch.put(Table::Index, key.row(), id.0.to_be_bytes());
         }
     }
     manifest.add_to(&mut batch)?;
@@ -228,7 +229,10 @@ fn move_onto_roots(inner: &Inner) {
 struct Sealing<'a> {
     inner: &'a Inner,
     background: Background<'a>,
-    writer: PackWriter,
+    writers: PackWriters<'a>,
+    /// Of what is being sealed.
+    domain: Domain,
+    keys: Keys,
     /// Map nodes written by this checkpoint, which no catalogue knows yet.
     fresh: HashMap<BlockId, Arc<Node>>,
     /// By the layer's address.
@@ -245,13 +249,31 @@ impl NodeSource for Sealing<'_> {
 impl NodeSink for Sealing<'_> {
     fn put_node(&mut self, node: Node) -> Result<BlockId> {
         let bytes = node.encode();
-        let id = self.writer.put(GroupKind::Node, &bytes, digest(&bytes))?;
+        let writer = self.writers.at(self.inner.options.level, self.domain)?;
+        let id = writer.put(GroupKind::Node, &bytes, digest(&bytes))?;
         self.fresh.insert(id, Arc::new(node));
         Ok(id)
     }
 }
 
-impl Sealing<'_> {
+impl<'a> Sealing<'a> {
+    fn begin(inner: &'a Inner) -> Result<Self> {
+        let domain = Domain::SHARED;
+        let mut writers = inner.pack_writers();
+        // If nothing else is written, it has the manifest.
+        writers.at(inner.options.level, domain)?;
+        Ok(Self {
+            inner,
+            background: Background::begin(inner),
+            writers,
+            domain,
+            keys: inner.index.keys(domain),
+            fresh: HashMap::new(),
+            roots: HashMap::new(),
+            report: SealReport::default(),
+        })
+    }
+
     /// Seals a fork point after those it grew from.
     fn seal_with_bases(&mut self, layer: &Arc<Layer>) -> Result<()> {
         let mut open = Vec::new();
@@ -270,6 +292,9 @@ impl Sealing<'_> {
 
     fn seal(&mut self, layer: &Layer) -> Result<NodeRef> {
         let state = layer.frozen.read().clone();
+        if self.domain != state.domain {
+            (self.domain, self.keys) = (state.domain, self.inner.index.keys(state.domain));
+        }
         let base = state.base.as_ref().and_then(|b| Some((b, self.roots.get(&Arc::as_ptr(b))?.1)));
         let (root, extents) = match base {
             Some((base, root)) => (root, state.overlay.since(&base.frozen.read().overlay, base.upto)),
@@ -310,22 +335,23 @@ impl Sealing<'_> {
     fn store_batch(&mut self, batch: &mut Blocks, changes: &mut Vec<Change>) -> Result<()> {
         self.background.pace();
         // While there is room, what is written and read comes first.
-        self.writer.have_help(self.inner.pressed().then(|| self.inner.workers.clone()));
+        let writer = self.writers.at(self.inner.options.level, self.domain)?;
+        writer.have_help(self.inner.pressed().then(|| self.inner.workers.clone()));
         let index: &Index = &self.inner.index;
         let blocks = || batch.bytes.chunks_exact(BLOCK_SIZE);
         // Zero blocks are not stored, so they need no digest.
         let digests: Vec<Option<Digest>> = blocks().map(|b| (!is_zero(b)).then(|| digest(b))).collect();
         let known: Vec<Digest> = digests.iter().flatten().copied().collect();
-        index.warm(&known)?;
+        index.warm(&self.keys, &known)?;
         self.report.blocks += batch.numbers.len() as u64;
         for ((number, block), digest) in batch.numbers.iter().zip(blocks()).zip(digests) {
             let id = match digest {
                 None => BlockId::NONE,
-                Some(digest) => match index.find(&digest) {
+                Some(digest) => match index.find(&self.keys, &digest) {
                     Some(id) => id,
                     None => {
-                        let id = self.writer.put(GroupKind::Data, block, digest)?;
-                        index.insert(digest, id);
+                        let id = writer.put(GroupKind::Data, block, digest)?;
+                        index.insert(&self.keys, &digest, id);
                         self.report.new_blocks += 1;
                         id
                     }

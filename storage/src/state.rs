@@ -1,6 +1,7 @@
 //! What a disk holds at an instant: a map root and an overlay; and the fork points that several of them grew from.
 
 use crate::block::LogPos;
+use crate::domain::Domain;
 use crate::format::NodeRef;
 use crate::overlay::Overlay;
 use parking_lot::RwLock;
@@ -13,6 +14,8 @@ pub(crate) struct State {
     pub overlay: Overlay,
     /// The fork point this state grew out of, while that is not sealed. Its overlay is part of ours.
     pub base: Option<Arc<Layer>>,
+    /// Of what came after the fork point.
+    pub domain: Domain,
 }
 
 /// A fork point: a state that no longer changes and that disks and snapshots grew out of. Sealing it once serves all of

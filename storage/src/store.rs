@@ -4,6 +4,7 @@ use crate::block::{BLOCK_BYTES, DiskId, LogPos, SnapshotId, Source};
 use crate::blocks::Blocks;
 use crate::catalogue::{Catalogue, RocksCatalogue};
 use crate::disk::{Device, Disk};
+use crate::domain;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::RecordKind;
 use crate::index::Index;
@@ -177,6 +178,13 @@ impl Store {
     /// The disk of this name.
     pub fn disk_by_name(&self, name: &str) -> Option<DiskInfo> {
         self.inner().registry.lock().disk_named(name).and_then(|d| disk_info(d))
+    }
+
+    /// The deduplication domain of a disk or snapshot; `None` is the shared one. See [`Transaction::set_domain`].
+    pub fn domain(&self, source: Source) -> Result<Option<String>> {
+        let registry = self.inner().registry.lock();
+        registry.device(source)?;
+        Ok(registry.records.get(&domain::record(source)).map(|name| String::from_utf8_lossy(name).into_owned()))
     }
 
     /// A record of the embedding program.
@@ -376,6 +384,18 @@ impl Transaction<'_> {
         id
     }
 
+    /// Puts a disk, which may be one of this transaction, into a deduplication domain, or with `None` into the shared one:
+    /// what is written to it from now on is stored once among the disks of this domain and found in the shared one, and
+    /// nobody outside finds it. Forks and snapshots are in the domain of what they are made of, until this says otherwise.
+    /// A name has 1 to 64 letters, digits, `-`, `_` and `.`.
+    pub fn set_domain(&mut self, disk: DiskId, domain: Option<&str>) {
+        let (kind, key) = domain::record(Source::Disk(disk));
+        self.ops.push(match domain {
+            Some(name) => Op::PutRecord { kind, key, value: Bytes::copy_from_slice(name.as_bytes()) },
+            None => Op::DeleteRecord { kind, key },
+        });
+    }
+
     /// Deletes a disk; handles on it fail from then on. Snapshots and forks of it stay.
     pub fn delete_disk(&mut self, id: DiskId) {
         self.ops.push(Op::DeleteDisk { id });
@@ -386,7 +406,7 @@ impl Transaction<'_> {
         self.ops.push(Op::DeleteSnapshot { id });
     }
 
-    /// Sets a record of the embedding program. Meant for some kilobytes each.
+    /// Sets a record of the embedding program. Meant for some kilobytes each. The kind `dedup-domain` is the store's own.
     pub fn put_record(&mut self, kind: &str, key: &str, value: impl Into<Bytes>) {
         self.ops.push(Op::PutRecord { kind: kind.to_owned(), key: key.to_owned(), value: value.into() });
     }

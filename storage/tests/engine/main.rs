@@ -7,6 +7,7 @@ mod backup;
 mod concurrency;
 mod crash;
 mod damage;
+mod domains;
 mod faults;
 mod full;
 mod gc;

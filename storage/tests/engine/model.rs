@@ -1,6 +1,6 @@
 //! Random operations against the model, on a simulated medium and on a real directory.
 
-use crate::ops::{Run, source};
+use crate::ops::{Held, Run, source};
 use std::collections::BTreeMap;
 use storage::medium::sim::{Random, SimMedium};
 use storage::{BLOCK_SIZE, DiskId, Options, Source, Store};
@@ -32,8 +32,8 @@ fn diff_finds_exactly_what_differs() {
             run.step().unwrap_or_else(|e| panic!("seed {seed}: {e:?}"));
         }
         let now = run.history.last().expect("never empty").clone();
-        for (a, x) in &now {
-            for (b, y) in &now {
+        for (a, Held { tags: x, .. }) in &now {
+            for (b, Held { tags: y, .. }) in &now {
                 let found = run.store.diff(source(*a), source(*b)).expect("a diff");
                 let blocks: Vec<u64> = found
                     .iter()

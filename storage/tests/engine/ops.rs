@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use storage::catalogue::MemCatalogue;
 use storage::medium::sim::{Random, SimMedium};
-use storage::{BLOCK_SIZE, Disk, Options, Result, Source, Store};
+use storage::{BLOCK_SIZE, Disk, DiskId, Options, Result, Source, Store};
 
 /// Blocks of every disk in these tests.
 pub const BLOCKS: u64 = 1200;
@@ -16,8 +16,19 @@ pub fn from_env(variable: &str, default: u64) -> u64 {
     std::env::var(variable).map_or(default, |value| value.parse().unwrap_or_else(|e| panic!("{variable}={value}: {e}")))
 }
 
-/// What every disk and snapshot holds: a tag a block, 0 for zeroes.
-pub type Contents = BTreeMap<(u8, u64), Vec<u16>>;
+/// What a disk or snapshot holds, and its deduplication domain.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Held {
+    /// A tag a block, 0 for zeroes.
+    pub tags: Vec<u16>,
+    pub domain: Option<String>,
+}
+
+/// What there is.
+pub type Contents = BTreeMap<(u8, u64), Held>;
+
+/// The domains that disks of a run are in.
+pub const DOMAINS: [Option<&str>; 3] = [None, Some("a"), Some("b")];
 
 pub fn key(source: Source) -> (u8, u64) {
     match source {
@@ -27,7 +38,7 @@ pub fn key(source: Source) -> (u8, u64) {
 }
 
 pub fn source((kind, id): (u8, u64)) -> Source {
-    if kind == 0 { Source::Disk(storage::DiskId(id)) } else { Source::Snapshot(storage::SnapshotId(id)) }
+    if kind == 0 { Source::Disk(DiskId(id)) } else { Source::Snapshot(storage::SnapshotId(id)) }
 }
 
 pub fn expand(tag: u16) -> [u8; BLOCK_SIZE] {
@@ -73,7 +84,8 @@ pub fn read_all(disk: &Disk) -> Result<Vec<u16>> {
 pub fn contents(store: &Store) -> Result<Contents> {
     let disks = store.disks().into_iter().map(|d| Source::Disk(d.id));
     let snapshots = store.snapshots().into_iter().map(|s| Source::Snapshot(s.id));
-    disks.chain(snapshots).map(|s| Ok((key(s), read_all(&store.open_source(s)?)?))).collect()
+    let held = |s| Ok(Held { tags: read_all(&store.open_source(s)?)?, domain: store.domain(s)? });
+    disks.chain(snapshots).map(|s| Ok((key(s), held(s)?))).collect()
 }
 
 /// A run of random operations.
@@ -86,6 +98,8 @@ pub struct Run {
     pub history: Vec<Contents>,
     /// Everything up to this index of the history is durable.
     pub durable: usize,
+    /// What its disks are put into.
+    pub domains: &'static [Option<&'static str>],
     names: u64,
 }
 
@@ -100,6 +114,7 @@ impl Run {
             random: Random(seed),
             history: vec![Contents::new()],
             durable: 0,
+            domains: &DOMAINS,
             names: 0,
         })
     }
@@ -111,6 +126,10 @@ impl Run {
     fn pick(&mut self, disks_only: bool) -> Option<Source> {
         let all: Vec<_> = self.now().keys().copied().filter(|(kind, _)| !disks_only || *kind == 0).collect();
         if all.is_empty() { None } else { Some(source(all[self.random.below(all.len() as u64) as usize])) }
+    }
+
+    fn pick_domain(&mut self) -> Option<&'static str> {
+        self.domains[self.random.below(self.domains.len() as u64) as usize]
     }
 
     /// Records what the store should hold *before* asking it, since a refused call may have got half way.
@@ -133,10 +152,17 @@ impl Run {
                 let store = self.store.clone();
                 let mut tx = store.begin();
                 let id = tx.create_disk(&name, BLOCKS * BLOCK_SIZE as u64);
-                self.expect(|c| drop(c.insert(key(Source::Disk(id)), vec![0; BLOCKS as usize])));
+                let domain = self.pick_domain();
+                tx.set_domain(id, domain);
+                let new = Held { tags: vec![0; BLOCKS as usize], domain: domain.map(str::to_owned) };
+                self.expect(|c| drop(c.insert(key(Source::Disk(id)), new)));
                 drop(tx.commit()?);
             }
-            6..46 => return self.write(),
+            6..43 => return self.write(),
+            43..46 => {
+                let Some(Source::Disk(id)) = self.pick(true) else { return Ok(()) };
+                self.change_domain(id)?;
+            }
             46..58 => return self.zero(),
             58..68 => {
                 self.store.flush()?;
@@ -147,7 +173,13 @@ impl Run {
                 let store = self.store.clone();
                 let mut tx = store.begin();
                 let id = tx.fork(from, &name);
-                self.expect(|c| drop(c.insert(key(Source::Disk(id)), c[&key(from)].clone())));
+                let mut fork = self.now()[&key(from)].clone();
+                if self.random.below(3) == 0 {
+                    let domain = self.pick_domain();
+                    tx.set_domain(id, domain);
+                    fork.domain = domain.map(str::to_owned);
+                }
+                self.expect(|c| drop(c.insert(key(Source::Disk(id)), fork)));
                 drop(tx.commit()?);
             }
             76..84 => {
@@ -167,6 +199,18 @@ impl Run {
             }
         }
         Ok(())
+    }
+
+    fn change_domain(&mut self, id: DiskId) -> Result<()> {
+        let domain = self.pick_domain();
+        let store = self.store.clone();
+        let mut tx = store.begin();
+        tx.set_domain(id, domain);
+        self.expect(|c| {
+            let disk = c.get_mut(&key(Source::Disk(id))).expect("picked from the model");
+            disk.domain = domain.map(str::to_owned);
+        });
+        tx.commit().map(drop)
     }
 
     fn delete(&mut self) -> Result<()> {
@@ -198,7 +242,7 @@ impl Run {
         let bytes: Vec<u8> = tags.iter().flat_map(|t| expand(*t)).collect();
         self.expect(|c| {
             let disk = c.get_mut(&key(Source::Disk(id))).expect("picked from the model");
-            disk[start as usize..(start + len) as usize].copy_from_slice(&tags);
+            disk.tags[start as usize..(start + len) as usize].copy_from_slice(&tags);
         });
         self.store.disk(id)?.write(start * BLOCK_SIZE as u64, &bytes)
     }
@@ -211,7 +255,7 @@ impl Run {
         }
         self.expect(|c| {
             let disk = c.get_mut(&key(Source::Disk(id))).expect("picked from the model");
-            disk[start as usize..(start + len) as usize].fill(0);
+            disk.tags[start as usize..(start + len) as usize].fill(0);
         });
         let disk = self.store.disk(id)?;
         let (offset, len) = (start * BLOCK_SIZE as u64, len * BLOCK_SIZE as u64);
