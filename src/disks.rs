@@ -75,6 +75,9 @@ pub struct DiskView {
     pub unsealed_bytes: Option<u64>,
     /// What it was forked or taken from; that may be gone.
     pub parent: Option<String>,
+    /// Among whose blocks those that are written to it are looked for, besides what is shared.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub dedup_domain: Option<String>,
     /// Whose it is, if not the user's own.
     pub owner: Option<Owner>,
     /// How it is attached, if it is.
@@ -279,12 +282,15 @@ impl Disks {
         Ok(view)
     }
 
-    /// A new disk of zeroes.
-    pub fn create(&self, name: &str, size_bytes: u64) -> Result<DiskView> {
+    /// A new disk of zeroes, in a deduplication domain or none.
+    pub fn create(&self, name: &str, size_bytes: u64, domain: Option<&str>) -> Result<DiskView> {
         let _changing = self.changing.lock();
         self.check_new(name, size_bytes)?;
         let mut tx = self.store.begin();
         let id = tx.create_disk(name, size_bytes);
+        if domain.is_some() {
+            tx.set_domain(id, domain);
+        }
         tx.commit_durable()?;
         self.view(Source::Disk(id), &self.facts()?)
     }
@@ -471,6 +477,7 @@ impl Disks {
             exclusive_bytes: None,
             unsealed_bytes: None,
             parent: info.parent.clone(),
+            dedup_domain: self.store.domain(source)?,
             owner: facts.owners.get(&source).cloned(),
             attachment: self.attachment(source),
             created_at: jiff::Timestamp::from_millisecond(info.created as i64).unwrap_or_default(),

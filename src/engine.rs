@@ -298,6 +298,8 @@ pub struct CreateRequest {
     pub env: BTreeMap<String, String>,
     /// What its network reaches.
     pub network_policy: NetworkPolicy,
+    /// Its deduplication domain; without one, that of what its disk starts as.
+    pub dedup_domain: Option<String>,
     /// The caller's own notes.
     pub metadata: serde_json::Map<String, serde_json::Value>,
     /// The caller's own labels.
@@ -638,6 +640,7 @@ fn record_of(request: &CreateRequest, base: &Base, id: String, name: String, sta
         disk: storage::DiskId(0),
         disk_size_bytes: request.disk_mib.map_or(0, |mib| mib.saturating_mul(1 << 20)).max(base.disk_size_bytes),
         template: base.template.clone(),
+        dedup_domain: request.dedup_domain.clone().or(base.dedup_domain.clone()),
         from_snapshot: base.snapshot_id.clone(),
         forked_from: None,
         cpus: request.cpus,
@@ -680,7 +683,15 @@ fn put_sandbox(
         true => tx.fork_larger(source, &record.id, record.disk_size_bytes),
         false => tx.fork(source, &record.id),
     };
+    in_its_domain(tx, record);
     put_all(tx, std::slice::from_ref(record))
+}
+
+/// What is written to a sandbox's disk, which may be in the transaction still, is found in the sandbox's domain only.
+fn in_its_domain(tx: &mut storage::Transaction<'_>, record: &SandboxRecord) {
+    if let Some(domain) = &record.dedup_domain {
+        tx.set_domain(record.disk, Some(domain));
+    }
 }
 
 /// What a sandbox inherits from where it starts.
@@ -690,13 +701,14 @@ struct Base {
     snapshot_id: Option<String>,
     image: ImageConfig,
     unclean: bool,
+    dedup_domain: Option<String>,
     memory: Option<records::MemoryRecord>,
     /// It is a template's state.
     pristine: Option<SnapshotId>,
 }
 
 fn resolve_origin(shared: &Shared, origin: &Origin) -> Result<(Source, Base)> {
-    let (state, base): (SnapshotId, Base) = match origin {
+    let (state, mut base): (SnapshotId, Base) = match origin {
         Origin::Template(name) => {
             let template = shared.registry.template(name)?;
             let base = Base {
@@ -705,6 +717,7 @@ fn resolve_origin(shared: &Shared, origin: &Origin) -> Result<(Source, Base)> {
                 image: template.image,
                 snapshot_id: None,
                 unclean: false,
+                dedup_domain: None,
                 memory: None,
                 pristine: Some(template.snapshot),
             };
@@ -718,6 +731,7 @@ fn resolve_origin(shared: &Shared, origin: &Origin) -> Result<(Source, Base)> {
                 image: snapshot.image,
                 snapshot_id: Some(snapshot.id),
                 unclean: snapshot.consistency == records::Consistency::Crash,
+                dedup_domain: None,
                 memory: snapshot.memory,
                 pristine: None,
             };
@@ -730,11 +744,13 @@ fn resolve_origin(shared: &Shared, origin: &Origin) -> Result<(Source, Base)> {
                 image: state.image.clone(),
                 snapshot_id: None,
                 unclean: false,
+                dedup_domain: None,
                 memory: None,
                 pristine: None,
             };
             (state.snapshot, base)
         }
     };
+    base.dedup_domain = shared.store.domain(Source::Snapshot(state))?;
     Ok((Source::Snapshot(state), base))
 }

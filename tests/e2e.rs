@@ -20,6 +20,8 @@ use serde_json::Value;
 mod desk;
 #[path = "e2e/memory.rs"]
 mod memory;
+#[path = "e2e/soak.rs"]
+mod soak;
 
 use desk::Desk;
 

@@ -7,6 +7,8 @@
 mod batches;
 #[path = "lifecycle/concurrency.rs"]
 mod concurrency;
+#[path = "lifecycle/domains.rs"]
+mod domains;
 #[path = "lifecycle/memory.rs"]
 mod memory;
 #[path = "lifecycle/named.rs"]

@@ -35,6 +35,9 @@ pub(super) const DRAIN: Duration = Duration::from_secs(5);
 pub struct CreateDiskBody {
     pub name: String,
     pub size_bytes: u64,
+    /// Deduplication domain of what is written to it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub dedup_domain: Option<String>,
 }
 
 /// Asks for a snapshot of a disk.
@@ -135,7 +138,7 @@ async fn create(
     AppState(disks): Shared,
     JsonBody(body): JsonBody<CreateDiskBody>,
 ) -> std::result::Result<Response, ApiError> {
-    let made = blocking(move || disks.create(&body.name, body.size_bytes)).await?;
+    let made = blocking(move || disks.create(&body.name, body.size_bytes, body.dedup_domain.as_deref())).await?;
     Ok((StatusCode::CREATED, data::<DiskView>(made)?).into_response())
 }
 

@@ -196,6 +196,8 @@ pub struct SandboxBody {
     pub boot_ms: Option<u64>,
     pub preview_url: Option<String>,
     pub network_policy: NetworkPolicy,
+    /// Among whose blocks those that it writes are looked for, besides what is shared; null: all share them.
+    pub dedup_domain: Option<String>,
     #[schema(value_type = Object)]
     pub metadata: Map<String, Value>,
     pub tags: Vec<String>,
@@ -235,6 +237,7 @@ impl From<SandboxView> for SandboxBody {
             boot_ms: r.boot_ms,
             preview_url,
             network_policy: r.network_policy,
+            dedup_domain: r.dedup_domain,
             metadata: r.metadata,
             tags: r.tags,
             last_error: r.last_error,
@@ -350,6 +353,10 @@ pub struct CreateBody {
     /// `allow` or `deny-all`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub network_policy: Option<String>,
+    /// Deduplication domain: what the sandbox writes is stored once among those of the same domain and against what is shared, and
+    /// nobody outside can tell. Without one, that of what it is created from.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub dedup_domain: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(value_type = Option<Object>)]
     pub metadata: Option<Map<String, Value>>,

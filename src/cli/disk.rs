@@ -40,8 +40,8 @@ pub(super) async fn run(place: &Place, out: Out, command: DiskCommand) -> Result
 async fn on_disks(backend: &Backend, out: Out, command: DiskCommand) -> Result<()> {
     let client = &backend.client;
     match command {
-        DiskCommand::Create { name, size } => {
-            let body = CreateDiskBody { name, size_bytes: size << 20 };
+        DiskCommand::Create { name, size, dedup_domain } => {
+            let body = CreateDiskBody { name, size_bytes: size << 20, dedup_domain };
             let disk: DiskView = client.post("/disks", &body).await?;
             made(out, &disk, &format!("miosa disk attach {} --frontend vhost-user", disk.id))
         }
@@ -156,6 +156,7 @@ fn show(out: &Out, d: &DiskView) -> String {
     optional("exclusive", d.exclusive_bytes.map(show_bytes));
     optional("unsealed", d.unsealed_bytes.map(show_bytes));
     optional("parent", d.parent.clone());
+    optional("dedup domain", d.dedup_domain.clone());
     optional("owner", d.owner.as_ref().map(|o| o.describe()));
     optional("attached", d.attachment.as_ref().map(|a| a.path.display().to_string()));
     out.fields(&fields)

@@ -124,6 +124,7 @@ async fn create(client: &Client, out: Out, args: CreateArgs) -> Result<()> {
         persistent: Some(!args.non_persistent),
         env: Some(args.env.into_iter().collect()).filter(|e: &std::collections::BTreeMap<_, _>| !e.is_empty()),
         network_policy: args.network_policy,
+        dedup_domain: args.dedup_domain,
         metadata: None,
         tags: Some(args.tag).filter(|t| !t.is_empty()),
         volumes: Some(args.volume).filter(|volumes| !volumes.is_empty()),
@@ -252,6 +253,7 @@ fn show(out: &Out, s: &SandboxBody) -> String {
     optional("time left", s.timeout_remaining_ms.map(|ms| show_duration(from_ms(ms))));
     optional("from snapshot", s.snapshot_id.clone());
     optional("forked from", s.forked_from.clone());
+    optional("dedup domain", s.dedup_domain.clone());
     optional("preview", s.preview_url.clone());
     optional("started", s.started_at.map(|t| t.to_string()));
     let boot_path = s.boot_path.as_deref().unwrap_or_default();

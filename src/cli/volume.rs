@@ -15,8 +15,9 @@ use crate::units::show_bytes;
 
 pub(super) async fn run(client: &Client, out: Out, command: VolumeCommand) -> Result<()> {
     match command {
-        VolumeCommand::Create { name, size, snapshot } => {
-            let body = CreateVolumeBody { name, size_mb: size, snapshot_id: snapshot, ..CreateVolumeBody::default() };
+        VolumeCommand::Create { name, size, snapshot: snapshot_id, dedup_domain } => {
+            let body =
+                CreateVolumeBody { name, size_mb: size, snapshot_id, dedup_domain, ..CreateVolumeBody::default() };
             let volume: VolumeBody = client.post("/volumes", &body).await?;
             out.answer(&volume, &volume.id, |out| {
                 let next = format!("miosa volume attach {} SANDBOX --mount /data", volume.name);
@@ -137,6 +138,7 @@ fn show(out: &Out, v: &VolumeBody) -> String {
     ];
     let mut optional = |key, value: Option<String>| fields.extend(value.map(|v| (key, v)));
     optional("snapshot", v.snapshot_id.clone());
+    optional("dedup domain", v.dedup_domain.clone());
     optional("attached", Some(holders(v)).filter(|text| !text.is_empty()));
     optional("data", v.logical_bytes.map(show_bytes));
     optional("referenced", v.referenced_bytes.map(show_bytes));

@@ -85,8 +85,15 @@ fn remember(known: &mut HashMap<String, (Weak<GuestMemory>, Bytes)>, of: &Memory
 }
 
 /// Writes a machine's state to a new disk, which is deleted again if that fails; a process that dies leaves it without a
-/// record, and it is deleted at the next start. The shape is processors and memory in MiB. Blocks.
-pub(super) fn write(store: &Store, state: &MachineState, key: String, shape: (u32, u64)) -> Result<MemoryRecord> {
+/// record, and it is deleted at the next start. The shape is processors and memory in MiB; what is in it is found in the
+/// deduplication domain only. Blocks.
+pub(super) fn write(
+    store: &Store,
+    state: &MachineState,
+    key: String,
+    shape: (u32, u64),
+    domain: Option<&str>,
+) -> Result<MemoryRecord> {
     let bytes = state.memory.bytes();
     let devices_bytes = state.devices.len() as u64;
     // At worst every other page is a run.
@@ -95,6 +102,9 @@ pub(super) fn write(store: &Store, state: &MachineState, key: String, shape: (u3
     let content = new_id("mem");
     let mut tx = store.begin();
     let disk = tx.create_disk(&content, size);
+    if domain.is_some() {
+        tx.set_domain(disk, domain);
+    }
     tx.commit().map(drop)?;
     let fill = || {
         let to = store.disk(disk)?;
@@ -235,7 +245,8 @@ impl Sandbox {
             let of = self.record();
             let record = SandboxRecord { state: State::Paused, unclean: true, last_error: None, ..of };
             let write_and_commit = move |store: &Store| {
-                let memory = write(store, &state, key, (record.cpus, record.memory_mib))?;
+                let shape = (record.cpus, record.memory_mib);
+                let memory = write(store, &state, key, shape, record.dedup_domain.as_deref())?;
                 let record = SandboxRecord { memory: Some(memory.clone()), ..record };
                 named(store, &memory, |tx| put_all(tx, std::slice::from_ref(&record)))?;
                 Ok(record)
@@ -325,7 +336,7 @@ impl Sandbox {
         let (of, writing) = (self.record(), state.clone());
         let shape = (of.cpus, of.memory_mib);
         let stored = self.shared.with_store(move |store| {
-            let record = write(store, &writing, key, shape)?;
+            let record = write(store, &writing, key, shape, of.dedup_domain.as_deref())?;
             Ok((named(store, &record, |tx| put(tx, record.clone()))?, record))
         });
         let (made, record) = stored.await?;

@@ -60,6 +60,9 @@ pub struct SandboxRecord {
     pub disk_size_bytes: u64,
     /// The template it came from, through any snapshots and forks in between.
     pub template: Option<String>,
+    /// Among whose blocks those that it writes are looked for, besides what is shared; none: all share them.
+    #[serde(default)]
+    pub dedup_domain: Option<String>,
     /// The snapshot it was created from.
     #[serde(default)]
     pub from_snapshot: Option<String>,
@@ -378,6 +381,9 @@ pub struct VolumeRecord {
     /// The snapshot it was made from.
     #[serde(default)]
     pub from_snapshot: Option<String>,
+    /// As of a sandbox.
+    #[serde(default)]
+    pub dedup_domain: Option<String>,
     /// Who has it: one sandbox that writes, or any number that read.
     #[serde(default)]
     pub attachments: Vec<VolumeAttachment>,

@@ -12,7 +12,7 @@ use std::sync::Arc;
 
 use jiff::Timestamp;
 use parking_lot::Mutex;
-use storage::{Disk, DiskId, SnapshotId, Source, Store, Usage};
+use storage::{Disk, DiskId, SnapshotId, Source, Store, Transaction, Usage};
 use tokio::sync::MutexGuard;
 
 use super::devices::VolumeOf;
@@ -42,6 +42,8 @@ pub struct CreateVolume {
     pub size_bytes: Option<u64>,
     /// The snapshot of a volume that it starts as, by id or unique name; without one it is empty.
     pub snapshot: Option<String>,
+    /// Deduplication domain of what is written to it; without one, that of the snapshot.
+    pub dedup_domain: Option<String>,
 }
 
 /// A volume for a sandbox.
@@ -270,6 +272,7 @@ fn take_snapshot(store: &Store, of: &VolumeRecord, name: Option<String>) -> Resu
 fn make_empty(store: &Store, image: &tempfile::NamedTempFile, mut record: VolumeRecord) -> Result<VolumeRecord> {
     let mut tx = store.begin();
     record.disk = tx.create_disk(&record.id, record.size_bytes);
+    in_its_domain(&mut tx, &record);
     tx.commit_durable()?;
     let disk = record.disk;
     let made = (|| {
@@ -352,6 +355,7 @@ impl Engine {
                 disk: DiskId(0),
                 size_bytes: 0,
                 from_snapshot: None,
+                dedup_domain: request.dedup_domain,
                 attachments: Vec::new(),
                 created_at: Timestamp::now(),
             };
@@ -501,6 +505,7 @@ impl Engine {
             let restored = shared.transact(move |tx| {
                 tx.delete_disk(record.disk);
                 record.disk = tx.fork(Source::Snapshot(snapshot.snapshot), &record.id);
+                in_its_domain(tx, &record);
                 record.size_bytes = snapshot.size_bytes;
                 put_all(tx, std::slice::from_ref(&record))?;
                 Ok(record)
@@ -558,13 +563,24 @@ async fn copy_of(
     }
     record.size_bytes = snapshot.size_bytes;
     record.from_snapshot = Some(snapshot.id);
+    if record.dedup_domain.is_none() {
+        record.dedup_domain = shared.store.domain(Source::Snapshot(snapshot.snapshot))?;
+    }
     shared
         .transact(move |tx| {
             record.disk = tx.fork(Source::Snapshot(snapshot.snapshot), &record.id);
+            in_its_domain(tx, &record);
             put_all(tx, std::slice::from_ref(&record))?;
             Ok(record)
         })
         .await
+}
+
+/// What is written to a volume's disk, which may be in the transaction still, is found in its domain only.
+fn in_its_domain(tx: &mut Transaction<'_>, record: &VolumeRecord) {
+    if let Some(domain) = &record.dedup_domain {
+        tx.set_domain(record.disk, Some(domain));
+    }
 }
 
 fn refuse_attached(shared: &Shared, volume: &VolumeRecord) -> Result<()> {

@@ -246,3 +246,19 @@ fn two_commands_on_one_directory_take_turns() {
     });
     assert_eq!(place.names().len(), 7);
 }
+
+#[test]
+fn a_disk_has_the_domain_that_it_is_given_and_what_is_made_of_it_has_it_too() {
+    for place in Place::both() {
+        let domain = |disk: &str| place.ok(&["disk", "show", disk])["dedup_domain"].clone();
+        place.ok(&["disk", "create", "one", "--size", "16mb", "--dedup-domain", "blue"]);
+        place.ok(&["disk", "snapshot", "one", "--name", "first"]);
+        place.ok(&["disk", "fork", "first", "--name", "two"]);
+        place.ok(&["disk", "create", "none", "--size", "16mb"]);
+        assert!(["one", "first", "two"].iter().all(|disk| domain(disk) == "blue"));
+        assert_eq!(domain("none"), serde_json::Value::Null);
+        let bad = place.run(&["disk", "create", "bad", "--size", "16mb", "--dedup-domain", "a b"]);
+        assert!(bad.code != 0 && bad.err.contains("cannot be a domain"), "{bad:?}");
+        assert!(place.run(&["disk", "show", "bad"]).code != 0);
+    }
+}

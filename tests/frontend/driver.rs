@@ -6,6 +6,7 @@
 
 #![allow(dead_code, reason = "shared with the benches, which use another part of it")]
 
+use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use std::fs::File;
@@ -412,7 +413,10 @@ impl Queue {
             // SAFETY: the eventfd lives as long as `self`.
             let call = unsafe { BorrowedFd::borrow_raw(self.call.as_raw_fd()) };
             let timeout = PollTimeout::try_from(left).map_err(protocol)?;
-            poll(&mut [PollFd::new(call, PollFlags::POLLIN)], timeout)?;
+            match poll(&mut [PollFd::new(call, PollFlags::POLLIN)], timeout) {
+                Ok(_) | Err(Errno::EINTR) => {}
+                Err(error) => return Err(error.into()),
+            }
             let _ = self.call.read();
         }
     }

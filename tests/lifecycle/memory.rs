@@ -211,7 +211,7 @@ async fn memory_that_cannot_be_kept_leaves_the_machine_as_it_was() {
     assert!(paused.memory.is_none() && !paused.unclean && paused.last_error.is_none(), "{paused:?}");
 
     w.engine
-        .create_volume(CreateVolume { name: "data".into(), size_bytes: Some(16 << 20), snapshot: None })
+        .create_volume(CreateVolume { name: "data".into(), size_bytes: Some(16 << 20), ..CreateVolume::default() })
         .await
         .unwrap();
     let volumes = vec![Attach { volume: "data".into(), ..Attach::default() }];

@@ -215,6 +215,7 @@ pub fn wanted(name: &str) -> CreateRequest {
         persistent: true,
         env: BTreeMap::new(),
         network_policy: Default::default(),
+        dedup_domain: None,
         metadata: serde_json::Map::new(),
         tags: Vec::new(),
         volumes: Vec::new(),

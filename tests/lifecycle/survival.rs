@@ -238,7 +238,7 @@ async fn dies_at(at: usize, machines_too: bool) -> bool {
     let disk = w.engine.show("bystander").unwrap().record.disk;
     w.disk(disk).write(4_096, b"flushed").unwrap();
     w.disk(disk).flush().unwrap();
-    let volume = CreateVolume { name: "data".into(), size_bytes: Some(16 << 20), snapshot: None };
+    let volume = CreateVolume { name: "data".into(), size_bytes: Some(16 << 20), ..CreateVolume::default() };
     let volume = w.engine.create_volume(volume).await.unwrap();
     w.disk(volume.disk).write((16 << 20) - 8, b"flushed!").unwrap();
     w.disk(volume.disk).flush().unwrap();

@@ -13,7 +13,7 @@ const MIB: u64 = 1 << 20;
 const INCOMPAT: u64 = 1_024 + 0x60;
 
 fn new(name: &str) -> CreateVolume {
-    CreateVolume { name: name.to_owned(), size_bytes: Some(64 * MIB), snapshot: None }
+    CreateVolume { name: name.to_owned(), size_bytes: Some(64 * MIB), ..CreateVolume::default() }
 }
 
 fn at(volume: &str, path: &str) -> Attach {
@@ -233,7 +233,7 @@ async fn a_volumes_states_are_kept_and_put_back() {
     assert_eq!(note(&w), 2);
 
     // A volume of its own, which needs neither; and snapshots outlive their volume.
-    let copy = CreateVolume { name: "copy".into(), size_bytes: None, snapshot: Some("first".into()) };
+    let copy = CreateVolume { name: "copy".into(), snapshot: Some("first".into()), ..CreateVolume::default() };
     let larger = CreateVolume { size_bytes: Some(65 * MIB), ..copy.clone() };
     assert_eq!(refused(w.engine.create_volume(larger).await), Kind::InvalidInput);
     let copy = w.engine.create_volume(copy).await.unwrap();

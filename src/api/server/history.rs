@@ -186,6 +186,7 @@ pub(super) async fn fork_snapshot(
         persistent: true,
         env: parent.as_ref().map(|r| r.env.clone()).unwrap_or_default(),
         network_policy: parent.as_ref().map(|r| r.network_policy).unwrap_or_default(),
+        dedup_domain: None,
         metadata: Map::new(),
         tags: Vec::new(),
         volumes: Vec::new(),

@@ -148,6 +148,7 @@ pub(super) fn create_request(body: CreateBody, api: &Api) -> Result<CreateReques
         persistent: body.persistent.unwrap_or(true),
         env,
         network_policy,
+        dedup_domain: body.dedup_domain,
         metadata: body.metadata.unwrap_or_default(),
         tags: body.tags.unwrap_or_default(),
         volumes: body.volumes.unwrap_or_default().into_iter().map(Into::into).collect(),

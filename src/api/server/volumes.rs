@@ -53,7 +53,8 @@ async fn create(
             .hint("give one: size_gb or size_mb")
             .into());
     }
-    let request = CreateVolume { name: body.name, size_bytes, snapshot: body.snapshot_id };
+    let request =
+        CreateVolume { name: body.name, size_bytes, snapshot: body.snapshot_id, dedup_domain: body.dedup_domain };
     Ok((StatusCode::CREATED, data(api.engine.create_volume(request).await?)?))
 }
 

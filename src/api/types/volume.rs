@@ -23,6 +23,8 @@ pub struct VolumeBody {
     pub size_bytes: u64,
     /// The snapshot it was made from.
     pub snapshot_id: Option<String>,
+    /// Among whose blocks those that are written to it are looked for, besides what is shared.
+    pub dedup_domain: Option<String>,
     pub attachments: Vec<AttachmentBody>,
     #[schema(value_type = String, format = DateTime)]
     pub created_at: Timestamp,
@@ -51,6 +53,7 @@ impl From<VolumeRecord> for VolumeBody {
             size_mb: r.size_bytes.div_ceil(1 << 20),
             size_bytes: r.size_bytes,
             snapshot_id: r.from_snapshot,
+            dedup_domain: r.dedup_domain,
             attachments,
             created_at: r.created_at,
             logical_bytes: None,
@@ -107,6 +110,9 @@ pub struct CreateVolumeBody {
     /// The snapshot of a volume that it starts as, by id or unique name.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub snapshot_id: Option<String>,
+    /// Deduplication domain of what is written to it; without one, that of the snapshot.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub dedup_domain: Option<String>,
     /// Whatever else the request has; see [`super::unsupported`].
     #[serde(flatten)]
     #[schema(ignore)]

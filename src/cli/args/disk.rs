@@ -17,6 +17,9 @@ pub enum DiskCommand {
         /// Its size, such as 10gb
         #[arg(long, value_parser = parse_size_mib, value_name = "SIZE")]
         size: u64,
+        /// Deduplicate what is written to it with this domain only, and with what all share
+        #[arg(long, value_name = "DOMAIN")]
+        dedup_domain: Option<String>,
     },
     /// Make a disk of an image
     Import(ImportArgs),

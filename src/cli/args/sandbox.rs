@@ -171,6 +171,9 @@ pub struct CreateArgs {
     /// What its network reaches: allow, deny-all [default: allow]
     #[arg(long, value_name = "POLICY")]
     pub network_policy: Option<String>,
+    /// Deduplicate what it writes with this domain only, and with what all share [default: as what it is created from]
+    #[arg(long, value_name = "DOMAIN")]
+    pub dedup_domain: Option<String>,
     /// Give it a volume: VOLUME, VOLUME:PATH or VOLUME:PATH:ro
     #[arg(long, value_parser = parse_volume, value_name = "VOLUME")]
     pub volume: Vec<AttachVolumeBody>,

@@ -17,6 +17,9 @@ pub enum VolumeCommand {
         /// The snapshot of a volume it starts as, by id or by unique name
         #[arg(long, value_name = "SNAPSHOT", conflicts_with = "size")]
         snapshot: Option<String>,
+        /// Deduplicate what is written to it with this domain only, and with what all share
+        #[arg(long, value_name = "DOMAIN")]
+        dedup_domain: Option<String>,
     },
     /// List volumes
     #[command(visible_alias = "ls")]

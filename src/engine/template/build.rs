@@ -313,6 +313,7 @@ impl Bench {
             persistent: false,
             env: recipe.env.clone(),
             network_policy: NetworkPolicy::Allow,
+            dedup_domain: None,
             metadata: serde_json::Map::new(),
             tags: vec![super::BENCH_TAG.to_owned()],
             volumes: Vec::new(),

@@ -21,7 +21,6 @@ use tokio::time::Instant;
 use vmm::{Accel, Agent, ExecRequest, MachineSpec};
 
 use super::{BootFiles, booted};
-use crate::engine::Shared;
 use crate::engine::error::{Error, Result};
 use crate::engine::memory;
 use crate::engine::records::{
@@ -30,6 +29,7 @@ use crate::engine::records::{
 use crate::engine::sandbox::Sandbox;
 use crate::engine::session::{Session, hide, identity, load, show, spec_of, state_key, within};
 use crate::engine::survivor::write_state_key;
+use crate::engine::{Shared, in_its_domain};
 
 /// How long a spare waits for a sandbox.
 const PATIENCE: Duration = Duration::from_secs(600);
@@ -301,6 +301,7 @@ pub(in crate::engine) async fn give(
     let record = SandboxRecord { id, name, machine_id, disk, pristine: None, unclean: true, ..record };
     let (saved, booted) = (record.clone(), booted::used(shared, &spare.booted, Timestamp::now()));
     let given = shared.transact(move |tx| {
+        in_its_domain(tx, &saved);
         put_all(tx, &[saved])?;
         put_all(tx, booted.as_slice())
     });

@@ -79,7 +79,7 @@ fn kick(driver: &Driver) {
     kick.write(1).unwrap();
     // SAFETY: the eventfd lives as long as the driver.
     let fd = unsafe { std::os::fd::BorrowedFd::borrow_raw(std::os::fd::AsRawFd::as_raw_fd(kick)) };
-    while poll(&mut [PollFd::new(fd, PollFlags::POLLIN)], PollTimeout::ZERO).unwrap() > 0 {
+    while poll(&mut [PollFd::new(fd, PollFlags::POLLIN)], PollTimeout::ZERO) != Ok(0) {
         std::thread::yield_now();
     }
 }
