@@ -5,7 +5,6 @@
 
 use crate::block::{DiskId, SnapshotId, Source};
 use crate::error::{Error, ErrorKind, Result};
-use crate::rows::RecordKey;
 use serde::{Deserialize, Serialize};
 
 /// Kind of the records that say which domain a disk or snapshot is in. The key is its id, the value the domain's name.
@@ -32,8 +31,8 @@ impl Domain {
     }
 }
 
-/// The record that says which domain a disk or snapshot is in.
-pub(crate) fn record(source: Source) -> RecordKey {
+/// Kind and key of the record that says which domain a disk or snapshot is in.
+pub(crate) fn record(source: Source) -> (String, String) {
     (KIND.to_owned(), source.to_string())
 }
 
