@@ -116,7 +116,7 @@ impl Soak<'_> {
 
     fn live(&mut self, name: String) {
         let mut this = Life { name: name.clone(), files: BTreeMap::new() };
-        self.call(&["sandbox", "create", "--name", &name, "--wait"]);
+        self.call(&["sandbox", "create", "--name", &name, "--memory", "192mb", "--wait"]);
         let mut snapshots: Vec<(String, Life)> = Vec::new();
         for step in 0..STEPS {
             match self.chance.below(7) {
@@ -177,8 +177,8 @@ fn sandboxes_come_and_go_and_leave_nothing() {
     let (seconds, sandboxes) = (number("MIOSA_E2E_SOAK_SECONDS", 20), number("MIOSA_E2E_SOAK_SANDBOXES", 6));
     let seed = number("MIOSA_E2E_SEED", u64::from(std::process::id()));
     eprintln!("MIOSA_E2E_SEED={seed}, images in {}", cache_dir().display());
-    let mut lab = Lab::new(&["--default-memory", "192mb"]);
-    lab.json(&["sandbox", "create", "--name", "first", "--wait"]);
+    let mut lab = Lab::new(&[]);
+    lab.json(&["sandbox", "create", "--name", "first", "--memory", "192mb", "--wait"]);
     let began = Instant::now();
     let mut samples = Vec::new();
     let mut checked = 0;
