@@ -146,11 +146,35 @@ def frontend(rows):
     return groups and bars("4 KiB requests through the front ends", "thousands a second; median of the rounds", groups)
 
 
+def write_path(rows):
+    limit = "append: one thread appends what all have and syncs: the limit of a log"
+    names = {"append": limit, "shared": "shared: the disks' threads share one such append", "overwrite": "overwrite and sync"}
+    groups = {f"{count} disks" if count != "1" else "1 disk": [(names.get(system, system), value) for system, value in figures]
+              for count, figures in grouped(rows, "median", r"4 KiB write \+ flush, (\d+) disks").items()}
+    return groups and bars("4 KiB writes, each of them flushed", "a second, all disks; median of the rounds", groups)
+
+
+def read_path(rows):
+    sequential = {f"1 MiB, {what}": figures for what, figures in
+                  grouped(rows, "median", r"sequential read, 1 MiB, sealed, (.*)").items()}
+    limits = grouped(rows, "median", r"decoding, (.*)")
+    groups = {**sequential, **{f"decoding alone, {what}: the limit": figures for what, figures in limits.items()}}
+    return sequential and bars("Reading a sealed disk from end to end", "MiB/s, median of the rounds", groups)
+
+
+def seal(rows):
+    groups = {}
+    for what, figures in grouped(rows, "per core").items():
+        groups[what] = figures + [("blake3 + zstd alone: the limit", value)
+                                  for _, value in grouped(rows, "blake3 + zstd, a core").get(what, [])]
+    return groups and bars("Sealing, and ingest with sealing", "MB/s of data for each second of processor time", groups)
+
+
 def main():
     source, target = map(pathlib.Path, sys.argv[1:3])
     target.mkdir(parents=True, exist_ok=True)
     for name, draw in [("fork", fork), ("storage_cost", storage_cost), ("lifecycle", lifecycle), ("fanout", fanout),
-                       ("frontend", frontend)]:
+                       ("frontend", frontend), ("write_path", write_path), ("read_path", read_path), ("seal", seal)]:
         path = source / f"{name}.json"
         rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
         drawn = draw(rows)
