@@ -949,9 +949,20 @@ async fn a_machine_from_a_kept_state_has_volumes_or_no_network_and_is_taken_over
     agent.mount(Mount { serial: "vol-1".into(), path: "/data".into(), read_only: false }).await.unwrap();
     assert_eq!(stdout(&agent, "ls /data/workspace; ls /sys/class/net; ls /workspace").await, "lo");
     assert_eq!(stdout(&agent, "cat /sys/block/vda/serial; echo; cat /sys/block/vdb/serial").await, "disk\nvol-1");
-    // There is no device to have the hardware address. The modules for the rest were in memory all the time.
+    // There is no device to have the hardware address. What ends connections is loaded when there are any; its modules were in
+    // memory all the time. Those within the guest stay.
+    let loaded = "grep -c '^tcp_diag ' /proc/modules || true";
     agent.identify(woken([2, 0, 0, 0, 0, 9])).await.unwrap();
-    assert_eq!(stdout(&agent, "grep -c '^tcp_diag ' /proc/modules").await, "1");
+    assert_eq!(stdout(&agent, loaded).await, "0");
+    let within = "import os, socket, time\n\
+                  l = socket.create_server((\"127.0.0.1\", 0))\n\
+                  c = socket.create_connection(l.getsockname()); s = l.accept()\n\
+                  os.fork() and os._exit(0)\n\
+                  os.close(1); time.sleep(100000)";
+    stdout(&agent, &format!("python3 -c '{within}'")).await;
+    agent.identify(woken([2, 0, 0, 0, 0, 9])).await.unwrap();
+    assert_eq!(stdout(&agent, loaded).await, "1");
+    assert_eq!(stdout(&agent, "grep -c ' 01 ' /proc/net/tcp").await, "2");
     stdout(&agent, "echo still > /run/here; sleep 100000 >/dev/null 2>&1 &").await;
 
     machine.leave().await;
