@@ -74,9 +74,10 @@ def lines(title, what, axis, series):
 def bars(title, what, groups, mark=None):
     """Horizontal bars, one scale. `groups`: label -> [(system, value)]. `mark`: a line at this value, and its words."""
     left, row, gap, top = 24 + max(7 * len(label) for label in groups), 17, 12, 66
-    width = left + 550
+    beside = 60 + 7 * max(len(system) for group in groups.values() for system, _ in group)
+    width = left + 420 + beside
     values = [value for group in groups.values() for _, value in group] + ([mark[0]] if mark else [])
-    scale = (width - left - 130) / max(values)
+    scale = 420 / max(values)
     out, y = [], top
     for label, group in groups.items():
         out.append(f'<text x="{left - 12}" y="{y + row * len(group) / 2 + 4:.1f}" {FONT} font-size="12" fill="#222" '
@@ -147,8 +148,7 @@ def frontend(rows):
 
 
 def write_path(rows):
-    limit = "append: one thread appends what all have and syncs: the limit of a log"
-    names = {"append": limit, "shared": "shared: the disks' threads share one such append", "overwrite": "overwrite and sync"}
+    names = {"append": "one append for all: the limit of a log", "shared": "a thread a disk, one append", "no uring": "miosa, no io_uring"}
     groups = {f"{count} disks" if count != "1" else "1 disk": [(names.get(system, system), value) for system, value in figures]
               for count, figures in grouped(rows, "median", r"4 KiB write \+ flush, (\d+) disks").items()}
     return groups and bars("4 KiB writes, each of them flushed", "a second, all disks; median of the rounds", groups)
@@ -165,7 +165,7 @@ def read_path(rows):
 def seal(rows):
     groups = {}
     for what, figures in grouped(rows, "per core").items():
-        groups[what] = figures + [("blake3 + zstd alone: the limit", value)
+        groups[what] = figures + [("the limit: BLAKE3 + zstd alone", value)
                                   for _, value in grouped(rows, "blake3 + zstd, a core").get(what, [])]
     return groups and bars("Sealing, and ingest with sealing", "MB/s of data for each second of processor time", groups)
 
