@@ -51,7 +51,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use jiff::Timestamp;
-use storage::{SnapshotId, Source, Store};
+use storage::{DiskId, SnapshotId, Source, Store};
 use tokio::sync::{Notify, OnceCell, Semaphore};
 use tracing::Instrument;
 use vmm::Vmm;
@@ -637,7 +637,7 @@ fn record_of(request: &CreateRequest, base: &Base, id: String, name: String, sta
         id,
         name,
         state,
-        disk: storage::DiskId(0),
+        disk: DiskId(0),
         disk_size_bytes: request.disk_mib.map_or(0, |mib| mib.saturating_mul(1 << 20)).max(base.disk_size_bytes),
         template: base.template.clone(),
         dedup_domain: request.dedup_domain.clone().or(base.dedup_domain.clone()),
@@ -683,14 +683,15 @@ fn put_sandbox(
         true => tx.fork_larger(source, &record.id, record.disk_size_bytes),
         false => tx.fork(source, &record.id),
     };
-    in_its_domain(tx, record);
+    in_domain(tx, record.disk, record.dedup_domain.as_deref());
     put_all(tx, std::slice::from_ref(record))
 }
 
-/// What is written to a sandbox's disk, which may be in the transaction still, is found in the sandbox's domain only.
-fn in_its_domain(tx: &mut storage::Transaction<'_>, record: &SandboxRecord) {
-    if let Some(domain) = &record.dedup_domain {
-        tx.set_domain(record.disk, Some(domain));
+/// Puts a disk, which may be one of the transaction, into the deduplication domain of whose it is. Without one it stays in that
+/// of what it was made of.
+fn in_domain(tx: &mut storage::Transaction<'_>, disk: DiskId, domain: Option<&str>) {
+    if domain.is_some() {
+        tx.set_domain(disk, domain);
     }
 }
 

@@ -23,7 +23,7 @@ use super::records::{
 use super::sandbox::{OwnerGuard, Sandbox};
 use super::session::{Ending, Session, within};
 use super::snapshots::used;
-use super::{SandboxView, Shared, in_its_domain};
+use super::{SandboxView, Shared, in_domain};
 
 /// Most children of one call.
 const MAX_FORKS: u32 = 1_000;
@@ -225,7 +225,7 @@ impl Sandbox {
             memory::delete(tx, record.memory.as_ref());
             record.memory = snapshot.memory.as_ref().map(|m| memory::fork(tx, m));
             record.disk = tx.fork(Source::Snapshot(snapshot.snapshot), &record.id);
-            in_its_domain(tx, &record);
+            in_domain(tx, record.disk, record.dedup_domain.as_deref());
             tx.put_record(SandboxRecord::KIND, &record.id, record.encode()?);
             Ok(record)
         });
@@ -398,7 +398,7 @@ fn put_children(
 ) -> Result<Vec<SandboxRecord>> {
     for child in &mut children {
         child.disk = tx.fork(source, &child.id);
-        in_its_domain(tx, child);
+        in_domain(tx, child.disk, child.dedup_domain.as_deref());
         child.memory = kept.map(|m| memory::fork(tx, m));
         child.unclean = consistency == Consistency::Crash;
     }

@@ -24,12 +24,12 @@ use storage::{DiskId, Source, Store, Transaction};
 use tokio::time::Instant;
 use vmm::{BootPath, GuestMemory, Machine, MachineState};
 
-use super::Shared;
 use super::error::{Error, Kind, Result};
 use super::lifecycle::{Request, State};
 use super::records::{MemoryRecord, Record, SandboxRecord, new_id, put_all};
 use super::sandbox::{OwnerGuard, Sandbox};
 use super::session::{Session, within};
+use super::{Shared, in_domain};
 
 /// Bytes of a run, at the end of what is kept.
 const RUN_BYTES: u64 = 16;
@@ -102,9 +102,7 @@ pub(super) fn write(
     let content = new_id("mem");
     let mut tx = store.begin();
     let disk = tx.create_disk(&content, size);
-    if domain.is_some() {
-        tx.set_domain(disk, domain);
-    }
+    in_domain(&mut tx, disk, domain);
     tx.commit().map(drop)?;
     let fill = || {
         let to = store.disk(disk)?;

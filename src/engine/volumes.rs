@@ -12,7 +12,7 @@ use std::sync::Arc;
 
 use jiff::Timestamp;
 use parking_lot::Mutex;
-use storage::{Disk, DiskId, SnapshotId, Source, Store, Transaction, Usage};
+use storage::{Disk, DiskId, SnapshotId, Source, Store, Usage};
 use tokio::sync::MutexGuard;
 
 use super::devices::VolumeOf;
@@ -24,7 +24,7 @@ use super::records::{
     new_id, put_all,
 };
 use super::template::{Copy, copy_data};
-use super::{Engine, Shared};
+use super::{Engine, Shared, in_domain};
 
 /// Most volumes of one sandbox: each is a device of its machine.
 const MAX_ATTACHED: usize = 8;
@@ -272,7 +272,7 @@ fn take_snapshot(store: &Store, of: &VolumeRecord, name: Option<String>) -> Resu
 fn make_empty(store: &Store, image: &tempfile::NamedTempFile, mut record: VolumeRecord) -> Result<VolumeRecord> {
     let mut tx = store.begin();
     record.disk = tx.create_disk(&record.id, record.size_bytes);
-    in_its_domain(&mut tx, &record);
+    in_domain(&mut tx, record.disk, record.dedup_domain.as_deref());
     tx.commit_durable()?;
     let disk = record.disk;
     let made = (|| {
@@ -505,7 +505,7 @@ impl Engine {
             let restored = shared.transact(move |tx| {
                 tx.delete_disk(record.disk);
                 record.disk = tx.fork(Source::Snapshot(snapshot.snapshot), &record.id);
-                in_its_domain(tx, &record);
+                in_domain(tx, record.disk, record.dedup_domain.as_deref());
                 record.size_bytes = snapshot.size_bytes;
                 put_all(tx, std::slice::from_ref(&record))?;
                 Ok(record)
@@ -569,18 +569,11 @@ async fn copy_of(
     shared
         .transact(move |tx| {
             record.disk = tx.fork(Source::Snapshot(snapshot.snapshot), &record.id);
-            in_its_domain(tx, &record);
+            in_domain(tx, record.disk, record.dedup_domain.as_deref());
             put_all(tx, std::slice::from_ref(&record))?;
             Ok(record)
         })
         .await
-}
-
-/// What is written to a volume's disk, which may be in the transaction still, is found in its domain only.
-fn in_its_domain(tx: &mut Transaction<'_>, record: &VolumeRecord) {
-    if let Some(domain) = &record.dedup_domain {
-        tx.set_domain(record.disk, Some(domain));
-    }
 }
 
 fn refuse_attached(shared: &Shared, volume: &VolumeRecord) -> Result<()> {

@@ -24,7 +24,7 @@ use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sys::statfs::statfs;
 use std::fs::File;
 use std::io;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::thread::JoinHandle;
@@ -52,7 +52,10 @@ impl FuseMount {
         let device = File::options().read(true).write(true).open("/dev/fuse").map_err(failed)?;
         attach(&device, &dir).map_err(failed)?;
         let exports = Arc::new(Exports::default());
-        let served = serve(device, exports.clone()).and_then(|session| {
+        let mut config = Config::default();
+        config.n_threads = Some(THREADS);
+        config.clone_fd = true;
+        let served = serve(device.into(), exports.clone(), config).and_then(|session| {
             // Answered by the threads, or an error because they could not be had.
             match statfs(&dir) {
                 Ok(_) => Ok(session),
@@ -150,25 +153,18 @@ fn attach(device: &File, dir: &Path) -> io::Result<()> {
 
 /// Starts the threads. In one of ours, because the crate's way keeps the device open, and who waits for an answer waiting,
 /// also when no thread serves it.
-fn serve(device: File, exports: Arc<Exports>) -> io::Result<JoinHandle<io::Result<()>>> {
-    let mut config = Config::default();
-    config.n_threads = Some(THREADS);
-    config.clone_fd = true;
-    let session = Session::from_fd(DiskDirectory::new(exports), device.into(), SessionACL::All, config)?;
+fn serve(device: OwnedFd, exports: Arc<Exports>, config: Config) -> io::Result<JoinHandle<io::Result<()>>> {
+    let session = Session::from_fd(DiskDirectory::new(exports), device, SessionACL::All, config)?;
     std::thread::Builder::new().name("fuse".into()).spawn(move || session.run())
 }
 
 /// Serves disks by name to whoever is at the other end of `connection`, in one thread until that goes. The first message there
 /// is a kernel's greeting. For those who are no kernel.
 #[cfg(fuzzing)]
-pub fn serve_connection(
-    connection: std::os::fd::OwnedFd,
-    disks: Vec<(String, Device)>,
-) -> io::Result<JoinHandle<io::Result<()>>> {
+pub fn serve_connection(connection: OwnedFd, disks: Vec<(String, Device)>) -> io::Result<JoinHandle<io::Result<()>>> {
     let exports = Arc::new(Exports::default());
     disks.into_iter().for_each(|(name, disk)| assert!(exports.add(&name, disk)));
-    let session = Session::from_fd(DiskDirectory::new(exports), connection, SessionACL::All, Config::default())?;
-    std::thread::Builder::new().name("fuse".into()).spawn(move || session.run())
+    serve(connection, exports, Config::default())
 }
 
 /// What the threads end with, when they have.

@@ -23,7 +23,7 @@ use crate::engine::memory::{self, own_memory};
 use crate::engine::records::{BootedRecord, MemoryRecord, Record, SandboxRecord, new_id, put_all};
 use crate::engine::sandbox::Sandbox;
 use crate::engine::session::private_dir;
-use crate::engine::{Shared, in_its_domain, warm};
+use crate::engine::{Shared, in_domain, warm};
 
 /// Most that are kept; the one that was not used for longest goes first.
 const KEPT_MAX: usize = 8;
@@ -104,7 +104,7 @@ pub(in crate::engine) async fn become_one(sandbox: &Arc<Sandbox>, template: Snap
         let disk = tx.fork(Source::Snapshot(from.disk), &record.id);
         let memory = Some(memory::fork(tx, &from.memory));
         let record = SandboxRecord { disk, memory, unclean: true, ..record };
-        in_its_domain(tx, &record);
+        in_domain(tx, record.disk, record.dedup_domain.as_deref());
         put_all(tx, std::slice::from_ref(&record))?;
         put_all(tx, &[BootedRecord { used_at: now, ..from }])?;
         Ok(record)

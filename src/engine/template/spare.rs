@@ -29,7 +29,7 @@ use crate::engine::records::{
 use crate::engine::sandbox::Sandbox;
 use crate::engine::session::{Session, hide, identity, load, show, spec_of, state_key, within};
 use crate::engine::survivor::write_state_key;
-use crate::engine::{Shared, in_its_domain};
+use crate::engine::{Shared, in_domain};
 
 /// How long a spare waits for a sandbox.
 const PATIENCE: Duration = Duration::from_secs(600);
@@ -301,7 +301,7 @@ pub(in crate::engine) async fn give(
     let record = SandboxRecord { id, name, machine_id, disk, pristine: None, unclean: true, ..record };
     let (saved, booted) = (record.clone(), booted::used(shared, &spare.booted, Timestamp::now()));
     let given = shared.transact(move |tx| {
-        in_its_domain(tx, &saved);
+        in_domain(tx, saved.disk, saved.dedup_domain.as_deref());
         put_all(tx, &[saved])?;
         put_all(tx, booted.as_slice())
     });
