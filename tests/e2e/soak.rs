@@ -78,12 +78,8 @@ impl Drop for Turn<'_> {
 
 /// Lines that differ from each other and compress as text does.
 fn content(of: u64, len: usize) -> Vec<u8> {
-    let mut text: Vec<u8> = (0..)
-        .flat_map(|line: u64| format!("{:016x} {line}\n", (of ^ line).wrapping_mul(0x9E37_79B9_7F4A_7C15)).into_bytes())
-        .take(len)
-        .collect();
-    text.truncate(len);
-    text
+    let line = |line: u64| format!("{:016x} {line}\n", (of ^ line).wrapping_mul(0x9E37_79B9_7F4A_7C15)).into_bytes();
+    (0..).flat_map(line).take(len).collect()
 }
 
 impl Soak<'_> {

@@ -57,6 +57,14 @@ impl Default for Settings {
     }
 }
 
+impl Settings {
+    /// What a queue has of the memory: its ring and its slots.
+    fn queue_bytes(&self) -> u64 {
+        let slots = u64::from(self.ring_size / 4);
+        (RING_BYTES + slots * (SLOT_HEADER_BYTES + self.slot_bytes as u64)).next_multiple_of(4096)
+    }
+}
+
 /// A connection and its queues.
 pub struct Driver {
     pub frontend: Frontend,
@@ -101,8 +109,7 @@ fn negotiate(socket: &Path, settings: Settings) -> io::Result<(Frontend, u64, Ve
 impl Driver {
     pub fn connect(socket: &Path, settings: Settings) -> io::Result<Self> {
         let (frontend, features, config) = negotiate(socket, settings)?;
-        let slots = u64::from(settings.ring_size / 4);
-        let part = (RING_BYTES + slots * (SLOT_HEADER_BYTES + settings.slot_bytes as u64)).next_multiple_of(4096);
+        let part = settings.queue_bytes();
         let bytes = part * settings.queues as u64;
         let memory_file = File::from(memfd_create("driver", MFdFlags::MFD_CLOEXEC)?);
         memory_file.set_len(bytes)?;
@@ -197,8 +204,7 @@ impl Driver {
     pub fn reset(&mut self) -> io::Result<()> {
         self.frontend.get_vring_base(0).map_err(protocol)?;
         let base = self.queues[0].raw.descriptors;
-        let len = (self.queues[0].raw.scratch - base) as usize + self.settings.slot_bytes;
-        self.queues[0].raw.put(base, &vec![0; len]);
+        self.queues[0].raw.put(base, &vec![0; self.settings.queue_bytes() as usize]);
         let fresh = Queue::new(self.memory.clone(), base, self.settings)?;
         self.start(0, &fresh, 0)?;
         self.queues[0] = fresh;

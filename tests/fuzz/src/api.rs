@@ -33,7 +33,7 @@ struct World {
     router: Router,
     /// Hash of method and path, and these.
     routes: Vec<(u16, String, String)>,
-    /// What a path's parts are if they are to be found.
+    /// What is there, by the part of a path before it.
     known: Vec<(&'static str, String)>,
     runs: u64,
     _dir: tempfile::TempDir,
@@ -58,10 +58,11 @@ fuzz_target!(|data: &[u8]| {
     let route = u16::from_le_bytes([low, high]);
     let at = world.routes.partition_point(|(hash, ..)| *hash < route) % world.routes.len();
     let (_, method, pattern) = &world.routes[at];
-    let parts = pattern.split('/').enumerate().map(|(n, part)| match part.strip_prefix('{') {
-        None => part.to_owned(),
-        Some(name) if how >> (n % 6) & 1 == 0 => world.known(name.trim_end_matches('}')),
-        Some(_) => percent(words.next().unwrap_or_default()),
+    let mut of = "";
+    let parts = pattern.split('/').enumerate().map(|(n, part)| match std::mem::replace(&mut of, part) {
+        _ if !part.starts_with('{') => part.to_owned(),
+        of if how >> (n % 6) & 1 == 0 => world.known(of),
+        _ => percent(words.next().unwrap_or_default()),
     });
     let path = parts.collect::<Vec<_>>().join("/");
     let query: Vec<String> =
@@ -114,16 +115,16 @@ impl World {
             let answer = world.ask("POST", &format!("/api/v1{path}"), &body);
             answer["data"]["id"].as_str().unwrap_or_else(|| panic!("{path}: {answer}")).to_owned()
         };
-        let sandbox = made(&world, "/sandboxes", json!({ "template_id": "base", "name": "one", "start": false }));
+        let sandbox = made(&world, "/sandboxes", json!({ "template_id": "base", "name": "one", "auto_start": false }));
         let snapshot = made(&world, &format!("/sandboxes/{sandbox}/snapshot"), json!({ "name": "first" }));
         let disk = made(&world, "/disks", json!({ "name": "plain", "size_bytes": 1 << 20 }));
         let volume = made(&world, "/volumes", json!({ "name": "data", "size_mb": 16 }));
-        world.known = vec![("id", sandbox), ("snapshot", snapshot), ("disk", disk), ("volume", volume)];
+        world.known = vec![("sandboxes", sandbox), ("snapshots", snapshot), ("disks", disk), ("volumes", volume)];
         world
     }
 
-    fn known(&self, name: &str) -> String {
-        let found = self.known.iter().find(|(known, _)| *known == name);
+    fn known(&self, of: &str) -> String {
+        let found = self.known.iter().find(|(known, _)| *known == of);
         found.map_or_else(|| "base".to_owned(), |(_, id)| id.clone())
     }
 

@@ -3,12 +3,12 @@
 
 #![no_main]
 
-use std::sync::{Arc, LazyLock};
+mod store;
+
+use std::sync::LazyLock;
 
 use libfuzzer_sys::fuzz_target;
-use storage::catalogue::MemCatalogue;
-use storage::medium::sim::SimMedium;
-use storage::{ARCHIVE_MAGIC, ArchiveReader, Options, Store};
+use storage::{ARCHIVE_MAGIC, ArchiveReader, Store};
 
 /// Most bytes of disks that an input is given.
 const ROOM: u64 = 64 << 20;
@@ -16,12 +16,7 @@ const ROOM: u64 = 64 << 20;
 /// An archive of ours, for its header.
 static GOLDEN: &[u8] = include_bytes!("../../../storage/tests/golden/archive-v1.bin");
 
-static STORE: LazyLock<Store> = LazyLock::new(|| {
-    let medium = SimMedium::new();
-    let catalogue = Arc::new(MemCatalogue::new(medium.clone()));
-    let options = Options { background: false, cache_bytes: 1 << 20, ..Options::default() };
-    Store::open_with(Arc::new(medium), catalogue, options).unwrap()
-});
+static STORE: LazyLock<Store> = LazyLock::new(store::empty);
 
 fuzz_target!(|data: &[u8]| {
     let Some((&how, bytes)) = data.split_first() else { return };
