@@ -333,6 +333,11 @@ impl Engine {
         self.shared.spares.waiting()
     }
 
+    /// Templates that have booted, which sandboxes begin from.
+    pub fn booted_templates(&self) -> usize {
+        self.shared.booted.there()
+    }
+
     /// Opens the engine on an open store: ends what a previous daemon left, then serves.
     pub async fn open(parts: Parts) -> Result<Arc<Engine>> {
         let Parts { store, vmm, disks, templates, settings } = parts;

@@ -56,6 +56,7 @@ pub(super) struct Metrics {
     latency: Family<Route, Histogram>,
     sandboxes: Family<InState, Gauge>,
     spares: Gauge,
+    booted: Gauge,
     store: Vec<(Read, Gauge)>,
     totals: Vec<(ReadTotal, Counter)>,
     process: Process,
@@ -75,6 +76,12 @@ impl Metrics {
         let sandboxes = Family::<InState, Gauge>::default();
         registry.register("sandboxes", "Sandboxes by state, destroyed ones aside", sandboxes.clone());
         let spares = Gauge::default();
+        let booted = Gauge::default();
+        registry.register(
+            "booted_templates",
+            "Templates that have booted, for sandboxes to begin from",
+            booted.clone(),
+        );
         registry.register("spare_machines", "Machines that wait for the next sandbox", spares.clone());
         engine.metrics().register(&mut registry);
         disks.traffic().register(&mut registry);
@@ -90,7 +97,7 @@ impl Metrics {
         });
         let process = Process::register(&mut registry);
         let (store, totals, measured) = (store.into(), totals.into(), Mutex::default());
-        Self { registry, requests, latency, sandboxes, spares, store, totals, process, disks, measured }
+        Self { registry, requests, latency, sandboxes, spares, booted, store, totals, process, disks, measured }
     }
 
     /// The figures as text, those that are read now read now. It may block.
@@ -106,6 +113,7 @@ impl Metrics {
                 self.sandboxes.get_or_create(&InState { state: state.name() }).set(n);
             }
         }
+        self.booted.set(i64::try_from(engine.booted_templates()).unwrap_or(i64::MAX));
         self.spares.set(i64::try_from(engine.spare_machines()).unwrap_or(i64::MAX));
         self.measure_store()?;
         self.measure_totals();

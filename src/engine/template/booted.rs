@@ -56,6 +56,11 @@ impl Booted {
         *self.all.lock() = records.into_iter().map(|r| (r.id.clone(), r)).collect();
     }
 
+    /// How many there are.
+    pub(in crate::engine) fn there(&self) -> usize {
+        self.all.lock().len()
+    }
+
     /// None is made any more; what is being made is given up.
     pub(in crate::engine) fn end(&self) {
         let mut making = self.making.lock();
