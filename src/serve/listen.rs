@@ -28,6 +28,7 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, UnixListener, UnixStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 
+use super::unread::read_to_its_end;
 use crate::api::server;
 
 /// How long a request's head may take, and how long a connection may be idle.
@@ -241,7 +242,7 @@ async fn converse(
     let (place, routes) = (server::Place(Arc::new(permit)), TowerToHyperService::new(routes));
     let serve = service_fn(move |mut request: hyper::Request<Incoming>| {
         request.extensions_mut().insert(place.clone());
-        routes.call(request)
+        routes.call(read_to_its_end(request))
     });
     let mut server = http1::Builder::new();
     server.timer(TokioTimer::new()).header_read_timeout(HEAD_TIME).max_buf_size(HEAD_BYTES).max_headers(HEADERS);

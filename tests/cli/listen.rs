@@ -252,6 +252,47 @@ fn callers_that_dawdle_are_hung_up_on() {
     assert_eq!(d.run(&["sandbox", "list"]).code, 0);
 }
 
+/// Sends all of a request, and only then reads the answer.
+fn send_and_read(mut stream: impl Read + Write, headers: &str, length: usize) -> String {
+    let path = "/api/v1/sandboxes/nobody/fs/write?path=/x";
+    let kind = "content-type: application/octet-stream";
+    let head = format!("POST {path} HTTP/1.1\r\nhost: x\r\n{headers}{kind}\r\ncontent-length: {length}\r\n");
+    stream.write_all(format!("{head}connection: close\r\n\r\n").as_bytes()).unwrap();
+    stream.write_all(&vec![7; length]).unwrap();
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).unwrap();
+    answer
+}
+
+#[test]
+fn who_still_sends_hears_why_it_was_refused() {
+    let (d, address, key) = start(&[]);
+    let socket = d.dir.path().join("miosa.sock");
+    for length in [100, 300_000, 8 << 20] {
+        let answer = send_and_read(UnixStream::connect(&socket).unwrap(), "", length);
+        assert!(answer.starts_with("HTTP/1.1 404") && answer.contains("sandbox_not_found"), "{length}: {answer}");
+        let with_key = format!("authorization: Bearer {key}\r\n");
+        let answer = send_and_read(TcpStream::connect(&address).unwrap(), &with_key, length);
+        assert!(answer.starts_with("HTTP/1.1 404") && answer.contains("sandbox_not_found"), "{length}: {answer}");
+        let answer = send_and_read(TcpStream::connect(&address).unwrap(), "", length);
+        assert!(answer.starts_with("HTTP/1.1 401"), "{length}: {answer}");
+    }
+    let large = d.dir.path().join("large");
+    std::fs::write(&large, vec![7; 8 << 20]).unwrap();
+    for _ in 0..20 {
+        let refused = d.run(&["sandbox", "write-file", "nobody", "/x", large.to_str().unwrap(), "--json"]);
+        assert_eq!(refused.error(1)["code"], "sandbox_not_found");
+    }
+    // One that sends for ever is hung up on.
+    let mut endless = UnixStream::connect(&socket).unwrap();
+    endless.write_all(b"POST /api/v1/sandboxes/nobody/fs/write?path=/x HTTP/1.1\r\nhost: x\r\n").unwrap();
+    endless.write_all(b"content-type: application/octet-stream\r\ncontent-length: 99999999999999\r\n\r\n").unwrap();
+    let began = Instant::now();
+    while endless.write_all(&[7; 4096]).is_ok() {
+        assert!(began.elapsed() < Duration::from_secs(600), "it may go on for ever");
+    }
+}
+
 #[test]
 fn the_socket_serves_no_user_that_was_not_named() {
     let place = tempfile::tempdir().unwrap();
