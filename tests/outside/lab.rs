@@ -411,3 +411,26 @@ pub fn tool(name: &str, version: &str) -> Option<PathBuf> {
     }
     Some(program)
 }
+
+/// PostgreSQL's programs, unpacked below `to` and not installed: that would start a server. The packages are kept beside
+/// the tests. As [`tool`] where they cannot be had.
+pub fn postgres(to: &Path) -> Option<PathBuf> {
+    let kept = Path::new(env!("CARGO_TARGET_TMPDIR")).join("tools/postgresql-15");
+    if !kept.exists() {
+        let partial = kept.with_extension(std::process::id().to_string());
+        std::fs::create_dir_all(&partial).unwrap();
+        let mut download = Command::new("apt-get");
+        let output = download.args(["download", "-q", "postgresql-15", "postgresql-client-15"]).current_dir(&partial);
+        let output = output.output().unwrap();
+        if !output.status.success() {
+            let _ = std::fs::remove_dir_all(&partial);
+            let why = String::from_utf8_lossy(&output.stderr).into_owned();
+            let _ = writeln!(std::io::stderr(), "left out: PostgreSQL, which cannot be had: {why}");
+            assert!(!is_long(), "PostgreSQL cannot be had: {why}");
+            return None;
+        }
+        std::fs::rename(&partial, &kept).unwrap();
+    }
+    sh(&format!("for package in {}/*.deb; do dpkg -x $package {}; done", text(&kept), text(to)));
+    Some(to.join("usr/lib/postgresql/15/bin"))
+}
