@@ -11,7 +11,7 @@ import re
 import sys
 
 COLOURS = {"miosa": "#1b6ca8", "xfs": "#d1495b", "btrfs": "#edae49", "qemu-img": "#66a182", "qcow2": "#66a182",
-           "restic": "#8d6a9f", "borg": "#7a7a7a", "raw": "#444444"}
+           "restic": "#8d6a9f", "borg": "#7a7a7a", "raw": "#444444", "limit": "#222222", "miosa, durable": "#7fb3d5"}
 OTHERS = ["#8d6a9f", "#d1495b", "#edae49", "#66a182", "#7a7a7a", "#b08968"]
 FONT = 'font-family="system-ui, sans-serif"'
 
@@ -39,7 +39,8 @@ def frame(title, what, width, height, body):
 
 def lines(title, what, axis, series):
     """Lines over what was told, in order; values are logarithmic. `series`: name -> [(x, y)]."""
-    width, height, left, top, right, bottom = 780, 400, 90, 66, 130, 46
+    left, top, bottom, right = 90, 66, 46, 40 + 7 * max(len(name) for name in series)
+    width, height = 650 + right, 400
     xs = sorted({x for points in series.values() for x, _ in points})
     ys = [y for points in series.values() for _, y in points if y > 0]
     low, high = 10 ** math.floor(math.log10(min(ys))), 10 ** math.ceil(math.log10(max(ys)))
@@ -112,7 +113,10 @@ def fork(rows):
         for count, figures in grouped(rows, metric, r"peers, fragments (\d+)").items():
             for system, value in figures:
                 series.setdefault(system, []).append((int(count), value))
-    return series and lines("A fork of a 10 GiB disk", "microseconds until it can be used, not synced; median of 9, logarithmic",
+    for metric, name in [("durable fork median", "miosa, durable"), ("one synced write median", "limit: a synced write")]:
+        for count, figures in grouped(rows, metric, r"peers, fragments (\d+)").items():
+            series.setdefault(name, []).extend((int(count), value) for _, value in figures)
+    return series and lines("A fork of a 10 GiB disk", "microseconds until it can be used, not synced but for one line; median of 9, logarithmic",
                             "pieces that the disk is in", series)
 
 

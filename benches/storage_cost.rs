@@ -2,17 +2,18 @@
 //!
 //! `cargo bench --bench storage_cost [-- --json FILE]`, as root (the corpus is made through loop mounts, once, see
 //! `harness/corpus.rs`). Every system is given the same images; those that are live disks are given only the blocks that
-//! differ from the parent's. Bytes are what the system's files occupy, metadata and index included. *packed again* is what
-//! an idle store comes to; `--only packings` compares levels and frame sizes for that, on the first two steps.
+//! differ from the parent's. Bytes are what the system's files occupy, metadata and index included. *limit* is each
+//! distinct block once in one zstd stream. *packed again* is what an idle store comes to; `--only packings` compares levels and frame sizes for that, on the first two steps.
 
 mod harness;
 
 use harness::corpus::{self, SIZE, Step};
 use harness::tools::{self, Mount, allocated, run};
 use harness::{Report, cache_dir};
-use std::collections::HashMap;
-use std::fmt::Write;
+use std::collections::{HashMap, HashSet};
+use std::fmt::Write as _;
 use std::fs::File;
+use std::io::Write as _;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::time::Instant;
@@ -85,6 +86,54 @@ impl System for Miosa {
             ("catalogue", stats.index_bytes),
             ("log", stats.log_bytes),
         ]
+    }
+}
+
+/// No system: every distinct block once, compressed as hard and with as much behind it as zstd can. Who stores blocks, each of
+/// them to be had by itself, cannot take less.
+struct Limit {
+    seen: HashSet<blake3::Hash>,
+    stream: zstd::stream::write::Encoder<'static, Counted>,
+}
+
+/// Counts what is written to it.
+#[derive(Default)]
+struct Counted(u64);
+
+impl std::io::Write for Counted {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        self.0 += bytes.len() as u64;
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+impl Limit {
+    fn new() -> Result<Self, String> {
+        let made = || {
+            let mut stream = zstd::stream::write::Encoder::new(Counted::default(), 19)?;
+            stream.long_distance_matching(true)?;
+            stream.window_log(27)?;
+            Ok::<_, std::io::Error>(stream)
+        };
+        Ok(Self { seen: HashSet::new(), stream: made().map_err(|e| e.to_string())? })
+    }
+}
+
+impl System for Limit {
+    fn add(&mut self, step: &Step, parent: Option<&Step>) -> Result<u64, String> {
+        corpus::changes(&step.image, parent.map(|p| p.image.as_path()), |_, bytes| {
+            for block in bytes.chunks(4096).filter(|block| block.iter().any(|byte| *byte != 0)) {
+                if self.seen.insert(blake3::hash(block)) {
+                    self.stream.write_all(block).expect("it only counts");
+                }
+            }
+        });
+        self.stream.flush().map_err(|e| e.to_string())?;
+        Ok(self.stream.get_ref().0)
     }
 }
 
@@ -310,7 +359,7 @@ fn main() {
     if report.wants("packings") {
         packings(&mut report, &scratch, &steps.iter().take(2).collect::<Vec<_>>());
     }
-    let systems: [(&str, Made); 7] = [
+    let systems: [(&str, Made); 8] = [
         ("miosa", Ok(Box::new(Miosa::new(&scratch, Options::default().level)))),
         ("miosa zstd3", Ok(Box::new(Miosa::new(&scratch, 3)))),
         ("qcow2", Qcow2::new(&scratch, false).map(|s| Box::new(s) as _)),
@@ -318,6 +367,7 @@ fn main() {
         ("btrfs zstd", Btrfs::new().map(|s| Box::new(s) as _)),
         ("restic", Restic::new(&scratch).map(|s| Box::new(s) as _)),
         ("borg 4k", Borg::new(&scratch).map(|s| Box::new(s) as _)),
+        ("limit", Limit::new().map(|s| Box::new(s) as _)),
     ];
     // Ours, by case; nothing to compare with when only a peer was asked for.
     let mut ours: HashMap<String, f64> = HashMap::new();

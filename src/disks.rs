@@ -285,20 +285,18 @@ impl Disks {
     /// A new disk of zeroes, in a deduplication domain or none.
     pub fn create(&self, name: &str, size_bytes: u64, domain: Option<&str>) -> Result<DiskView> {
         let _changing = self.changing.lock();
-        self.check_new(name, size_bytes)?;
+        self.check_new(name, size_bytes, domain)?;
         let mut tx = self.store.begin();
-        let id = tx.create_disk(name, size_bytes);
-        if domain.is_some() {
-            tx.set_domain(id, domain);
-        }
+        let id = create(&mut tx, name, size_bytes, domain);
         tx.commit_durable()?;
         self.view(Source::Disk(id), &self.facts()?)
     }
 
-    /// Would a disk of this name and size be made?
-    pub fn check_new(&self, name: &str, size_bytes: u64) -> Result<()> {
+    /// Would a disk of this name and size be made, in this domain or none?
+    pub fn check_new(&self, name: &str, size_bytes: u64, domain: Option<&str>) -> Result<()> {
         check_disk_name(name)?;
         check_size(size_bytes)?;
+        domain.map_or(Ok(()), storage::check_domain)?;
         match self.store.disk_by_name(name) {
             Some(_) => Err(name_taken(name)),
             None => Ok(()),
@@ -570,6 +568,15 @@ fn parse_id(id: &str) -> Option<Source> {
 fn name_taken(name: &str) -> Error {
     Error::new(Kind::NameTaken, format!("a disk named {name:?} exists already"))
         .hint(format!("choose another --name, or delete it: miosa disk delete {name:?}"))
+}
+
+/// A disk of zeroes, in a deduplication domain or none.
+fn create(tx: &mut storage::Transaction<'_>, name: &str, size_bytes: u64, domain: Option<&str>) -> DiskId {
+    let id = tx.create_disk(name, size_bytes);
+    if domain.is_some() {
+        tx.set_domain(id, domain);
+    }
+    id
 }
 
 /// Names that cannot be taken for ids, nor for the engine's own disks.

@@ -9,7 +9,6 @@ mod disks;
 mod images;
 mod listen;
 mod proxy;
-mod unread;
 
 use std::fs::File;
 use std::net::{Ipv4Addr, SocketAddr};

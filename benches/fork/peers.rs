@@ -58,11 +58,22 @@ fn write_fragments(file: &File, count: u64) {
     file.sync_all().expect("a sync");
 }
 
+/// A file whose blocks are there and written: a sync of one of them is a write to the device and nothing else, the least that
+/// anything durable takes.
+fn written_file() -> (tempfile::TempDir, File) {
+    let dir = tempfile::tempdir().expect("a directory");
+    let file = File::create(dir.path().join("written")).expect("a file");
+    file.write_all_at(&[1; ROUNDS * 4096], 0).expect("a write");
+    file.sync_all().expect("a sync");
+    (dir, file)
+}
+
 pub fn measure(report: &mut Report) {
     for fragments in [0, 1_000, 25_000, 100_000] {
         let case = format!("peers, fragments {fragments}");
         let ours = make(&case, &Shape { sealed_fragments: fragments, ..Shape::default() });
-        let (mut commit, mut durable) = (Samples::default(), Samples::default());
+        let [mut commit, mut durable, mut both, mut limit] = [(); 4].map(|()| Samples::default());
+        let (scratch, written) = written_file();
         let mut clones = Vec::new();
         for (name, kind, mkfs) in
             [("xfs", "xfs", &["-q", "-m", "reflink=1"][..]), ("btrfs", "btrfs", &["-q", "-m", "single"])]
@@ -82,12 +93,18 @@ pub fn measure(report: &mut Report) {
         for round in 0..ROUNDS {
             ours.store.disk(ours.disk).expect("there").write(0, &[round as u8 + 1; 4096]).expect("a write");
             ours.store.flush().expect("a flush");
-            let done = commit.time(|| {
-                let mut tx = ours.store.begin();
-                let _ = tx.fork(Source::Disk(ours.disk), &format!("p{round}"));
-                tx.commit().expect("a fork")
+            both.time(|| {
+                let done = commit.time(|| {
+                    let mut tx = ours.store.begin();
+                    let _ = tx.fork(Source::Disk(ours.disk), &format!("p{round}"));
+                    tx.commit().expect("a fork")
+                });
+                durable.time(|| done.wait().expect("durable"));
             });
-            durable.time(|| done.wait().expect("durable"));
+            limit.time(|| {
+                written.write_all_at(&[round as u8 + 1; 4096], round as u64 * 4096).expect("a write");
+                written.sync_data().expect("a sync");
+            });
             clones.iter_mut().for_each(|peer| peer.round(round));
             if let Some((dir, samples)) = &mut qemu {
                 let (parent, child) = (dir.path().join("parent"), dir.path().join("child"));
@@ -99,6 +116,9 @@ pub fn measure(report: &mut Report) {
         let ours = commit.quantile_us(0.5);
         report.row("miosa", &case, "fork median", ours, "us");
         report.row("miosa", &case, "its sync", durable.quantile_us(0.5), "us");
+        report.row("miosa", &case, "durable fork median", both.quantile_us(0.5), "us");
+        report.row("limit", &case, "one synced write median", limit.quantile_us(0.5), "us");
+        drop(scratch);
         for peer in &mut clones {
             let median = peer.samples.quantile_us(0.5);
             report.row(peer.name, &case, "fork median", median, "us");

@@ -7,14 +7,14 @@ use axum::extract::{Request, State as AppState};
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use bytes::{Buf, Bytes};
-use futures_util::StreamExt;
 use tokio::sync::mpsc;
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
+use super::body::hand_over;
 use super::client;
 use super::contents::{settle, stream_of};
-use super::disks::{DRAIN, blocking};
+use super::disks::blocking;
 use super::server::{Answer, ApiError, Params, Path, data, flag};
 use super::types::{Envelope, SnapshotBody};
 use crate::disks::{DiskView, Disks, Report};
@@ -66,18 +66,18 @@ async fn archive(AppState(at): AppState<Archives>, Path(key): Path<String>) -> s
 }
 
 /// Makes disks of an archive.
-#[utoipa::path(post, path = "/disk-archives", tag = "disks", params(("name" = String, Query), ("dry_run" = Option<bool>, Query)), request_body(content = Vec<u8>, content_type = "application/x-miosa-archive"), responses((status = 201, body = Envelope<Vec<DiskView>>)))]
+#[utoipa::path(post, path = "/disk-archives", tag = "disks", params(("name" = String, Query), ("dedup_domain" = Option<String>, Query), ("dry_run" = Option<bool>, Query)), request_body(content = Vec<u8>, content_type = "application/x-miosa-archive"), responses((status = 201, body = Envelope<Vec<DiskView>>)))]
 async fn import_disks(
     AppState(at): AppState<Archives>,
     params: Params,
     request: Request,
 ) -> std::result::Result<Response, ApiError> {
-    let name = params.get("name").cloned().unwrap_or_default();
+    let (name, domain) = (params.get("name").cloned().unwrap_or_default(), params.get("dedup_domain").cloned());
     if flag(&params, "dry_run") {
-        blocking(move || at.disks.check_import_name(&name)).await?;
+        blocking(move || at.disks.check_import(&name, domain.as_deref())).await?;
         return Ok(data::<Vec<DiskView>>(Vec::new())?.into_response());
     }
-    let made = take_in(request, move |body| at.disks.import_archive(&name, body)).await?;
+    let made = take_in(request, move |body| at.disks.import_archive(&name, domain.as_deref(), body)).await?;
     Ok((StatusCode::CREATED, data::<Vec<DiskView>>(made)?).into_response())
 }
 
@@ -104,33 +104,10 @@ async fn take_in<T: Send + 'static>(
 ) -> std::result::Result<T, ApiError> {
     let (send, pieces) = mpsc::channel(8);
     let reading = tokio::task::spawn_blocking(move || read(Incoming { pieces, have: Bytes::new(), ended: false }));
-    let mut content = request.into_body().into_data_stream();
-    let mut broken = None;
-    loop {
-        let piece = match content.next().await {
-            Some(Ok(piece)) => Some(piece),
-            Some(Err(error)) => {
-                broken = Some(ApiError::new(400, "body_broken", format!("the request's body broke off: {error}")));
-                break;
-            }
-            None => None,
-        };
-        let last = piece.is_none();
-        if send.send(piece).await.is_err() || last {
-            break;
-        }
-    }
     // Without a last word the reader knows that there is no whole archive, and leaves nothing.
-    drop(send);
+    let sent = hand_over(request, send).await;
     let read = reading.await.unwrap_or_else(|e| Err(Error::new(Kind::Internal, format!("an import did not end: {e}"))));
-    match (broken, read) {
-        (Some(error), _) => Err(error),
-        (None, Ok(done)) => Ok(done),
-        (None, Err(error)) => {
-            tokio::spawn(tokio::time::timeout(DRAIN, async move { while let Some(Ok(_)) = content.next().await {} }));
-            Err(error.into())
-        }
-    }
+    sent.and(read.map_err(ApiError::from))
 }
 
 /// The pieces of a body as a file; the last of them is none.

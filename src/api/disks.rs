@@ -2,7 +2,6 @@
 //! them to itself where no daemon holds the store.
 
 use std::sync::Arc;
-use std::time::Duration;
 
 use axum::Router;
 use axum::body::Body;
@@ -17,6 +16,7 @@ use utoipa::ToSchema;
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
+use super::body::hand_over;
 use super::server::{
     Answer, ApiError, JsonBody, ListAnswer, Paging, Params, Path, data, flag, list_all, list_of, open,
 };
@@ -25,9 +25,6 @@ use super::types::{Envelope, Figures, ListEnvelope, OneOrMany, SizeBody};
 use crate::disks::frames::{self, Decoder, Part};
 use crate::disks::{Attachment, Difference, DiskView, Disks, Export, Frontend, Import};
 use crate::engine::error::{Error, Kind, Result};
-
-/// How long a body that nobody wants is taken in, so that the sender comes to read why.
-pub(super) const DRAIN: Duration = Duration::from_secs(5);
 
 /// Asks for a disk.
 #[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
@@ -214,13 +211,13 @@ async fn detach(AppState(disks): Shared, Path(id): Path<String>) -> Answer<Attac
 // ---- content
 
 /// `?name=&size_bytes=`, and as the body the disk's bytes as they are, or a sparse stream (see [`frames`]).
-#[utoipa::path(post, path = "/disk-imports", tag = "disks", params(("name" = String, Query), ("size_bytes" = u64, Query), ("dry_run" = Option<bool>, Query, description = "Only check the two")), request_body(content((Vec<u8> = "application/octet-stream"), (Vec<u8> = "application/x-miosa-sparse"))), responses((status = 200, description = "A dry run", body = Envelope<SizeBody>), (status = 201, body = Envelope<DiskView>)))]
+#[utoipa::path(post, path = "/disk-imports", tag = "disks", params(("name" = String, Query), ("size_bytes" = u64, Query), ("dedup_domain" = Option<String>, Query, description = "Deduplication domain of what is in it and will be written to it"), ("dry_run" = Option<bool>, Query, description = "Only check these")), request_body(content((Vec<u8> = "application/octet-stream"), (Vec<u8> = "application/x-miosa-sparse"))), responses((status = 200, description = "A dry run", body = Envelope<SizeBody>), (status = 201, body = Envelope<DiskView>)))]
 async fn import(
     AppState(disks): Shared,
     Params(params): Params,
     request: Request,
 ) -> std::result::Result<Response, ApiError> {
-    let name = params.get("name").cloned().unwrap_or_default();
+    let (name, domain) = (params.get("name").cloned().unwrap_or_default(), params.get("dedup_domain").cloned());
     let size = params.get("size_bytes").and_then(|s| s.parse::<u64>().ok());
     let Some(size) = size else {
         return Err(Error::new(Kind::InvalidInput, "an import needs the size of the disk")
@@ -228,52 +225,26 @@ async fn import(
             .into());
     };
     if flag(&params, "dry_run") {
-        blocking(move || disks.check_new(&name, size)).await?;
+        blocking(move || disks.check_new(&name, size, domain.as_deref())).await?;
         return Ok(data::<SizeBody>(SizeBody { size_bytes: size })?.into_response());
     }
     let sparse = request.headers().get(header::CONTENT_TYPE).is_some_and(|kind| kind == frames::CONTENT_TYPE);
     let (send, pieces) = mpsc::channel(8);
-    let writer = tokio::task::spawn_blocking(move || fill(disks, &name, size, sparse, pieces));
-    let mut content = request.into_body().into_data_stream();
-    let mut broken = None;
-    loop {
-        let piece = match content.next().await {
-            Some(Ok(piece)) => Some(piece),
-            Some(Err(error)) => {
-                broken = Some(ApiError::new(400, "body_broken", format!("the request's body broke off: {error}")));
-                break;
-            }
-            None => None,
-        };
-        let last = piece.is_none();
-        if send.send(piece).await.is_err() || last {
-            break;
-        }
-    }
+    let writer = tokio::task::spawn_blocking(move || {
+        let import = Import::begin(disks, &name, size, domain.as_deref())?;
+        fill(import, size, sparse, pieces)
+    });
     // Without a last word the writer knows that there is no whole image, and leaves nothing.
-    drop(send);
+    let sent = hand_over(request, send).await;
     let filled =
         writer.await.unwrap_or_else(|e| Err(Error::new(Kind::Internal, format!("an import did not end: {e}"))));
-    match (broken, filled) {
-        (Some(error), _) => Err(error),
-        (None, Ok(view)) => Ok((StatusCode::CREATED, data::<DiskView>(view)?).into_response()),
-        (None, Err(error)) => {
-            tokio::spawn(tokio::time::timeout(DRAIN, async move { while let Some(Ok(_)) = content.next().await {} }));
-            Err(error.into())
-        }
-    }
+    let view = sent.and(filled.map_err(ApiError::from))?;
+    Ok((StatusCode::CREATED, data::<DiskView>(view)?).into_response())
 }
 
 /// Makes a disk of the pieces of a body; the last of them is none.
-fn fill(
-    disks: Arc<Disks>,
-    name: &str,
-    size: u64,
-    sparse: bool,
-    mut pieces: mpsc::Receiver<Option<Bytes>>,
-) -> Result<DiskView> {
+fn fill(mut import: Import, size: u64, sparse: bool, mut pieces: mpsc::Receiver<Option<Bytes>>) -> Result<DiskView> {
     let cut_off = |why: String| Error::new(Kind::InvalidInput, format!("the image was not all sent: {why}"));
-    let mut import = Import::begin(disks, name, size)?;
     let mut decoder = Decoder::default();
     let mut at = 0;
     while let Some(piece) = pieces.blocking_recv() {

@@ -9,9 +9,9 @@ use futures_util::stream;
 use serde_json::{Value, json};
 use tokio::sync::mpsc;
 
-use super::args::{SnapshotExportArgs, SnapshotImportArgs};
+use super::args::{ImportArgs, SnapshotExportArgs, SnapshotImportArgs};
 use super::output::{Failure, Out, Result};
-use super::{contents, disk, save};
+use super::{contents, disk, images, save};
 use crate::api::client::{Client, MIOSA_ARCHIVE, escape};
 use crate::api::types::SnapshotBody;
 use crate::disks::DiskView;
@@ -51,10 +51,10 @@ async fn export(client: &Client, out: Out, key: &str, route: &str, file: &Path) 
 pub(super) async fn import_disks(
     client: &Client,
     out: Out,
-    name: &str,
+    args: &ImportArgs,
     archive: impl Read + Send + 'static,
 ) -> Result<()> {
-    let route = format!("/disk-archives?name={}", escape(name));
+    let route = format!("/disk-archives?{}", images::query_of(args));
     // What is wrong with the name is said before anything is read.
     let _: Value = client.post(&format!("{route}&dry_run=true"), &json!({})).await?;
     let mut made: Vec<DiskView> = client.upload(&route, MIOSA_ARCHIVE, pieces(archive)).await?;

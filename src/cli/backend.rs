@@ -9,7 +9,7 @@ use storage::{ErrorKind, Options, Store};
 
 use super::output::{Failure, Result};
 use crate::api::client::{self, Client};
-use crate::api::disks;
+use crate::api::{disks, read_to_its_end};
 use crate::config::StateDir;
 use crate::disks::Disks;
 
@@ -95,7 +95,8 @@ impl Backend {
         let disks = Disks::open(store, state, false)
             .map_err(|e| Failure::new(4, e.kind().code(), format!("could not open the store: {e}")))?;
         let (client, within) = client::within();
-        let router = disks::router(disks.clone());
+        let read = axum::middleware::map_request(async |request| read_to_its_end(request).map(axum::body::Body::new));
+        let router = disks::router(disks.clone()).layer(read);
         let server = tokio::spawn(async move {
             // Ends only by being aborted.
             let _ = axum::serve(within, router).await;

@@ -25,8 +25,8 @@ pub(super) async fn run(place: &Place, out: Out, command: DiskCommand) -> Result
             let image = images::Image::open(&args, out).await?;
             let backend = Backend::open(place, makes).await?;
             let done = match image.archive(args.format)? {
-                Some(archive) => archives::import_disks(&backend.client, out, &args.name, archive).await,
-                None => images::import(&backend.client, out, &args.name, image).await,
+                Some(archive) => archives::import_disks(&backend.client, out, &args, archive).await,
+                None => images::import(&backend.client, out, &args, image).await,
             };
             return backend.close(done).await;
         }

@@ -166,10 +166,10 @@ fn convert(path: &Path, out: Out) -> Result<File> {
 }
 
 /// Sends an image, and prints the disk it became.
-pub(super) async fn import(client: &Client, out: Out, name: &str, image: Image) -> Result<()> {
+pub(super) async fn import(client: &Client, out: Out, args: &ImportArgs, image: Image) -> Result<()> {
     let size = image.size.next_multiple_of(BLOCK as u64);
     let padded = size - image.size;
-    let route = format!("/disk-imports?name={}&size_bytes={size}", escape(name));
+    let route = format!("/disk-imports?{}&size_bytes={size}", query_of(args));
     // What is wrong with the name or the size is said before anything is read.
     let _: Value = client.post(&format!("{route}&dry_run=true"), &json!({})).await?;
     if padded > 0 {
@@ -191,6 +191,12 @@ pub(super) async fn import(client: &Client, out: Out, name: &str, image: Image) 
         let (data, size) = (show_bytes(view.logical_bytes), show_bytes(view.size_bytes));
         format!("{} {} has {size}, of which {data} are not zero\n{next}", view.id, out.strong(&view.name))
     })
+}
+
+/// What an import is asked for with.
+pub(super) fn query_of(args: &ImportArgs) -> String {
+    let domain = args.dedup_domain.as_deref().map(|domain| format!("&dedup_domain={}", escape(domain)));
+    format!("name={}{}", escape(&args.name), domain.unwrap_or_default())
 }
 
 /// The image as a sparse stream, read by a thread of its own.

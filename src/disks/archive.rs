@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use storage::{ArchiveReader, ArchiveReport, ArchiveState, Disk, DiskId, Source};
 
 use super::files::Still;
-use super::{DiskView, Disks, IMPORTING, TEMPORARY, check_disk_name, name_taken};
+use super::{DiskView, Disks, IMPORTING, TEMPORARY, check_disk_name, create, name_taken};
 use crate::engine::error::{Error, Kind, Result};
 use crate::engine::records::{Consistency, Record, SnapshotRecord, check_comment, load_all, new_id};
 
@@ -67,16 +67,23 @@ impl Disks {
         Ok(ArchiveExport { disks: self.clone(), still, state })
     }
 
-    /// Would an archive be taken in under this name?
-    pub fn check_import_name(&self, name: &str) -> Result<()> {
+    /// Would an archive be taken in under this name, in this domain or none?
+    pub fn check_import(&self, name: &str, domain: Option<&str>) -> Result<()> {
         check_disk_name(name)?;
+        domain.map_or(Ok(()), storage::check_domain)?;
         if self.store.disk_by_name(name).is_some() { Err(name_taken(name)) } else { Ok(()) }
     }
 
     /// Makes disks of an archive: one of this name, of several states `NAME-1`, `NAME-2` and so on. All or none.
-    pub fn import_archive(self: &Arc<Self>, name: &str, from: impl Read) -> Result<Vec<DiskView>> {
-        self.check_import_name(name)?;
-        let (arrival, _) = Arrival::read(self, Some(name), from)?;
+    /// They are in this domain or none, whatever they were in.
+    pub fn import_archive(
+        self: &Arc<Self>,
+        name: &str,
+        domain: Option<&str>,
+        from: impl Read,
+    ) -> Result<Vec<DiskView>> {
+        self.check_import(name, domain)?;
+        let (arrival, _) = Arrival::read(self, Some(name), domain, from)?;
         let ids = arrival.disks.clone();
         arrival.finish(|_| Ok(()))?;
         let facts = self.facts()?;
@@ -86,7 +93,7 @@ impl Disks {
     /// Makes a snapshot of an archive of one, as it was where it came from but for its id; with `name` under that name.
     /// Whoever keeps the list of snapshots has to be told.
     pub fn import_snapshot(self: &Arc<Self>, name: Option<&str>, from: impl Read) -> Result<SnapshotRecord> {
-        let (arrival, states) = Arrival::read(self, None, from)?;
+        let (arrival, states) = Arrival::read(self, None, None, from)?;
         let ([disk], [state]) = (arrival.disks.as_slice(), states.as_slice()) else {
             return Err(Error::new(Kind::InvalidInput, format!("the archive has {} states", states.len()))
                 .hint("import it as disks: miosa disk import FILE --name NAME"));
@@ -131,7 +138,12 @@ struct Arrival {
 }
 
 impl Arrival {
-    fn read(owner: &Arc<Disks>, name: Option<&str>, from: impl Read) -> Result<(Self, Vec<ArchiveState>)> {
+    fn read(
+        owner: &Arc<Disks>,
+        name: Option<&str>,
+        domain: Option<&str>,
+        from: impl Read,
+    ) -> Result<(Self, Vec<ArchiveState>)> {
         let archive = ArchiveReader::open(from)?;
         let states = archive.states().to_vec();
         let own = new_id("import");
@@ -147,7 +159,7 @@ impl Arrival {
             if owner.store.disk_by_name(name).is_some() {
                 return Err(name_taken(name));
             }
-            let id = tx.create_disk(name, state.size_bytes);
+            let id = create(&mut tx, name, state.size_bytes, domain);
             tx.put_record(TEMPORARY, &id.to_string(), IMPORTING);
             ids.push(id);
         }

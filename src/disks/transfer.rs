@@ -6,7 +6,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 use storage::{Disk, DiskId, Source};
 
-use super::{DiskView, Disks, EXPORTING, IMPORTING, TEMPORARY};
+use super::{DiskView, Disks, EXPORTING, IMPORTING, TEMPORARY, create};
 use crate::engine::error::{Error, Kind, Result};
 use crate::sparse::data_runs;
 
@@ -23,11 +23,11 @@ pub struct Import {
 
 impl Import {
     /// Makes the disk; it cannot be used until the import is finished.
-    pub fn begin(disks: Arc<Disks>, name: &str, size_bytes: u64) -> Result<Self> {
+    pub fn begin(disks: Arc<Disks>, name: &str, size_bytes: u64, domain: Option<&str>) -> Result<Self> {
         let changing = disks.changing.lock();
-        disks.check_new(name, size_bytes)?;
+        disks.check_new(name, size_bytes, domain)?;
         let mut tx = disks.store.begin();
-        let id = tx.create_disk(name, size_bytes);
+        let id = create(&mut tx, name, size_bytes, domain);
         tx.put_record(TEMPORARY, &id.to_string(), IMPORTING);
         tx.commit_durable()?;
         let disk = disks.store.disk(id)?;

@@ -28,8 +28,7 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, UnixListener, UnixStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 
-use super::unread::read_to_its_end;
-use crate::api::server;
+use crate::api::{read_to_its_end, server};
 
 /// How long a request's head may take, and how long a connection may be idle.
 const HEAD_TIME: Duration = Duration::from_secs(60);

@@ -43,6 +43,11 @@ pub(crate) fn source(kind: &str, key: &str) -> Option<Source> {
     (kind == KIND && source.to_string() == key).then_some(source)
 }
 
+/// Whether this can be the name of a deduplication domain. `InvalidInput` says why it cannot.
+pub fn check_domain(name: &str) -> Result<()> {
+    check_name(name.as_bytes())
+}
+
 pub(crate) fn check_name(name: &[u8]) -> Result<()> {
     let fits = |byte: &u8| byte.is_ascii_alphanumeric() || b"-_.".contains(byte);
     if name.is_empty() || name.len() > NAME_MAX || !name.iter().all(fits) {

@@ -49,6 +49,7 @@ pub use block::{BLOCK_SIZE, DiskId, SnapshotId, Source};
 pub use check::CheckReport;
 pub use diff::DiffRange;
 pub use disk::Disk;
+pub use domain::check_domain;
 pub use error::{Error, ErrorKind, Result};
 pub use gc::GcReport;
 pub use inner::Options;

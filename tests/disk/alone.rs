@@ -260,5 +260,37 @@ fn a_disk_has_the_domain_that_it_is_given_and_what_is_made_of_it_has_it_too() {
         let bad = place.run(&["disk", "create", "bad", "--size", "16mb", "--dedup-domain", "a b"]);
         assert!(bad.code != 0 && bad.err.contains("cannot be a domain"), "{bad:?}");
         assert!(place.run(&["disk", "show", "bad"]).code != 0);
+
+        // What is imported, as an image and as an archive, which has no domain of its own.
+        let files = tempfile::tempdir().unwrap();
+        let [image, archive] = ["image", "archive"].map(|name| files.path().join(name).to_str().unwrap().to_owned());
+        let of_random = |seed: u8| blake3::Hasher::new().update(&[seed]).finalize_xof();
+        let mut bytes = vec![0; 1 << 20];
+        of_random(1).fill(&mut bytes);
+        std::fs::write(&image, &bytes).unwrap();
+        place.ok(&["disk", "export", "one", &archive, "--format", "archive"]);
+        for (file, name, given) in [(&image, "i", Some("red")), (&archive, "a", Some("red")), (&archive, "b", None)] {
+            let more = given.map(|domain| vec!["--dedup-domain", domain]).unwrap_or_default();
+            place.ok(&[&["disk", "import", file, "--name", name][..], &more].concat());
+            assert_eq!(domain(name), serde_json::json!(given), "{name}");
+        }
+        for file in [&image, &archive] {
+            let bad = place.run(&["disk", "import", file, "--name", "bad", "--dedup-domain", "a b"]);
+            assert!(bad.code != 0 && bad.err.contains("cannot be a domain"), "{bad:?}");
+            assert!(place.run(&["disk", "show", "bad"]).code != 0);
+        }
+        // Two domains that are given the same have it twice.
+        let mut other = vec![0; 1 << 20];
+        of_random(2).fill(&mut other);
+        std::fs::write(&image, &other).unwrap();
+        let exclusive = |disk: &str| {
+            place.ok(&["store", "seal"]);
+            place.ok(&["disk", "show", disk])["exclusive_bytes"].as_u64().unwrap()
+        };
+        for (name, domain) in [("x", "green"), ("y", "yellow"), ("z", "yellow")] {
+            place.ok(&["disk", "import", &image, "--name", name, "--dedup-domain", domain]);
+        }
+        assert!(exclusive("x") >= 1 << 20, "nobody else has it");
+        assert!(exclusive("y") < 1 << 18 && exclusive("z") < 1 << 18, "they have it together");
     }
 }

@@ -117,6 +117,9 @@ pub struct ImportArgs {
     /// What the image is; an archive is known by how it begins, no other format is guessed
     #[arg(long, value_enum, default_value_t = ImageFormat::Raw)]
     pub format: ImageFormat,
+    /// Deduplicate what is in it, and is written to it, with this domain only, and with what all share
+    #[arg(long, value_name = "DOMAIN")]
+    pub dedup_domain: Option<String>,
 }
 
 /// A format of images.
