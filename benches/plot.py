@@ -151,6 +151,18 @@ def frontend(rows):
     return groups and bars("4 KiB requests through the front ends", "thousands a second; median of the rounds", groups)
 
 
+def latency(rows):
+    names = {"null FUSE": "the limit: a FUSE read that does nothing"}
+    groups = {}
+    for case, job in [("sealed, warm", "4 KiB random read, QD 1"), ("fresh", "4 KiB write + flush, QD 1")]:
+        for export in ["vhost-user", "fuse"]:
+            for metric, share in [("p50", "half"), ("p99", "99 of 100")]:
+                for _, figures in grouped(rows, metric, rf"({export}, {case}, {re.escape(job)})").items():
+                    groups[f"{export}, {case}: {job.split(',')[0]}, {share}"] = [
+                        (names.get(system, system), value) for system, value in figures]
+    return groups and bars("One request at a time", "microseconds within which this share of them is answered; all rounds", groups)
+
+
 def write_path(rows):
     names = {"append": "one append for all: the limit of a log", "shared": "a thread a disk, one append", "no uring": "miosa, no io_uring"}
     groups = {f"{count} disks" if count != "1" else "1 disk": [(names.get(system, system), value) for system, value in figures]
@@ -177,9 +189,12 @@ def seal(rows):
 def main():
     source, target = map(pathlib.Path, sys.argv[1:3])
     target.mkdir(parents=True, exist_ok=True)
-    for name, draw in [("fork", fork), ("storage_cost", storage_cost), ("lifecycle", lifecycle), ("fanout", fanout),
-                       ("frontend", frontend), ("write_path", write_path), ("read_path", read_path), ("seal", seal)]:
-        path = source / f"{name}.json"
+    for name, bench, draw in [("fork", "fork", fork), ("storage_cost", "storage_cost", storage_cost),
+                              ("lifecycle", "lifecycle", lifecycle), ("fanout", "fanout", fanout),
+                              ("frontend", "frontend", frontend), ("latency", "frontend", latency),
+                              ("write_path", "write_path", write_path), ("read_path", "read_path", read_path),
+                              ("seal", "seal", seal)]:
+        path = source / f"{bench}.json"
         rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
         drawn = draw(rows)
         if drawn:

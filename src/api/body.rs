@@ -8,14 +8,13 @@ use std::pin::Pin;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
-use axum::extract::Request as AxumRequest;
+use axum::body::BodyDataStream;
 use bytes::Bytes;
 use futures_util::StreamExt;
+use http_body_util::BodyExt;
 use hyper::Request;
 use hyper::body::{Body, Frame, SizeHint};
 use hyper::header::EXPECT;
-
-use http_body_util::BodyExt;
 use tokio::sync::mpsc;
 
 use super::server::ApiError;
@@ -68,13 +67,20 @@ impl<B: Incoming> Drop for ReadToItsEnd<B> {
     }
 }
 
+/// The next bytes of a body; none at its end.
+pub(super) async fn next_piece(content: &mut BodyDataStream) -> Result<Option<Bytes>, ApiError> {
+    let broken = |e| ApiError::new(400, "body_broken", format!("the request's body broke off: {e}"));
+    content.next().await.transpose().map_err(broken)
+}
+
 /// Gives away a body piece by piece. The last is none; without it the body broke off, or nobody wants more of it.
-pub(super) async fn hand_over(request: AxumRequest, to: mpsc::Sender<Option<Bytes>>) -> Result<(), ApiError> {
+pub(super) async fn hand_over(
+    request: axum::extract::Request,
+    to: mpsc::Sender<Option<Bytes>>,
+) -> Result<(), ApiError> {
     let mut content = request.into_body().into_data_stream();
     loop {
-        let piece = content.next().await.transpose();
-        let piece =
-            piece.map_err(|e| ApiError::new(400, "body_broken", format!("the request's body broke off: {e}")))?;
+        let piece = next_piece(&mut content).await?;
         let last = piece.is_none();
         if to.send(piece).await.is_err() || last {
             return Ok(());

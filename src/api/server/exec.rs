@@ -7,7 +7,7 @@ use std::time::Duration;
 use axum::body::Body;
 use axum::extract::{Request, State as AppState};
 use axum::response::Response;
-use futures_util::{StreamExt, stream};
+use futures_util::stream;
 use parking_lot::Mutex;
 use tracing::Instrument;
 use utoipa_axum::router::OpenApiRouter;
@@ -18,6 +18,7 @@ use super::Api;
 use super::answer::{Answer, ApiError, data, event_stream};
 use super::commands::signal_number;
 use super::request::{JsonBody, Path, refuse_unsupported};
+use crate::api::body::next_piece;
 use crate::api::stream::{Encoding, ExecEvents};
 use crate::api::types::{Envelope, ExecBody, ExecResult, KillBody, SizeBody, StartedEvent, StdinBody, exit_code};
 use crate::engine::error::{Error, Kind};
@@ -162,9 +163,7 @@ async fn exec_stdin(
     };
     let mut content = request.into_body().into_data_stream();
     let mut taken = 0;
-    while let Some(piece) = content.next().await {
-        let piece =
-            piece.map_err(|e| ApiError::new(400, "body_broken", format!("the request's body broke off: {e}")))?;
+    while let Some(piece) = next_piece(&mut content).await? {
         if stdin.write(&piece).await.is_err() {
             // The command has ended or closed its input, as `head` does. That is no error of the caller's.
             break;

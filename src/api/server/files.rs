@@ -2,20 +2,20 @@
 
 use std::collections::HashMap;
 
-use axum::body::{Body, BodyDataStream};
+use axum::body::Body;
 use axum::extract::{Request, State as AppState};
 use axum::http::header;
 use axum::response::{IntoResponse, Response};
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD as BASE64;
-use bytes::Bytes;
-use futures_util::{StreamExt, stream};
+use futures_util::stream;
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
 use super::Api;
 use super::answer::{Answer, ApiError, ListAnswer, data, list_all};
 use super::request::{JsonBody, Params, Path, flag, is_json, parse_json};
+use crate::api::body::next_piece;
 use crate::api::types::{Envelope, FileBody, ListEnvelope, PathBody, RenameBody, TreeBody, WriteFileBody, WrittenBody};
 use crate::engine::error::{Error, Kind};
 use crate::engine::{DirEntry, GuestReader};
@@ -74,11 +74,6 @@ async fn write_file(
     }
     writer.finish().await?;
     data(WrittenBody { path, size_bytes })
-}
-
-async fn next_piece(content: &mut BodyDataStream) -> Result<Option<Bytes>, ApiError> {
-    let broken = |e| ApiError::new(400, "body_broken", format!("the request's body broke off: {e}"));
-    content.next().await.transpose().map_err(broken)
 }
 
 /// Reads a file, or a part of it.

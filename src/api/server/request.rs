@@ -9,13 +9,13 @@ use axum::http::header;
 use base64::Engine as _;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD as BASE64;
 use bytes::{Bytes, BytesMut};
-use futures_util::StreamExt;
 use jiff::Timestamp;
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use utoipa::IntoParams;
 
 use super::answer::ApiError;
+use crate::api::body::next_piece;
 use crate::api::types::unsupported;
 use crate::engine::error::{Error, Kind};
 
@@ -119,9 +119,7 @@ pub(super) async fn collect(body: Body, most: usize) -> Result<Bytes, ApiError> 
     let all = async {
         let mut content = body.into_data_stream();
         let mut bytes = BytesMut::new();
-        while let Some(piece) = content.next().await {
-            let piece =
-                piece.map_err(|e| ApiError::new(400, "body_broken", format!("the request's body broke off: {e}")))?;
+        while let Some(piece) = next_piece(&mut content).await? {
             if bytes.len() + piece.len() > most {
                 let message = format!("the request's body is larger than {most} bytes");
                 return Err(ApiError::new(413, "body_too_large", message));
