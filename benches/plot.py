@@ -152,7 +152,7 @@ def frontend(rows):
 
 
 def latency(rows):
-    names = {"null FUSE": "the limit: a FUSE read that does nothing"}
+    names = {"null FUSE": "a FUSE read that does nothing"}
     groups = {}
     for case, job in [("sealed, warm", "4 KiB random read, QD 1"), ("fresh", "4 KiB write + flush, QD 1")]:
         for export in ["vhost-user", "fuse"]:
