@@ -3,7 +3,8 @@
 //! `cargo bench --bench storage_cost [-- --json FILE]`, as root (the corpus is made through loop mounts, once, see
 //! `harness/corpus.rs`). Every system is given the same images; those that are live disks are given only the blocks that
 //! differ from the parent's. Bytes are what the system's files occupy, metadata and index included. *limit* is each
-//! distinct block once in one zstd stream. *packed again* is what an idle store comes to; `--only packings` compares levels and frame sizes for that, on the first two steps.
+//! distinct block once in one zstd stream, which takes a quarter of an hour. *packed again* is what an idle store comes to;
+//! `--only packings` compares levels and frame sizes for that, on the first two steps.
 
 mod harness;
 

@@ -279,6 +279,15 @@ fn integrity(database: &Path) -> u64 {
     lines[2].parse().unwrap()
 }
 
+/// Servers whose data are below a directory. They end when this is dropped, so that their file systems can be unmounted.
+struct Servers(PathBuf);
+
+impl Drop for Servers {
+    fn drop(&mut self) {
+        let _ = Command::new("pkill").args(["-9", "-u", "nobody", "-f", text(&self.0)]).status();
+    }
+}
+
 #[test]
 fn postgres_keeps_its_sums_after_kills_and_in_snapshots() {
     let bench = Bench::new(512 * MIB);
@@ -287,6 +296,7 @@ fn postgres_keeps_its_sums_after_kills_and_in_snapshots() {
     let Some(bin) = postgres(&bench.at("postgresql")) else { return };
     let bin = text(&bin);
     let mounted = bench.ext4();
+    let _servers = Servers(bench.dir.path().to_owned());
     let server = |data: &Path, what: &str| {
         let data = text(data);
         sh(&format!(
