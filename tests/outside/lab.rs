@@ -402,14 +402,19 @@ pub fn tool(name: &str, version: &str) -> Option<PathBuf> {
             .unwrap();
         let _ = std::fs::remove_dir_all(root.join("build"));
         if !built.status.success() {
-            let why = String::from_utf8_lossy(&built.stderr).into_owned();
-            // Past the capture of the tests' output.
-            let _ = writeln!(std::io::stderr(), "left out: {name} {version}, which cannot be installed: {why}");
-            assert!(!is_long(), "{name} {version} cannot be installed: {why}");
-            return None;
+            return left_out(&format!("{name} {version}"), &built);
         }
     }
     Some(program)
+}
+
+/// Tells that a suite is left out, and why; the long form fails.
+fn left_out(what: &str, output: &Output) -> Option<PathBuf> {
+    let why = String::from_utf8_lossy(&output.stderr);
+    // Past the capture of the tests' output.
+    let _ = writeln!(std::io::stderr(), "left out: {what}, which cannot be had: {why}");
+    assert!(!is_long(), "{what} cannot be had: {why}");
+    None
 }
 
 /// PostgreSQL's programs, unpacked below `to` and not installed: that would start a server. The packages are kept beside
@@ -424,10 +429,7 @@ pub fn postgres(to: &Path) -> Option<PathBuf> {
         let output = output.output().unwrap();
         if !output.status.success() {
             let _ = std::fs::remove_dir_all(&partial);
-            let why = String::from_utf8_lossy(&output.stderr).into_owned();
-            let _ = writeln!(std::io::stderr(), "left out: PostgreSQL, which cannot be had: {why}");
-            assert!(!is_long(), "PostgreSQL cannot be had: {why}");
-            return None;
+            return left_out("PostgreSQL", &output);
         }
         std::fs::rename(&partial, &kept).unwrap();
     }
